@@ -1,0 +1,100 @@
+"""Text to values and back: resolutions, sizes with units. Pure functions, no torch."""
+
+import re
+
+from .errors import DownresError
+
+MAX_RESOLUTION = 8192
+"""Largest side accepted, in pixels: above it a typing error is likelier than a wish."""
+
+Resolution = int | tuple[int, int]
+"""One side of a square, or (height, width), in pixels."""
+
+
+def as_hw(resolution: Resolution) -> tuple[int, int]:
+    """(height, width) in pixels of a resolution given either way."""
+    if isinstance(resolution, int):
+        return resolution, resolution
+    height, width = resolution
+    return int(height), int(width)
+
+
+def as_resolution(hw: tuple[int, int] | list[int] | int) -> Resolution:
+    """The short form: one number for a square, else (height, width)."""
+    height, width = as_hw(hw if isinstance(hw, int) else tuple(hw))  # type: ignore[arg-type]
+    return height if height == width else (height, width)
+
+
+def format_resolution(resolution: Resolution) -> str:
+    height, width = as_hw(resolution)
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def check_resolution(resolution: Resolution) -> Resolution:
+    """The resolution itself, or an error when a side is not in 1…MAX_RESOLUTION."""
+    for side in as_hw(resolution):
+        if not 1 <= side <= MAX_RESOLUTION:
+            raise DownresError(
+                f"A resolution is between 1 and {MAX_RESOLUTION} pixels, {side} is not: "
+                "give for example 96:256:32, 96,128,160 or 192x384."
+            )
+    return as_resolution(resolution)  # type: ignore[arg-type]
+
+
+def parse_resolutions(text: str) -> list[Resolution]:
+    """`96:256:32` (both ends included), `96,128,160`, `192x384`, or a mixture with commas.
+
+    Returns the distinct resolutions in the order given. Raises DownresError for anything else.
+    """
+    found: list[Resolution] = []
+    for part in text.replace(" ", "").split(","):
+        if match := re.fullmatch(r"(-?\d+):(-?\d+)(?::(-?\d+))?", part):
+            first, last = int(match[1]), int(match[2])
+            step = abs(int(match[3] or 32))
+            for side in (first, last):
+                check_resolution(side)
+            if step == 0:
+                raise DownresError(f"The step of a resolution range must not be 0: {part!r}. Give for example 96:256:32.")
+            low, high = sorted((first, last))
+            sides = list(range(low, high + 1, step)) if first <= last else list(range(high, low - 1, -step))
+            found += sides
+        elif match := re.fullmatch(r"(-?\d+)[x×](-?\d+)", part):
+            found.append(check_resolution((int(match[1]), int(match[2]))))
+        elif re.fullmatch(r"-?\d+", part):
+            found.append(check_resolution(int(part)))
+        else:
+            raise DownresError(
+                f"Cannot read the resolution {part!r}: give a range 96:256:32, a list 96,128,160 or a height x width 192x384."
+            )
+    return list(dict.fromkeys(found))
+
+
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def parse_quantity(text: str | int | float, what: str) -> int:
+    """`500M`, `4.1G`, `20MB`, `20MiB`, `1e9` → a whole number. K, M, G, T are powers of 1000; Ki, Mi, Gi of 1024."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*([kKMGT]?)(i?)(?:[bB]|MACs?)?\s*", str(text))
+    try:
+        if match is None:
+            raise ValueError
+        prefix = match[2].upper()
+        scale = 1024 ** " KMGT".index(prefix or " ") if match[3] else _UNITS[prefix]
+        value = int(float(match[1]) * scale)
+    except ValueError:
+        raise DownresError(f"Cannot read {text!r} as {what}: give a number with a unit, for example 500M or 20MB.") from None
+    if value <= 0:
+        raise DownresError(f"{what[:1].upper()}{what[1:]} must be above 0, {text!r} is not.")
+    return value
+
+
+def format_quantity(value: float, unit: str = "") -> str:
+    """4089184256 → `4.09 G`; three significant digits, powers of 1000."""
+    for prefix in ("", "k", "M", "G"):
+        if abs(value) < 999.5:
+            break
+        value /= 1000
+    else:
+        prefix = "T"
+    digits = f"{value:.0f}" if prefix == "" and float(value).is_integer() else f"{value:.3g}"
+    return f"{digits} {prefix}{unit}".rstrip()
