@@ -249,12 +249,16 @@ class Rung(Record):
 
 @dataclass(frozen=True)
 class Recovery(Record):
-    """What won the accuracy back: the rung used ('none', 'crop', 'batchnorm', 'head'), and every rung tried."""
+    """What won the accuracy back: the rung used ('none', 'crop', 'batchnorm', 'head'), and every rung tried.
+
+    tuning: the drop on the tuning images with that rung, None where there are no training images.
+    """
 
     rung: str
     crop_ratio: float
     seconds: float
     tried: tuple[Rung, ...] = ()
+    tuning: Drop | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""Pictures: decoding, the one preprocessing, class folders and splits."""
+
+import os
+from collections.abc import Sequence
+
+from .decode import Unreadable, decode
+from .elpv import DEMO_DATA, open_elpv
+from .folders import Dataset, from_arrays, open_folder
+from .images import Images, Progress, Skip, from_files
+from .preprocess import batches, preprocess, resize_and_crop
+from .split import Fold, cross_folds, split_once
+
+__all__ = [
+    "DEMO_DATA",
+    "Dataset",
+    "Fold",
+    "Images",
+    "Progress",
+    "Skip",
+    "Unreadable",
+    "batches",
+    "cross_folds",
+    "decode",
+    "from_arrays",
+    "from_files",
+    "open_data",
+    "open_elpv",
+    "open_folder",
+    "preprocess",
+    "resize_and_crop",
+    "split_once",
+]
+
+
+def open_data(
+    source: str | os.PathLike[str],
+    outputs: int | None,
+    parts: Sequence[str] = ("train", "val"),
+    val_fraction: float = 0.5,
+    folds: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Dataset:
+    """The data that a command names: a folder (see `open_folder`) or the embedded demo set."""
+    if str(source) == DEMO_DATA:
+        return open_elpv(folds or 5, seed)
+    return open_folder(
+        source, outputs=outputs, parts=parts, val_fraction=val_fraction, folds=folds, seed=seed, progress=progress
+    )

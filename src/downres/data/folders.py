@@ -1,0 +1,265 @@
+"""Class folders, or arrays, to a `Dataset`: pictures, labels as indices into the network's outputs, and folds."""
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import DownresError
+from .decode import EXTENSIONS
+from .images import Images, Progress, Skip, from_files
+from .split import Fold, cross_folds, split_once
+
+_PARTS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
+"""Part to the names its folder may have, the first that exists being taken."""
+_WHOLE = "whole"
+_WNID = re.compile(r"n\d{8}")
+_IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled pictures and how they are divided.
+
+    labels: int64 (n,), indices into the network's outputs. classes: a name for each output. folds: one where the data
+    is split once, k where it is cross-fitted. skipped: files left out. description: one sentence, for reports.
+    """
+
+    images: Images
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    folds: tuple[Fold, ...]
+    skipped: tuple[Skip, ...]
+    description: str
+    licence: str = ""
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of names, sizes in bytes, labels, classes and folds; not of the pixels, so that it is quick."""
+        digest = hashlib.sha256()
+        for name, size in zip(self.images.names, self.images.sizes, strict=True):
+            digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+        digest.update("\0".join(self.classes).encode())
+        for indices in (self.labels, *(side for fold in self.folds for side in (fold.train, fold.test))):
+            digest.update(f"\n{len(indices)}\n".encode() + indices.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def from_arrays(
+    images: Images,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    folds: Sequence[Fold],
+    description: str,
+    licence: str = "",
+) -> Dataset:
+    """A data set of pictures that are in memory. Raises DownresError where labels, images and classes do not agree."""
+    labels = np.asarray(labels, dtype=np.int64)
+    if labels.shape != (len(images),):
+        raise DownresError(f"{len(images)} images need as many labels, not an array {labels.shape}: give one for each image.")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise DownresError(
+            f"Labels of {len(classes)} classes are 0 to {len(classes) - 1}, {labels.min()} to {labels.max()} are not: "
+            "number the classes from 0."
+        )
+    return Dataset(images, labels, tuple(classes), tuple(folds), (), description, licence)
+
+
+class _File(NamedTuple):
+    part: str
+    label: int
+    path: Path
+    name: str
+
+
+def open_folder(
+    path: str | os.PathLike[str],
+    *,
+    outputs: int | None,
+    parts: Sequence[str] = ("train", "val"),
+    val_fraction: float = 0.5,
+    folds: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Dataset:
+    """The pictures of DIR/train/CLASS/* and DIR/val/CLASS/*, or of DIR/CLASS/*, each decoded once.
+
+    outputs: of the network, which the class folders must match; None accepts any number. ImageNet's folder names
+    (n01440764) are mapped to the 1000 outputs, any subset of them. parts: what is needed; ("val",) decodes no training
+    image and leaves fold.train empty. One folder of classes, or only one of train and val, is split with `val_fraction`
+    and `seed`, or into `folds` folds; with parts ("val",) every image in it is a test image.
+    Raises DownresError, in one sentence that says why, where the folder cannot be used.
+    """
+    root = Path(path).expanduser()
+    sources = _sources(root)
+    if folds is not None and len(sources) > 1:
+        raise DownresError(
+            f"--folds needs one folder of classes, {root} has both {' and '.join(s.name for s in sources.values())}: "
+            "leave --folds out, or point --data to one of the two."
+        )
+    names = _class_folders(sources)
+    output_of, classes = _map_classes(names, outputs)
+    files = [
+        _File(part, label, file, file.relative_to(root).as_posix())
+        for part, source in sources.items()
+        if len(sources) == 1 or part in parts
+        for label, name in enumerate(names)
+        for file in _image_files(source / name)
+    ]
+    images, skipped = from_files([file.path for file in files], [file.name for file in files], progress)
+    reasons = {skip.path: skip.reason for skip in skipped}
+    _check_readable(files, reasons)
+
+    kept = [file for file in files if file.name not in reasons]
+    labels = np.array([output_of[file.label] for file in kept], dtype=np.int64)
+    count = f"{len(kept)} images of {len(names)} classes"
+    if len(sources) > 1:
+        divided, how = _as_found([file.part for file in kept], sources)
+    else:
+        divided, how = _divide(labels, parts, val_fraction, folds, seed)
+        (source,) = sources.values()
+        count += " in one folder" if source == root else f", {source.name} only"
+    left_out = f"; {len(skipped)} unreadable files left out" if skipped else ""
+    return Dataset(images, labels, classes, divided, tuple(skipped), f"{count}, {how}{left_out}.")
+
+
+def _sources(root: Path) -> dict[str, Path]:
+    """The folders that hold class folders: train, val or both, or else the root itself as _WHOLE."""
+    if not root.exists():
+        raise DownresError(
+            f"There is no folder {root}: point --data to a folder that holds one folder of images for each class."
+        )
+    if not root.is_dir():
+        raise DownresError(
+            f"{root} is a file and --data needs a folder: give one that holds one folder of images for each class."
+        )
+    folders = _subfolders(root)
+    found = {}
+    for part, candidates in _PARTS.items():
+        # Without class folders in it, `train` may be a class (of vehicles) and `test` unlabelled pictures.
+        name = next((name for name in candidates if name in folders and _subfolders(root / name)), None)
+        if name is not None:
+            found[part] = root / name
+    if found:
+        return found
+    if not folders and any(_is_image(entry) for entry in root.iterdir()):
+        raise DownresError(
+            f"The images in {root} are in no class folders: put those of each class into a folder named after it."
+        )
+    if not folders:
+        raise DownresError(f"{root} holds no class folders and no images: point --data to one folder of images for each class.")
+    if set(folders) <= {name for candidates in _PARTS.values() for name in candidates}:
+        raise DownresError(
+            f"{root / folders[0]} holds no class folders: put the images of each class into a folder named after it."
+        )
+    return {_WHOLE: root}
+
+
+def _class_folders(sources: dict[str, Path]) -> list[str]:
+    """The sorted names of the class folders, the same ones in every source."""
+    names, *others = (_subfolders(source) for source in sources.values())
+    for other in others:
+        if names != other:
+            differences = [
+                f"only in {source.name}: {_listed(sorted(set(mine) - set(theirs)))}"
+                for source, mine, theirs in zip(sources.values(), (names, other), (other, names), strict=True)
+                if set(mine) - set(theirs)
+            ]
+            raise DownresError(
+                f"{' and '.join(s.name for s in sources.values())} need the same class folders and differ "
+                f"({'; '.join(differences)}): add or remove those."
+            )
+    if len(names) < 2:
+        (first, *_) = sources.values()
+        raise DownresError(f"A classifier needs at least 2 class folders, {first} has 1 ({names[0]}): add the other classes.")
+    return names
+
+
+def _map_classes(names: list[str], outputs: int | None) -> tuple[list[int], tuple[str, ...]]:
+    """(output index of each class folder, name of each output)."""
+    if outputs == _IMAGENET_CLASSES and all(_WNID.fullmatch(name) for name in names):
+        from timm.data import ImageNetInfo  # slow to import, and only these data need it
+
+        imagenet = ImageNetInfo("imagenet-1k")
+        index = {wnid: i for i, wnid in enumerate(imagenet.label_names())}
+        unknown = [name for name in names if name not in index]
+        if unknown:
+            raise DownresError(
+                f"These class folders are not among ImageNet's {_IMAGENET_CLASSES} classes: {_listed(unknown)}; "
+                "remove them, or give weights whose outputs they are."
+            )
+        return [index[name] for name in names], tuple(imagenet.label_descriptions())
+    if outputs is not None and len(names) != outputs:
+        raise DownresError(
+            f"The weights have {outputs} outputs and the data {len(names)} class folders ({_listed(names)}): "
+            f"pass --fit-head to fit a new linear head for them, or point --data to a folder with {outputs} class folders."
+        )
+    return list(range(len(names))), tuple(names)
+
+
+def _check_readable(files: Sequence[_File], reasons: dict[str, str]) -> None:
+    """Raise DownresError when all files of a class in a part are among `reasons`, by name, why they cannot be read."""
+    readable = {(file.part, file.label) for file in files if file.name not in reasons}
+    for file in files:
+        if (file.part, file.label) not in readable:
+            raise DownresError(
+                f"None of the images of class {file.path.parent.name} can be read ({file.name}: {reasons[file.name]}): "
+                "replace them, or remove the folder."
+            )
+
+
+def _as_found(parts: Sequence[str], sources: dict[str, Path]) -> tuple[tuple[Fold, ...], str]:
+    """(the fold that the folders make, how to say so) from the part of each image."""
+    fold = Fold(*(np.flatnonzero(np.array(parts) == part).astype(np.int64) for part in _PARTS))
+    sides = zip((fold.train, fold.test), sources.values(), ("to fit on", "to test on"), strict=True)
+    return (fold,), " and ".join(f"{len(side)} in {source.name} {use}" for side, source, use in sides if len(side))
+
+
+def _divide(
+    labels: np.ndarray, parts: Sequence[str], val_fraction: float, folds: int | None, seed: int
+) -> tuple[tuple[Fold, ...], str]:
+    """(folds of one set of labels, how to say what was done)."""
+    every, none = np.arange(len(labels)), np.arange(0)
+    if "train" not in parts:
+        return (Fold(none, every),), "all to test on"
+    if "val" not in parts:
+        return (Fold(every, none),), "all to fit on"
+    if folds is not None:
+        return cross_folds(labels, folds, seed), f"cross-fitted in {folds} folds (stratified, seed {seed})"
+    fold = split_once(labels, val_fraction, seed)
+    return (fold,), f"split into {len(fold.train)} to fit on and {len(fold.test)} to test on (stratified, seed {seed})"
+
+
+def _subfolders(folder: Path) -> list[str]:
+    """Sorted names of the folders in a folder, without the hidden ones."""
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise DownresError(f"Cannot list the folder {folder} ({error.strerror}): make it readable.") from None
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """The image files in a class folder and the folders in it, sorted; at least one."""
+    found = [path for path in folder.rglob("*") if _is_image(path) and not _is_hidden(path.relative_to(folder))]
+    if not found:
+        raise DownresError(
+            f"The class folder {folder} holds no images ({', '.join(EXTENSIONS)}): add some, or remove the folder."
+        )
+    return sorted(found)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    """The first few names, for a sentence."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,87 @@
+"""Which images to fit on and which to prove on: stratified, and the same for the same labels and seed.
+
+Random numbers come from NumPy's Generator with PCG64(seed), whose stream is stable across platforms.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import DownresError
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Indices of images, int64, ascending: those that may be fitted on and those that are only reported on."""
+
+    train: np.ndarray
+    test: np.ndarray
+
+
+def split_once(labels: np.ndarray, test_fraction: float, seed: int) -> Fold:
+    """One stratified split of n labels into round(n · test_fraction) test and the rest train.
+
+    A class of two or more images has at least one on each side; classes of a single image are spread at random so that
+    the total comes out right. Raises DownresError for fewer than 2 images or a fraction outside (0, 1).
+    """
+    labels = np.asarray(labels)
+    n = len(labels)
+    if n < 2:
+        raise DownresError(f"A split needs at least 2 images, there are {n}: add images to the data.")
+    if not 0.0 < test_fraction < 1.0:
+        raise DownresError(f"The validation fraction is between 0 and 1, {test_fraction} is not: give for example 0.5.")
+    rng = np.random.Generator(np.random.PCG64(seed))
+    classes = _by_class(labels, rng)
+    groups = [members for members in classes if len(members) > 1]
+    singles = [members[0] for members in classes if len(members) == 1]
+    low, high = [1] * len(groups), [len(members) - 1 for members in groups]
+    if singles:  # one group together, that may go wholly to either side
+        groups.append(rng.permutation(np.array(singles, dtype=np.int64)))
+        low.append(0)
+        high.append(len(singles))
+    ideal = np.array([len(members) * test_fraction for members in groups])
+    total = min(max(round(n * test_fraction), 1), n - 1)
+    counts = _round_to_total(ideal, np.array(low), np.array(high), total, rng)
+    test = np.sort(np.concatenate([members[:count] for members, count in zip(groups, counts, strict=True)]))
+    return Fold(_without(n, test), test)
+
+
+def cross_folds(labels: np.ndarray, k: int, seed: int) -> tuple[Fold, ...]:
+    """k stratified folds of n labels; every index is a test index exactly once.
+
+    The folds' sizes, and each class's share in them, differ by at most one image. Raises DownresError unless 2 ≤ k ≤ n.
+    """
+    labels = np.asarray(labels)
+    n = len(labels)
+    if not 2 <= k <= n:
+        raise DownresError(f"The number of folds is from 2 to the number of images, {n}, and {k} is not: give for example 5.")
+    # Dealt like cards, class after class: consecutive images of a class go to different folds.
+    order = np.concatenate(_by_class(labels, np.random.Generator(np.random.PCG64(seed))))
+    tests = [np.sort(order[i::k]) for i in range(k)]
+    return tuple(Fold(_without(n, test), test) for test in tests)
+
+
+def _by_class(labels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """The int64 indices of each class in label order, shuffled within the class."""
+    order = np.argsort(labels, kind="stable").astype(np.int64)
+    _, starts = np.unique(labels[order], return_index=True)
+    return [rng.permutation(members) for members in np.split(order, starts[1:])]
+
+
+def _round_to_total(ideal: np.ndarray, low: np.ndarray, high: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:
+    """Whole numbers near `ideal`, within [low, high], that sum to `total` or, where the limits forbid, close to it."""
+    counts = np.clip(np.floor(ideal).astype(np.int64), low, high)
+    ties = rng.random(len(ideal)) * 1e-6  # among equals chance decides, not the order of the classes
+    while (missing := total - int(counts.sum())) != 0:
+        step = 1 if missing > 0 else -1
+        movable = counts < high if step > 0 else counts > low
+        if not movable.any():
+            break
+        counts[np.argmax(np.where(movable, step * (ideal - counts) + ties, -np.inf))] += step
+    return counts
+
+
+def _without(n: int, test: np.ndarray) -> np.ndarray:
+    train = np.ones(n, dtype=bool)
+    train[test] = False
+    return np.flatnonzero(train).astype(np.int64)

@@ -1,0 +1,46 @@
+"""A function in a file of the user's that returns an `nn.Module`."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import DownresError
+from ..records import Preprocessing
+
+
+def create(spec: str) -> nn.Module:
+    """`path/to/file.py:function` → the module that the function returns. Runs the file: the user named it."""
+    file, _, function = spec.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise DownresError(f"There is no file {path}: give the model as path/to/file.py:function.")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules.setdefault(path.stem, module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise DownresError(f"Running {path} failed: {type(error).__name__}: {error}.") from error
+    maker = getattr(module, function, None)
+    if not callable(maker):
+        found = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        raise DownresError(f"{path} has no function {function!r}: it has {', '.join(found) or 'none'}.")
+    try:
+        model = maker()
+    except Exception as error:
+        raise DownresError(f"{function}() in {path} failed: {type(error).__name__}: {error}.") from error
+    if not isinstance(model, nn.Module):
+        raise DownresError(f"{function}() in {path} must return a torch.nn.Module, it returned {type(model).__name__}.")
+    return model
+
+
+def preprocessing(model: nn.Module) -> Preprocessing:
+    """What the module says of itself (timm's `pretrained_cfg`), else ImageNet's usual numbers, marked as assumed."""
+    if getattr(model, "pretrained_cfg", None):
+        from . import timm
+
+        return timm.preprocessing(model, "")
+    return Preprocessing(224, 0.875, "bilinear", source="assumed: ImageNet's mean and std, 224 px, crop ratio 0.875")

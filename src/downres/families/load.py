@@ -1,0 +1,119 @@
+"""`load_model`: MODEL as the user writes it → a module with its weights and its preprocessing."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import DownresError
+from ..records import Preprocessing
+from . import generic, timm, torchvision
+from .weights import fingerprint, load_weights, match, read_checkpoint
+
+_LIBRARIES = {"timm": timm, "torchvision": torchvision}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network to be reduced. spec: how the user named it ('' for a module handed over in Python)."""
+
+    module: nn.Module
+    preprocessing: Preprocessing
+    spec: str = ""
+    weights: str = ""
+    num_classes: int | None = None
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.module)
+
+
+def load_model(
+    spec: str, weights: str | Path | None = None, *, pretrained: bool = True, num_classes: int | None = None
+) -> Model:
+    """`timm:NAME`, `torchvision:NAME` or `path/to/file.py:function`, in eval mode.
+
+    Args:
+        weights: a .safetensors or .pth file. A library model takes its number of classes from the file.
+        pretrained: without `weights`, a library model gets its own pretrained weights; False leaves it random
+            (enough for costs).
+        num_classes: size of the head of a library model, for weights that are loaded later.
+
+    Raises:
+        DownresError: unknown name (the nearest are suggested), weights that don't fit, no pretrained weights to be had.
+    """
+    family, _, name = spec.partition(":")
+    tensors = None if weights is None else read_checkpoint(weights)
+    if family in _LIBRARIES and name:
+        library = _LIBRARIES[family]
+        _check_name(family, name, library.names())
+        if tensors is not None:
+            module = library.create(name, False, num_classes)
+            classes = _classes_of(module, tensors)
+            if classes is not None:
+                module, num_classes = library.create(name, False, classes), classes
+        else:
+            module = _create(library, spec, pretrained, num_classes)
+        # `timm:vit.tag` keeps its tag in the model's own configuration; torchvision needs the name.
+        preprocessing = library.preprocessing(module, name)
+    elif ".py:" in spec:
+        module = generic.create(spec)
+        preprocessing = generic.preprocessing(module)
+    else:
+        raise DownresError(f"Cannot read the model {spec!r}: give timm:NAME, torchvision:NAME or path/to/file.py:function.")
+    how = "the library's pretrained weights" if pretrained and family in _LIBRARIES else "as the module came"
+    if tensors is not None:
+        how = f"{Path(str(weights)).name}, matched {load_weights(module, tensors)}"
+    return Model(module.eval(), preprocessing, spec, how, num_classes)
+
+
+def with_preprocessing(
+    model: Model,
+    *,
+    resolution: int | tuple[int, int] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    interpolation: str | None = None,
+    crop_ratio: float | None = None,
+) -> Model:
+    """The same model with some of its preprocessing given by the user."""
+    given = {"resolution": resolution, "mean": mean, "std": std, "interpolation": interpolation, "crop_ratio": crop_ratio}
+    given = {k: v for k, v in given.items() if v is not None}
+    if not given:
+        return model
+    source = f"{model.preprocessing.source}; {', '.join(given)} given"
+    return dataclasses.replace(model, preprocessing=dataclasses.replace(model.preprocessing, source=source, **given))  # type: ignore[arg-type]
+
+
+def _check_name(family: str, name: str, known: list[str]) -> None:
+    if name.partition(".")[0] not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"{family} knows {len(known)} names, for example {known[0]}."
+        raise DownresError(f"{family} has no classification model {name!r}: {hint}")
+
+
+def _create(library, spec: str, pretrained: bool, num_classes: int | None) -> nn.Module:  # type: ignore[no-untyped-def]
+    _, _, name = spec.partition(":")
+    if not pretrained:
+        return library.create(name, False, num_classes)
+    try:
+        return library.create(name, True, num_classes)
+    except Exception as error:  # the hubs raise many kinds: no network, no such weights, a broken download
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise DownresError(
+            f"The pretrained weights of {spec} could not be fetched ({reason}): give a file with --weights."
+        ) from None
+
+
+def _classes_of(module: nn.Module, tensors: dict) -> int | None:
+    """Number of classes of the checkpoint when its classifier has another size than the module's, else None."""
+    try:
+        matched, _ = match(module, tensors)
+    except DownresError:
+        return None  # load_weights says it properly
+    wanted = module.state_dict()
+    sizes = {
+        t.shape[0] for k, t in matched.items() if t.shape[:1] != wanted[k].shape[:1] and t.shape[1:] == wanted[k].shape[1:]
+    }
+    return sizes.pop() if len(sizes) == 1 else None

@@ -1,0 +1,136 @@
+"""Intervals and tests for proportions of images. Fractions everywhere (0.01 is one percentage point); no torch.
+
+Original and candidate see the same n images, so everything rests on the two discordant counts:
+`lost` images that only the original gets right, `won` images that only the candidate gets right.
+The drop is (lost - won) / n. Concordant images carry no information on it beyond their number.
+"""
+
+import math
+from typing import NamedTuple
+
+from scipy.special import ndtr, ndtri
+from scipy.stats import binomtest
+
+from ..errors import DownresError
+
+
+def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Two-sided Wilson score interval (low, high) of the proportion correct / n (Wilson 1927, JASA 22:209-212)."""
+    if not 0 <= correct <= n or n < 1:
+        raise DownresError(
+            f"A proportion needs 0 to n correct images of at least one, not {correct} of {n}: check the data set."
+        )
+    interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def noninferiority_p(lost: int, won: int, n: int, margin: float) -> float:
+    """One-sided p-value of "the drop is at least `margin`": small means proven within the margin.
+
+    Tango's score test for paired proportions (Tango 1998, Statistics in Medicine 17:891-908).
+    """
+    _check_counts(lost, won, n)
+    return float(ndtr(_score(lost, won, n, margin)))
+
+
+def inferiority_p(lost: int, won: int, n: int, margin: float) -> float:
+    """One-sided p-value of "the drop is at most `margin`": small means proven outside the margin. The same score test."""
+    return noninferiority_p(won, lost, n, -margin)
+
+
+def paired_bound(lost: int, won: int, n: int, confidence: float) -> tuple[float, float]:
+    """(lower, upper) bounds of the drop, each one-sided at `confidence`: the inverted score test.
+
+    upper is the largest margin that `noninferiority_p` does not reject, so that upper < margin exactly when
+    noninferiority_p < 1 - confidence, also with no discordant image at all; likewise lower with `inferiority_p`.
+    """
+    _check_counts(lost, won, n)
+    alpha = _alpha(confidence)
+    return -_upper(won, lost, n, alpha), _upper(lost, won, n, alpha)
+
+
+def more_images(lost: int, won: int, n: int, margin: float, confidence: float) -> int | None:
+    """How many more images would prove the drop within `margin` if the rates of lost and won images stay as observed.
+
+    At fixed rates the score grows with the square root of the number of images, hence n (z / score)² in all; for many
+    images this is z² (psi - d²) / (margin - d)² with psi = (lost + won) / n and d the drop, and it stays right with no
+    discordant image. The rates will not stay exactly: at this number the proof succeeds about every second time.
+    At least 1; None when the observed drop is not below the margin (no number would do).
+    """
+    _check_counts(lost, won, n)
+    score = _score(lost, won, n, margin)
+    if score >= 0.0:
+        return None
+    needed = n * (ndtri(_alpha(confidence)) / score) ** 2
+    return max(1, math.floor(needed) + 1 - n)
+
+
+class Tested(NamedTuple):
+    """One hypothesis after Holm's procedure: the level (alpha) at which it was tested, and whether it was rejected."""
+
+    level: float
+    rejected: bool
+
+
+def holm(p_values: list[float], alpha: float) -> tuple[Tested, ...]:
+    """Holm's step-down procedure (Holm 1979, Scand. J. Statist. 6:65-70), in the order given.
+
+    The i-th smallest of K p-values is tested at alpha / (K - i + 1), until the first that is not below its level.
+    That one and all after it are not rejected, and carry the level of the failing step.
+    """
+    count = len(p_values)
+    tested: dict[int, Tested] = {}
+    failed = False
+    level = alpha
+    for step, index in enumerate(sorted(range(count), key=p_values.__getitem__)):
+        if not failed:
+            level = alpha / (count - step)
+            failed = not p_values[index] < level
+        tested[index] = Tested(level, not failed)
+    return tuple(tested[index] for index in range(count))
+
+
+def _upper(lost: int, won: int, n: int, alpha: float) -> float:
+    """The largest margin not rejected at `alpha`: bisection down to neighbouring floats on the decision of the test."""
+    kept, rejected = (lost - won) / n, 1.0
+    if not ndtr(_score(lost, won, n, rejected)) < alpha:
+        return rejected
+    while kept < (middle := (kept + rejected) / 2) < rejected:
+        if ndtr(_score(lost, won, n, middle)) < alpha:
+            rejected = middle
+        else:
+            kept = middle
+    return kept
+
+
+def _score(lost: int, won: int, n: int, drop: float) -> float:
+    """Tango's score: (lost - won - n drop) over its standard deviation under the hypothesis that `drop` is the true drop.
+
+    The nuisance is q, the probability of a won image; its maximum-likelihood value given the drop solves
+    2n q² + b q - won drop (1 - drop) = 0. The score falls as `drop` grows.
+    """
+    if drop < 0.0:
+        return -_score(won, lost, n, -drop)
+    b = (2 * n - lost + won) * drop - (lost + won)
+    c = won * drop * (1.0 - drop)
+    root = math.sqrt(b * b + 8 * n * c)
+    q = 2 * c / (b + root) if b > 0.0 else (root - b) / (4 * n)
+    distance = lost - won - n * drop
+    variance = n * (2 * q + drop * (1.0 - drop))
+    if variance <= 0.0:
+        return 0.0 if distance == 0.0 else math.copysign(math.inf, distance)
+    return distance / math.sqrt(variance)
+
+
+def _alpha(confidence: float) -> float:
+    if not 0.5 < confidence < 1.0:
+        raise DownresError(f"The confidence is between 0.5 and 1, {confidence} is not: 0.95 is usual.")
+    return 1.0 - confidence
+
+
+def _check_counts(lost: int, won: int, n: int) -> None:
+    if n < 1 or lost < 0 or won < 0 or lost + won > n:
+        raise DownresError(
+            f"Lost and won images are counts that add up to at most n, and n is at least 1; {lost} and {won} of {n} "
+            "cannot be: compare the models on a split that has images."
+        )

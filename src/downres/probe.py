@@ -1,0 +1,200 @@
+"""One forward pass that computes nothing: what a model executes at an input size, without touching the model."""
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+from .errors import DownresError
+from .runtimes.torch import plain_attention
+
+Seen = TypeVar("Seen")
+Watch = Callable[[nn.Module, Tensor], AbstractContextManager[Seen]]
+"""Given the copy that will run and its input, a context that is open during the forward pass; what it yields is returned."""
+
+ROOMY_STEP = 64
+"""`total_stride` runs at multiples of this many pixels, so that the usual strides divide them."""
+
+
+def fake_run(model: nn.Module, input_size: tuple[int, ...], watch: Watch[Seen]) -> Seen:
+    """Runs a copy of the model once, in eval mode and without gradients, and returns what `watch` saw.
+
+    The copy holds fake tensors (shapes, no numbers, no memory), so that neither arithmetic nor the original's weights,
+    flags, hooks or cached attributes are touched. A model that looks at its numbers cannot run so: a real copy then runs
+    on zeros, watched in the same way.
+
+    input_size: (channels, height, width) for a batch of one, or (batch, channels, height, width).
+    Raises DownresError when the size is neither, or when the model does not run at it.
+    """
+    size = batched(input_size)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with FakeCopyMode(fake):
+            copied = copy.deepcopy(model)
+        with fake, _unlogged():
+            return _forward(copied, size, watch)
+    except Exception:  # any reason: the real run below succeeds, or says better what is wrong
+        pass
+    try:
+        return _forward(copy.deepcopy(model), size, watch)
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        shape = "x".join(str(n) for n in size)
+        raise DownresError(f"The model does not run on an input of {shape} ({text}): give a size that it accepts.") from error
+
+
+def batched(input_size: tuple[int, ...]) -> tuple[int, ...]:
+    """(batch, channels, height, width) of a size given with or without the batch; DownresError for anything else."""
+    size = tuple(input_size)
+    if len(size) not in (3, 4) or not all(isinstance(n, int) and n > 0 for n in size):
+        raise DownresError(f"An input size is (channels, height, width), all above 0, {size} is not: give (3, 224, 224).")
+    return size if len(size) == 4 else (1, *size)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Fake tensors log a traceback for what they cannot do; the real run that follows says it in one line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
+def _forward(model: nn.Module, size: tuple[int, ...], watch: Watch[Seen]) -> Seen:
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    with torch.no_grad(), plain_attention():
+        x = torch.zeros(size, dtype=like.dtype, device=like.device)
+        with watch(model.eval(), x) as seen:
+            model(x)
+    return seen
+
+
+def find_stem(model: nn.Module, input_size: tuple[int, ...]) -> str:
+    """The dotted name of the first convolution executed.
+
+    input_size: as for `fake_run`. Raises DownresError when no convolution module runs.
+    """
+
+    @contextmanager
+    def watch(copied: nn.Module, x: Tensor) -> Iterator[list[str]]:
+        executed: list[str] = []
+        for name, module in copied.named_modules():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                module.register_forward_pre_hook(lambda _module, _inputs, name=name: executed.append(name))
+        yield executed
+
+    executed = fake_run(model, input_size, watch)
+    if not executed:
+        raise DownresError("No convolution was executed: name the module after which to resample with stem=….")
+    return executed[0]
+
+
+def total_stride(model: nn.Module, resolution: tuple[int, int], channels: int = 3) -> int:
+    """How many input pixels, per side, share one position of the coarsest feature map: 32 for a ResNet, 16 for a ViT/16.
+
+    It is the largest ratio of input growth to map growth, between two input sizes, over the outputs of the leaf modules.
+    What does not grow with the input (global or adaptive pooling, squeeze-excitation, attention windows, channels) is no
+    map, and what padding or rounding adds at the borders cancels out. A model of fixed size is compared with nothing at
+    all, that is the ratio of input side to map side is taken, over maps larger than 1.
+
+    resolution: (height, width) in pixels that the model takes.
+    Raises DownresError when the model does not run at it.
+    """
+    roomy = tuple(math.ceil(side / ROOMY_STEP) * ROOMY_STEP for side in resolution)
+    try:
+        small = _leaf_outputs(model, (channels, *roomy))
+        large = _leaf_outputs(model, (channels, *(2 * side for side in roomy)))
+        growth, pairs = roomy, list(zip(small, large, strict=True))
+    except (DownresError, ValueError):  # not at these sizes, or another path at each
+        shapes = _leaf_outputs(model, (channels, *resolution))
+        growth, pairs = resolution, [((0, 0, 0, 0), shape) for shape in shapes]
+    return max([1, *(ratio for pair in pairs for ratio in _ratios(growth, *pair))])
+
+
+def _ratios(growth: tuple[int, ...], small: tuple[int, ...], large: tuple[int, ...]) -> Iterator[int]:
+    """The stride of a map, for each of the layouts (batch, channels, h, w) and (batch, h, w, channels) that fits."""
+    for first in (2, 1):
+        (h_small, w_small), (h, w) = small[first : first + 2], large[first : first + 2]
+        if min(h, w) > 1 and h > h_small and w > w_small:
+            by_height, by_width = round(growth[0] / (h - h_small)), round(growth[1] / (w - w_small))
+            if by_height == by_width:
+                yield by_height
+
+
+def _leaf_outputs(model: nn.Module, input_size: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes of the four-dimensional outputs of the modules without children, in order of execution."""
+
+    @contextmanager
+    def watch(copied: nn.Module, x: Tensor) -> Iterator[list[tuple[int, ...]]]:
+        shapes: list[tuple[int, ...]] = []
+
+        def note(_module: nn.Module, _inputs: tuple, output: object) -> None:
+            if isinstance(output, Tensor) and output.dim() == 4 and output.shape[0] == x.shape[0]:
+                shapes.append(tuple(output.shape))
+
+        for module in copied.modules():
+            if not list(module.children()):
+                module.register_forward_hook(note)
+        yield shapes
+
+    return fake_run(model, input_size, watch)
+
+
+def input_size_of(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) that the model says it is used at (timm's configuration), else 3×224×224."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, dict) else None
+    return tuple(size) if size else (3, 224, 224)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The (B, K) logits in what a classifier returns: a tensor, `.logits`, a dictionary or a tuple."""
+    if isinstance(output, Tensor):
+        found: Any = output
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, dict):
+        found = output.get("logits", output.get("out"))
+    else:
+        found = output[0] if isinstance(output, (tuple, list)) and output else None
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+        raise DownresError(
+            f"A classifier returns logits of shape (batch, classes), this model returns {shape}: give another model."
+        )
+    return found
+
+
+def find_head(model: nn.Module, input_size: tuple[int, ...]) -> tuple[str | None, int, int]:
+    """(name of the linear layer whose output the logits are, or None; number of its inputs; number of logits)."""
+
+    @contextmanager
+    def watch(copied: nn.Module, x: Tensor) -> Iterator[dict[str, Any]]:
+        linear: dict[int, tuple[str, int]] = {}
+        seen: dict[str, Any] = {"head": None, "width": 0, "outputs": 0}
+        for name, module in copied.named_modules():
+            if isinstance(module, nn.Linear) and name:
+                module.register_forward_hook(
+                    lambda m, _inputs, out, name=name: linear.__setitem__(id(out), (name, m.in_features, out))
+                )
+
+        def last(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            logits = logits_of(output)
+            seen["outputs"] = logits.shape[1]
+            # Kept alive in `linear`, so that an id is not used twice.
+            if id(logits) in linear and linear[id(logits)][2].ndim == 2:
+                seen["head"], seen["width"] = linear[id(logits)][:2]
+
+        copied.register_forward_hook(last)
+        yield seen
+
+    seen = fake_run(model, input_size, watch)
+    return seen["head"], seen["width"] or seen["outputs"], seen["outputs"]

@@ -1,0 +1,194 @@
+"""Features of every image under every state of the network that is looked at: computed once, kept, resumed."""
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data import Images, batches
+from ..errors import DownresError
+from ..probe import logits_of
+from ..records import Candidate, Preprocessing, Record
+from ..reductions import reduce
+from ..runtimes.onnxruntime import OnnxRuntime, export_onnx
+from ..runtimes.torch import TorchRuntime
+from .batchnorm import recalibrate_batchnorm
+from .head import Head
+
+Progress = Callable[[str, int, int], None]
+
+CALIBRATION_IMAGES = 256
+"""Training images that BatchNorm statistics are averaged over."""
+
+
+@dataclass(frozen=True)
+class State(Record):
+    """One backbone and the pixels it gets: what features depend on. calibration: the fold whose images BatchNorm saw."""
+
+    candidate: Candidate
+    crop_ratio: float
+    calibration: int | None = None
+
+    def key(self) -> str:
+        """A file name: readable, and unique by a hash of everything in it."""
+        digest = hashlib.sha256(repr(self.to_json()).encode()).hexdigest()[:8]
+        return f"{str(self.candidate).replace(' ', '_').replace('×', '')}-{digest}".replace("/", "_")
+
+
+class Classifier(nn.Module):
+    """Any classifier as one that returns (logits,) or, with the name of its head, (logits, features)."""
+
+    def __init__(self, model: nn.Module, head: str | None) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        self.outputs = None
+        if head is not None:
+            linear = self.model.get_submodule(head)
+            assert isinstance(linear, nn.Linear)
+            self.outputs = linear.out_features
+            self.model.set_submodule(head, _Tap(linear))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        out = logits_of(self.model(x))
+        return (out,) if self.outputs is None else (out[:, : self.outputs], out[:, self.outputs :])
+
+
+class _Tap(nn.Module):
+    """A linear layer that also hands on its input, so that one pass gives logits and features."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.cat([self.linear(features), features], dim=-1)
+
+
+class FeatureBank:
+    """`features(state, indices)` → (len(indices), F): computes what is missing, remembers all of it.
+
+    With a folder the features live in memory-mapped files there, filled chunk by chunk, so that an interrupted
+    run goes on where it was. Without a known head the "features" are the logits themselves.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: str | None,
+        width: int,
+        images: Images,
+        preprocessing: Preprocessing,
+        *,
+        calibration: Sequence[np.ndarray] = (),
+        folder: Path | None = None,
+        runtime: str = "onnxruntime",
+        threads: int | None = None,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model, self.head, self.width = model, head, width
+        self.images, self.preprocessing = images, preprocessing
+        self.calibration = list(calibration)
+        self.folder, self.runtime_name, self.threads, self.batch_size = folder, runtime, threads, batch_size
+        self.progress = progress
+        self.passes = 0
+        self._stores: dict[State, np.ndarray] = {}
+        self._runtimes: dict[State, OnnxRuntime | TorchRuntime] = {}
+        self._networks: dict[State, nn.Module] = {}
+        if folder is not None:
+            (folder / "features").mkdir(parents=True, exist_ok=True)
+            (folder / "onnx").mkdir(exist_ok=True)
+
+    def preprocessing_of(self, state: State) -> Preprocessing:
+        return self.preprocessing.at(state.candidate.resolution, state.crop_ratio)
+
+    def network(self, state: State) -> nn.Module:
+        """The network of a state with its original head: takes the small input, returns what the original returns."""
+        if state not in self._networks:
+            candidate = state.candidate
+            network = self.model
+            if candidate.stem_scale != 1.0:
+                size = (len(self.preprocessing.mean), *(candidate.hw or self.preprocessing.hw))
+                network = reduce(network, stem_scale=candidate.stem_scale, stem=candidate.stem, input_size=size)
+            if state.calibration is not None:
+                chosen = self.calibration[state.calibration][:CALIBRATION_IMAGES]
+                self.passes += len(chosen)
+                source = self._batches(state, chosen, 32)
+                with contextlib.closing(source):
+                    network = recalibrate_batchnorm(network, (torch.as_tensor(b) for b in source))
+            self._networks = {state: network}  # one at a time: candidates come one after the other
+        return self._networks[state]
+
+    def runtime(self, state: State) -> OnnxRuntime | TorchRuntime:
+        """The state's network ready to run; exported once to the run's folder for onnxruntime."""
+        if state not in self._runtimes:
+            # Recalibrated networks are tried on few images: torch is ready at once, an export takes seconds.
+            if self.runtime_name == "torch" or self.folder is None or state.calibration is not None:
+                ready: OnnxRuntime | TorchRuntime = TorchRuntime(Classifier(self.network(state), self.head), self.threads)
+            else:
+                # The graph depends on the candidate alone: the crop happens before it.
+                file = self.folder / "onnx" / f"{State(state.candidate, 1.0).key()}.onnx"
+                if not file.exists():
+                    names = ("logits",) if self.head is None else ("logits", "features")
+                    size = (len(self.preprocessing.mean), *self.preprocessing_of(state).hw)
+                    partial = file.with_suffix(".partial")
+                    export_onnx(Classifier(self.network(state), self.head), size, partial, names)
+                    partial.replace(file)
+                ready = OnnxRuntime(file, self.threads)
+            self._runtimes[state] = ready
+        return self._runtimes[state]
+
+    def release(self) -> None:
+        """Forget runtimes and networks, keep the features."""
+        self._runtimes, self._networks = {}, {}
+
+    def features(self, state: State, indices: np.ndarray) -> np.ndarray:
+        store = self._store(state)
+        todo = indices[np.isnan(store[indices, 0])]
+        if len(todo):
+            runtime, done = self.runtime(state), 0
+            source = self._batches(state, todo, self.batch_size)
+            with contextlib.closing(source):
+                for batch in source:
+                    out = runtime(np.asarray(batch))[-1]
+                    if not np.isfinite(out).all():
+                        raise DownresError(
+                            f"The model returns NaN or infinite values at {state.candidate} on real images "
+                            f"({self.images.names[todo[done]]} or near it): check its weights and the preprocessing."
+                        )
+                    store[todo[done : done + len(out)]] = out
+                    done += len(out)
+                    self.passes += len(out)
+                    if self.progress:
+                        self.progress(f"{state.candidate}: looking at images", done, len(todo))
+        return np.asarray(store[indices])
+
+    def _batches(self, state: State, indices: np.ndarray, size: int):  # type: ignore[no-untyped-def]
+        return batches(self.images, indices, self.preprocessing_of(state), size)
+
+    def _store(self, state: State) -> np.ndarray:
+        if state not in self._stores:
+            shape = (len(self.images), self.width)
+            if self.folder is None:
+                self._stores[state] = np.full(shape, np.nan, np.float32)
+            else:
+                file = self.folder / "features" / f"{state.key()}.npy"
+                if not file.exists():
+                    partial = file.with_suffix(".partial")
+                    new = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+                    new[:] = np.nan
+                    del new
+                    partial.replace(file)
+                self._stores[state] = np.lib.format.open_memmap(file, "r+")
+        return self._stores[state]
+
+
+def logits(features: np.ndarray, head: Head | None) -> np.ndarray:
+    """(n, F) → (n, K); without a head the features are the logits."""
+    return features if head is None else head(features)

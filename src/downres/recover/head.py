@@ -1,0 +1,51 @@
+"""Head refit: the final linear layer fitted anew on the features that the network gives at the target resolution."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+
+STRENGTHS = (0.001, 0.01, 0.1)
+"""Values of scikit-learn's C (inverse L2 strength, on standardised features) that are tried on tuning images."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier: logits = features @ weight.T + bias; weight (K, F), bias (K,), float32."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """(n, F) → (n, K)."""
+        return features @ self.weight.T + self.bias
+
+
+def fit_head(features: np.ndarray, labels: np.ndarray, outputs: int, strength: float) -> Head:
+    """Multinomial logistic regression with an L2 penalty on standardised features, folded back into one linear layer.
+
+    features (n, F) float32, labels (n,) in 0…outputs-1, every class present. Deterministic.
+    """
+    mean, scale = features.mean(0), features.std(0)
+    scale[scale < 1e-6] = 1.0  # a dead channel carries nothing, and must not be blown up
+    model = LogisticRegression(C=strength, max_iter=300, tol=1e-3)
+    with warnings.catch_warnings(), threadpool_limits(1):
+        # 300 steps are plenty for a regularised fit; whether it suffices is measured on tuning images anyway.
+        # One BLAS thread: the matrices are small, and the sum order (so the answer) does not depend on the machine's load.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit((features - mean) / scale, labels)
+    weight, bias = model.coef_, model.intercept_
+    if outputs == 2 and len(weight) == 1:
+        # scikit-learn keeps one row for two classes; softmax over (-z/2, z/2) is its sigmoid of z.
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    weight = weight / scale
+    return Head(weight.astype(np.float32), (bias - weight @ mean).astype(np.float32))
+
+
+def why_not(labels: np.ndarray, outputs: int) -> str:
+    """Why a head cannot be fitted on images with these labels, or '' when it can."""
+    missing = outputs - len(np.unique(labels))
+    return f"{missing} of {outputs} classes have no training image" if missing else ""

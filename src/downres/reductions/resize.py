@@ -1,0 +1,80 @@
+"""Resampling of images and activations: pure tensor functions, and the two hooks that `reduce` installs."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DownresError
+from ..parse import Resolution
+
+
+def resample(x: Tensor, size: tuple[int, int], interpolation: str = "bilinear") -> Tensor:
+    """(B, C, H, W) → (B, C, *size), antialiased (agrees with PIL, as plain `interpolate` does not).
+
+    Returns `x` itself when it has that size already, so a small input costs nothing.
+    """
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    if x.dtype in (torch.float16, torch.bfloat16):
+        # The filter sums many small weights: half precision would lose them, and CPU kernels lack it.
+        return resample(x.float(), size, interpolation).to(x.dtype)
+    return F.interpolate(x, size=size, mode=interpolation, antialias=True, align_corners=False)
+
+
+def input_size(shape: tuple[int, int], resolution: Resolution) -> tuple[int, int]:
+    """(height, width) that an input of `shape` is resized to.
+
+    One number is the short side, aspect ratio kept (a 2:1 street scene stays 2:1); a pair is taken as it is.
+    """
+    if not isinstance(resolution, int):
+        return resolution
+    height, width = shape
+    short = min(height, width)
+    return max(1, round(height * resolution / short)), max(1, round(width * resolution / short))
+
+
+def scaled_size(shape: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(height, width) of a feature map of `shape` resampled by `scale`, at least 1×1."""
+    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
+
+
+# The hooks are objects of module-level classes, not closures: they survive copy.deepcopy and pickle,
+# add no key to the state dict, and are traced by torch.compile and torch.export like any other code.
+
+
+class ResizeInput:
+    """Forward pre-hook: resizes the first (B, C, H, W) tensor among the arguments."""
+
+    def __init__(self, resolution: Resolution, interpolation: str) -> None:
+        self.resolution, self.interpolation = resolution, interpolation
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        for where in (args, kwargs):
+            items = enumerate(where) if isinstance(where, tuple) else where.items()
+            for key, value in items:
+                if isinstance(value, Tensor) and value.ndim == 4:
+                    small = resample(value, input_size(tuple(value.shape[-2:]), self.resolution), self.interpolation)  # type: ignore[arg-type]
+                    if isinstance(where, tuple):
+                        return (*args[:key], small, *args[key + 1 :]), kwargs  # type: ignore[operator,misc]
+                    return args, {**kwargs, key: small}
+        raise DownresError(
+            "The reduced model got no image tensor: its input must be of shape (batch, channels, height, width)."
+        )
+
+
+class ResampleOutput:
+    """Forward hook: resamples the feature map (B, C, H, W) that a module returns by a relative factor."""
+
+    def __init__(self, name: str, scale: float, interpolation: str) -> None:
+        self.name, self.scale, self.interpolation = name, scale, interpolation
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise DownresError(
+                f"Only a feature map (batch, channels, height, width) can be resampled, {self.name!r} returns {shape}: "
+                "name another module with stem=..."
+            )
+        return resample(output, scaled_size(tuple(output.shape[-2:]), self.scale), self.interpolation)  # type: ignore[arg-type]

@@ -1,0 +1,200 @@
+"""One self-contained HTML page that shows a whole search: verdict, picture, table, photographs, and how it was made."""
+
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup, escape
+from plotly.offline import get_plotlyjs
+
+from ..errors import DownresError
+from ..parse import format_quantity, format_resolution
+from ..records import Budget, Candidate, Preprocessing, Result
+from . import pictures, words
+
+
+@dataclass(frozen=True)
+class View:
+    """One photograph as the model sees it: uint8 (height, width, 3), resized and cropped, not normalised; percent."""
+
+    label: str
+    image: np.ndarray
+    prediction: str
+    confidence: float
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photograph with its true class, seen at several resolutions."""
+
+    name: str
+    truth: str
+    views: tuple[View, ...]
+
+
+@dataclass(frozen=True)
+class ReportView:
+    """All that the page shows. `results` in the order of cost; `made` says, label → sentence, how each number was made."""
+
+    title: str
+    model: str
+    data: str
+    licence: str
+    budget: Budget
+    original: Result
+    results: tuple[Result, ...]
+    best: Candidate | None
+    preprocessing: Preprocessing
+    photos: tuple[Photo, ...]
+    made: dict[str, str]
+    command: str
+    created: str
+    versions: dict[str, str]
+    skipped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def build_report(view: ReportView) -> str:
+    """The page as HTML. It needs no other file and no network."""
+    chosen = _chosen(view)
+    shown = chosen or words.nearest(view.results)
+    return (
+        _environment()
+        .get_template("template.html.j2")
+        .render(
+            view=view,
+            chosen=chosen,
+            shown=shown,
+            sentence=words.verdict(view.original, view.results, chosen, view.budget),
+            tiles=_tiles(view.original, shown),
+            rungs=_rungs(view.results),
+            tuning=sorted({rung.n for r in view.results if r.recovery for rung in r.recovery.tried if rung.n}),
+            axes=pictures.AXES,
+            figures=pictures.pareto_figures(view.original, view.results, chosen, view.budget),
+            plotlyjs=Markup(get_plotlyjs()),
+        )
+    )
+
+
+def write_report(view: ReportView, path: str | os.PathLike[str]) -> Path:
+    """Writes the page to `path`, whole or not at all, and returns the path."""
+    target = Path(path)
+    page = build_report(view)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(page)
+        os.chmod(partial, 0o644)
+        os.replace(partial, target)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _chosen(view: ReportView) -> Result | None:
+    if view.best is None:
+        return None
+    for result in view.results:
+        if result.candidate == view.best:
+            return result
+    raise DownresError(f"The best candidate, {view.best}, is not among the {len(view.results)} results of the report.")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One key number: of the shown candidate, of the original, and the gain between them."""
+
+    name: str
+    after: str
+    before: str
+    gain: str = ""
+    note: str = ""
+
+
+def _tiles(original: Result, shown: Result | None) -> list[Tile]:
+    """Top-1, MACs, memory, latency, parameters: those that were measured on the original and on `shown`."""
+    after = shown or original
+    tiles = []
+    if (q := original.quality) and (p := after.quality):
+        bound = f"drop at most {words.points(after.drop.upper)} points; " if after.drop else ""
+        tiles.append(
+            Tile(
+                "Top-1 accuracy",
+                words.percent(p.top1),
+                words.percent(q.top1),
+                words.change(q.top1 - p.top1),
+                f"{bound}95\u00a0% interval {words.interval(p)}, was {words.interval(q)}",
+            )
+        )
+    if (c := original.cost) and (d := after.cost):
+        tiles.append(_cost_tile("Multiply–accumulates", c.macs, d.macs, "", "fewer", "per forward pass"))
+        note = f"input {' × '.join(map(str, d.input_size))}"
+        tiles.append(_cost_tile("Peak activation memory", c.peak_activation_bytes, d.peak_activation_bytes, "B", "less", note))
+    if (t := original.latency) and (u := after.latency):
+        tiles.append(
+            Tile(
+                "Latency, median",
+                f"{words.digits(u.latency_ms)} ms",
+                f"{words.digits(t.latency_ms)} ms",
+                words.gain(t.latency_ms, u.latency_ms, "less", "more"),
+                f"p10–p90 {words.spread(u)}, was {words.spread(t)}",
+            )
+        )
+    if (c := original.cost) and (d := after.cost):
+        weights = f"{format_quantity(d.param_bytes, 'B')} of weights"
+        tiles.append(_cost_tile("Parameters", c.params, d.params, "", "fewer", weights))
+    return tiles
+
+
+def _cost_tile(name: str, before: int, after: int, unit: str, less: str, note: str) -> Tile:
+    more = less.replace("fewer", "more").replace("less", "more")
+    gain = words.gain(before, after, less, more) or "unchanged"
+    return Tile(name, format_quantity(after, unit), format_quantity(before, unit), gain, note)
+
+
+def _rungs(results: tuple[Result, ...]) -> list[str]:
+    """The rungs that were tried on any candidate, from cheap to dear; unknown ones last."""
+    tried = dict.fromkeys(rung.rung for r in results if r.recovery for rung in r.recovery.tried)
+    return [r for r in words.RUNGS if r in tried] + [r for r in tried if r not in words.RUNGS]
+
+
+def _emphasise(sentence: str) -> Markup:
+    """Escapes the sentence, keeps numbers with their units, and sets its factors (`5.3×`) in the accent colour."""
+    kept = re.sub(r"(?<=\d) (?=%|px|points)", "\u00a0", sentence)
+    return Markup(re.sub(r"(\d[\d.]*×)", r"<em>\1</em>", str(escape(kept))))
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    filters: dict[str, Any] = {
+        "quantity": format_quantity,
+        "resolution": format_resolution,
+        "png": pictures.png_data_uri,
+        "emphasise": _emphasise,
+        "label": words.label,
+        "digits": words.digits,
+        "percent": words.percent,
+        "interval": words.interval,
+        "spread": words.spread,
+        "points": words.points,
+        "count": words.count,
+        "verdict_key": words.verdict_key,
+        "budget_words": words.budget_words,
+        "rung": lambda name: words.RUNGS.get(name, name),
+    }
+    environment.filters.update(filters)
+    return environment

@@ -1,0 +1,191 @@
+"""The words and numbers of the report: labels with units, gains, and the verdict in one sentence. No HTML here."""
+
+import math
+from collections.abc import Sequence
+
+from ..parse import as_hw, format_quantity
+from ..records import OUTSIDE, TOO_FEW, WITHIN, Budget, Candidate, Drop, Latency, Quality, Result
+
+RUNGS = {"none": "lowered only", "crop": "crop ratio", "batchnorm": "BatchNorm recalibration", "head": "head refit"}
+"""The rungs of the recovery ladder from cheap to dear, and what the report calls them."""
+
+VERDICT_KEYS = {WITHIN: "within", OUTSIDE: "outside", TOO_FEW: "few"}
+"""Verdict → short key, for style sheets and the picture; anything else is 'unknown'."""
+
+
+def verdict_key(result: Result) -> str:
+    return VERDICT_KEYS.get(result.drop.verdict, "unknown") if result.drop else "unknown"
+
+
+def size(candidate: Candidate) -> str:
+    """`128 px`, `192 × 384 px` (height × width)."""
+    if candidate.resolution is None:
+        return "original size"
+    height, width = as_hw(candidate.resolution)
+    return f"{height} px" if height == width else f"{height} × {width} px"
+
+
+def label(candidate: Candidate) -> str:
+    """`128 px`, `300 px, stem ×0.5`, `300 px, ×0.5 after layer1`."""
+    if candidate.stem_scale == 1.0:
+        return size(candidate)
+    where = f"×{candidate.stem_scale:g} after {candidate.stem}" if candidate.stem else f"stem ×{candidate.stem_scale:g}"
+    return f"{size(candidate)}, {where}"
+
+
+def short_label(candidate: Candidate) -> str:
+    """`128`, `300 ×0.5`: for a point in the picture."""
+    stem = "" if candidate.stem_scale == 1.0 else f" ×{candidate.stem_scale:g}"
+    return size(candidate).removesuffix(" px") + stem
+
+
+def digits(value: float) -> str:
+    """Three significant digits, trailing zeros kept: `11.0`, `0.0520`, `1234`."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+def percent(value: float) -> str:
+    return f"{value:.1f}\u00a0%"
+
+
+def interval(quality: Quality) -> str:
+    return f"{quality.top1_low:.1f}–{quality.top1_high:.1f}\u00a0%"
+
+
+def spread(latency: Latency) -> str:
+    return f"{digits(latency.p10_ms)}–{digits(latency.p90_ms)} ms"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 image`, `1 200 images` (thin spaces)."""
+    return f"{number:,}".replace(",", "\u2009") + f" {noun}" + ("" if number == 1 else "s")
+
+
+def points(value: float) -> str:
+    """Percentage points with a sign that reads well: `0.40`, `−1.30`."""
+    return f"{value:.2f}".replace("-", "−")
+
+
+def change(drop: float) -> str:
+    """`0.50 points lower`, `0.20 points higher`, `unchanged`."""
+    return "unchanged" if abs(drop) < 0.005 else f"{abs(drop):.2f} points {'lower' if drop > 0 else 'higher'}"
+
+
+def gain(before: float, after: float, less: str, more: str) -> str:
+    """`5.3× fewer`, `1.1× more`, or '' where the two agree to 1 %."""
+    if before <= 0 or after <= 0 or abs(before / after - 1) < 0.01:
+        return ""
+    return f"{_factor(before / after)} {less}" if before > after else f"{_factor(after / before)} {more}"
+
+
+def _factor(ratio: float) -> str:
+    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.2f}×" if ratio < 1.1 else f"{ratio:.1f}×"
+
+
+def _allowed(value: float) -> str:
+    return f"{value:.1f}" if math.isclose(round(value, 1), value) else f"{value:g}"
+
+
+def _bound(drop: Drop) -> str:
+    """The upper bound, rounded up (a proof must not be rounded down) without passing the allowed drop needlessly."""
+    for decimals in (1, 2, 3):
+        rounded = math.ceil(drop.upper * 10**decimals - 1e-9) / 10**decimals
+        if rounded <= drop.allowed or drop.upper > drop.allowed:
+            break
+    return f"{rounded:.{decimals}f}".replace("-", "−")
+
+
+def nearest(results: Sequence[Result]) -> Result | None:
+    """The candidate that came nearest to a proof: proven ones first, then fewest images missing, then lowest bound."""
+    ranks = {WITHIN: 0, TOO_FEW: 1, OUTSIDE: 2}
+    judged = [(r.drop, r) for r in results if r.drop is not None]
+
+    def distance(pair: tuple[Drop, Result]) -> tuple[float, ...]:
+        drop = pair[0]
+        missing = math.inf if drop.more_images is None else drop.more_images
+        return ranks.get(drop.verdict, len(ranks)), missing, drop.upper
+
+    return min(judged, key=distance)[1] if judged else None
+
+
+def ceilings_missed(result: Result, budget: Budget) -> list[str]:
+    """The cost ceilings of the budget that the candidate exceeds, in words."""
+    missed = []
+    if budget.max_macs and result.cost and result.cost.macs > budget.max_macs:
+        missed.append(f"{format_quantity(result.cost.macs)} MACs (ceiling: {format_quantity(budget.max_macs)})")
+    if budget.max_memory_bytes and result.cost and result.cost.peak_activation_bytes > budget.max_memory_bytes:
+        used, most = (format_quantity(v, "B") for v in (result.cost.peak_activation_bytes, budget.max_memory_bytes))
+        missed.append(f"{used} of activations (ceiling: {most})")
+    if budget.max_latency_ms and result.latency and result.latency.latency_ms > budget.max_latency_ms:
+        missed.append(f"{digits(result.latency.latency_ms)} ms (ceiling: {budget.max_latency_ms:g} ms)")
+    return missed
+
+
+def budget_words(budget: Budget) -> str:
+    """`a drop of at most 2.0 points of top-1 with 95 % confidence, at most 500 M MACs`."""
+    words = [f"a drop of at most {_allowed(budget.max_drop)} points of top-1 with {budget.confidence * 100:g} % confidence"]
+    if budget.max_macs:
+        words.append(f"at most {format_quantity(budget.max_macs)} MACs")
+    if budget.max_memory_bytes:
+        words.append(f"at most {format_quantity(budget.max_memory_bytes, 'B')} of activations")
+    if budget.max_latency_ms:
+        words.append(f"at most {budget.max_latency_ms:g} ms per forward pass")
+    return ", ".join(words)
+
+
+def verdict(original: Result, results: Sequence[Result], chosen: Result | None, budget: Budget) -> str:
+    """The whole report in one or two sentences."""
+    return _proven(original, chosen) if chosen is not None else _unproven(results, budget)
+
+
+def _proven(original: Result, chosen: Result) -> str:
+    return f"{_how(chosen.candidate, original.candidate)} this network needs {_savings(original, chosen)}{_proof(chosen.drop)}."
+
+
+def _how(chosen: Candidate, original: Candidate) -> str:
+    smaller = "" if chosen.resolution in (None, original.resolution) else f"At {size(chosen)} instead of {size(original)}"
+    stem = f"the activations after {chosen.stem or 'its stem'} resized ×{chosen.stem_scale:g}" if chosen.stem_scale != 1 else ""
+    if smaller and stem:
+        return f"{smaller} and with {stem},"
+    return smaller or (f"With {stem}" if stem else "Left as it is,")
+
+
+def _savings(original: Result, chosen: Result) -> str:
+    parts = []
+    if original.cost and chosen.cost:
+        parts.append(gain(original.cost.macs, chosen.cost.macs, "fewer MACs", "more MACs"))
+    if original.latency and chosen.latency:
+        parts.append(gain(original.latency.latency_ms, chosen.latency.latency_ms, "less time", "more time"))
+    return " and ".join(p for p in parts if p) or "as much as before"
+
+
+def _proof(drop: Drop | None) -> str:
+    if drop is None:
+        return "; its accuracy was not measured"
+    confidence = f"with {drop.confidence * 100:g} % confidence"
+    if drop.verdict != WITHIN:
+        return f", but its accuracy drop of {points(drop.drop)} points is not proven to be within {_allowed(drop.allowed)}"
+    if drop.upper <= 0:
+        return f", and its accuracy is proven not to drop (allowed: {_allowed(drop.allowed)} points) {confidence}"
+    return (
+        f", and its accuracy drop is proven to be at most {_bound(drop)} points "
+        f"(allowed: {_allowed(drop.allowed)}) {confidence}"
+    )
+
+
+def _unproven(results: Sequence[Result], budget: Budget) -> str:
+    near = nearest(results)
+    if near is None or near.drop is None:
+        return f"Nothing was proven: of {count(len(results), 'candidate')} none was measured against the original."
+    drop, name = near.drop, label(near.candidate)
+    if drop.verdict == WITHIN:
+        missed = " and ".join(ceilings_missed(near, budget)) or "it was not chosen"
+        return (
+            f"No candidate meets every limit. Nearest came {name}: its accuracy drop is proven to be "
+            f"at most {_bound(drop)} points (allowed: {_allowed(drop.allowed)}), but: {missed}."
+        )
+    opening = f"Nothing was proven: no candidate is shown to lose at most {_allowed(budget.max_drop)} points."
+    if drop.verdict == OUTSIDE:
+        return f"{opening} Even the nearest, {name}, is proven to lose more: {points(drop.drop)} points."
+    missing = f"; about {count(drop.more_images, 'more image')} would settle it" if drop.more_images else ""
+    return f"{opening} Nearest came {name}: it lost {points(drop.drop)} points, which may be up to {_bound(drop)}{missing}."

@@ -1,0 +1,113 @@
+"""Export to ONNX and run there, on the CPU."""
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+
+from ..errors import DownresError
+from . import check_threads
+from .torch import plain_attention
+
+INPUT_NAME = "input"
+
+
+class OnnxRuntime:
+    """One ONNX model in ONNX Runtime's CPU provider, deterministic.
+
+    model: a path or the bytes of a file. threads: of the session; None takes all available cores.
+    Raises DownresError when the content is not an ONNX model that ONNX Runtime can run.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, model: str | Path | bytes, threads: int | None = None) -> None:
+        self.threads = check_threads(threads)
+        self.versions = {"onnxruntime": onnxruntime.__version__}
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.use_deterministic_compute = True
+        # An idle session's threads would otherwise keep spinning for a while and slow down whoever is timed next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        source = model if isinstance(model, bytes) else str(model)
+        try:
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            what = "This content" if isinstance(model, bytes) else str(model)
+            reason = _first_line(error).rpartition(" : ")[2]
+            raise DownresError(f"{what} is not an ONNX model that can run ({reason}): export it again.") from error
+        self._input = self._session.get_inputs()[0].name
+
+    def __call__(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(b, c, h, w) float32 → the outputs, in the graph's order."""
+        return tuple(self._session.run(None, {self._input: np.ascontiguousarray(batch, dtype=np.float32)}))
+
+
+def export_onnx(
+    model: nn.Module, input_size: tuple[int, int, int], path: str | Path, output_names: Sequence[str] = ("logits",)
+) -> Path:
+    """Writes one ONNX file (weights inside) with a free batch dimension and an input named `input`; returns its path.
+
+    input_size: (channels, height, width). The model is copied, put in eval mode on the CPU and not changed.
+    Raises DownresError when the model cannot be exported, or not with a free batch.
+    """
+    path = Path(path)
+    channels, height, width = input_size
+    example = torch.zeros(2, channels, height, width)  # two: torch.export takes a dimension of one for a constant
+    try:
+        copied = copy.deepcopy(model).cpu().float().eval()
+        with _silence(), plain_attention():
+            free_batch = ({0: torch.export.Dim.DYNAMIC},)
+            program = torch.export.export(copied, (example,), dynamic_shapes=free_batch, strict=False)
+            torch.onnx.export(
+                program,
+                f=path,
+                input_names=[INPUT_NAME],
+                output_names=list(output_names),
+                dynamo=True,
+                optimize=True,  # graphs are 2 to 4 times slower without
+                external_data=False,
+                verbose=False,
+            )
+        _check_batch_is_free(path, example.numpy()[:1])
+    except Exception as error:
+        raise DownresError(
+            f"The model could not be exported to ONNX: {_first_line(error)}; --runtime torch measures without."
+        ) from error
+    return path
+
+
+def _check_batch_is_free(path: Path, image: np.ndarray) -> None:
+    """Runs (1, c, h, w) and three of them; a graph in which the batch is a constant fails or keeps its own size."""
+    runtime = OnnxRuntime(path)
+    for size in (1, 3):
+        outputs = runtime(np.repeat(image, size, axis=0))
+        if any(o.shape[:1] != (size,) for o in outputs):
+            raise ValueError(f"a batch of {size} gives outputs of shape {[o.shape for o in outputs]}")
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter prints and logs its progress; standard output belongs to `--json`."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,75 @@
+"""Run a model in PyTorch itself."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import DownresError
+from . import check_threads
+
+
+class TorchRuntime:
+    """A copy of the model in eval mode and channels-last layout (the faster one on CPUs), on the model's device.
+
+    threads: of PyTorch's pool during a call; None takes all available cores. The pool's size is put back after each call.
+    """
+
+    name = "torch"
+
+    def __init__(self, model: nn.Module, threads: int | None = None) -> None:
+        self.threads = check_threads(threads)
+        self.versions = {"torch": str(torch.__version__)}
+        self._model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+        like = next(self._model.parameters(), torch.empty(0))
+        self._device, self._dtype = like.device, like.dtype
+
+    def __call__(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(b, c, h, w) float32 → the model's outputs, in order. Copying to numpy waits for the device."""
+        with _threads(self.threads), torch.inference_mode():
+            x = torch.from_numpy(np.ascontiguousarray(batch)).to(self._device, self._dtype)
+            outputs = self._model(x.contiguous(memory_format=torch.channels_last))
+            return tuple(_to_numpy(o) for o in as_tensors(outputs))
+
+
+def as_tensors(outputs: Any) -> tuple[Tensor, ...]:
+    """A model's output as a tuple of tensors; DownresError when it is neither a tensor nor a sequence of them."""
+    found = (outputs,) if isinstance(outputs, Tensor) else outputs
+    if not isinstance(found, (tuple, list)) or not all(isinstance(o, Tensor) for o in found):
+        raise DownresError(
+            f"A model returns a tensor or a tuple of tensors, this one returns a {type(outputs).__name__}: "
+            "wrap it in a module that picks the tensors."
+        )
+    return tuple(found)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keeps nn.MultiheadAttention and nn.TransformerEncoder out of their fused kernels, which hide what they compute."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if before == number:
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()

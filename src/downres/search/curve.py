@@ -1,0 +1,81 @@
+"""Quality against resolution: the model as it is, at each resolution, no search and no recovery."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from ..data import Dataset
+from ..families import Model
+from ..measure.cost import measure_cost
+from ..measure.quality import compare, count_correct, quality
+from ..parse import Resolution
+from ..probe import total_stride
+from ..records import Budget, Preprocessing, Result
+from ..recover.features import State, logits
+from .plan import plan
+from .task import Progress, prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The original first, then a result for each resolution in the order asked for; every drop is a plain comparison."""
+
+    original: Result
+    results: tuple[Result, ...]
+    preprocessing: Preprocessing
+    data: str
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict:
+        return {
+            "data": self.data,
+            "preprocessing": self.preprocessing.to_json(),
+            "original": self.original.row(),
+            "candidates": [r.row() for r in self.results],
+            "notes": list(self.notes),
+        }
+
+
+def curve(
+    model: Model | nn.Module | str,
+    data: Dataset | str | Path,
+    resolutions: list[Resolution],
+    *,
+    snap: bool = True,
+    max_drop: float = 1.0,
+    val_fraction: float = 0.5,
+    preprocessing: Preprocessing | None = None,
+    runtime: str = "torch",
+    threads: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Curve:
+    """Top-1 of `model` at its own resolution and at each of `resolutions`, on the same proof images, decoded once.
+
+    The verdict says of each resolution alone whether its drop is within `max_drop` points; whoever picks one of many
+    by it should use `search`, which pays for the number of looks.
+    """
+    task = prepare(
+        model, data, val_fraction=val_fraction, parts=("val",), preprocessing=preprocessing, seed=seed, progress=progress
+    )
+    p = task.model.preprocessing
+    candidates, notes = plan(p.resolution, total_stride(task.model.module, p.hw), resolutions, (), snap)
+    bank = task.bank(None, runtime=runtime, threads=threads, batch_size=batch_size, progress=progress)
+    truth = task.data.labels[task.proof]
+    results: list[Result] = []
+    original = np.zeros(0, bool)
+    for candidate in [task.native, *candidates]:
+        state = State(candidate, p.crop_ratio)
+        cost = measure_cost(bank.network(state), (len(p.mean), *bank.preprocessing_of(state).hw))
+        out = logits(bank.features(state, task.proof), task.own_head)
+        correct = count_correct(out, truth)
+        correct5 = count_correct(out, truth, 5) if task.outputs > 5 else None
+        drop = compare(original, correct, Budget(max_drop)) if len(original) else None
+        original = original if len(original) else correct
+        results.append(Result(candidate, "measured", "", cost, None, None, quality(correct, correct5), drop))
+        bank.release()
+    notes += [f"{len(task.data.skipped)} images skipped"] if task.data.skipped else []
+    return Curve(results[0], tuple(results[1:]), p, task.data.description, tuple(notes))

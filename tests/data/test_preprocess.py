@@ -1,0 +1,239 @@
+import gc
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torchvision import transforms
+
+from downres.data import batches, decode, preprocess, resize_and_crop
+from downres.data.images import Images, from_arrays
+from downres.errors import DownresError
+from downres.records import Preprocessing
+
+RNG = np.random.default_rng(0)
+SHAPES = [(333, 500), (500, 333), (256, 256), (97, 41), (375, 376), (224, 300), (1, 1), (3, 200)]
+NOISE = [RNG.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in SHAPES]
+PIL_MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+SETTINGS = [
+    Preprocessing(224, 0.875),
+    Preprocessing(224, 1.0, "bicubic"),
+    Preprocessing(97, 0.9, "bicubic"),
+    Preprocessing(128, 224 / 256),
+    Preprocessing(64, 0.95),
+]
+
+
+def short_side_by_pil(image, p):
+    """PIL's resize of the short side and centre crop, written without torchvision."""
+    side = p.hw[0]
+    short = int(side / p.crop_ratio + 1e-6)
+    height, width = image.shape[:2]
+    if height <= width:
+        size = (int(short * width / height), short)
+    else:
+        size = (short, int(short * height / width))
+    resized = np.array(Image.fromarray(image).resize(size, PIL_MODES[p.interpolation]))
+    top, left = round((resized.shape[0] - side) / 2), round((resized.shape[1] - side) / 2)
+    return resized[top : top + side, left : left + side]
+
+
+def photographs(shared_data):
+    return [decode(path) for path in sorted((shared_data / "catdog" / "val" / "cat").iterdir())[:12]]
+
+
+@pytest.mark.parametrize("p", SETTINGS, ids=str)
+def test_equals_pil_bit_for_bit_on_noise(p):
+    for image in NOISE:
+        ours = resize_and_crop(image, p)
+        assert ours.dtype == torch.uint8 and ours.shape == (3, *p.hw)
+        np.testing.assert_array_equal(ours.permute(1, 2, 0), short_side_by_pil(image, p))
+
+
+@pytest.mark.parametrize("p", SETTINGS, ids=str)
+def test_equals_pil_bit_for_bit_on_photographs(shared_data, p):
+    for image in photographs(shared_data):
+        np.testing.assert_array_equal(resize_and_crop(image, p).permute(1, 2, 0), short_side_by_pil(image, p))
+
+
+@pytest.mark.parametrize("p", SETTINGS, ids=str)
+def test_agrees_with_the_evaluation_transforms_of_torchvision_and_timm(p):
+    mode = transforms.InterpolationMode(p.interpolation)
+    normalise = [transforms.ToTensor(), transforms.Normalize(p.mean, p.std)]
+    short = int(p.hw[0] / p.crop_ratio + 1e-6)
+    torchvisions = transforms.Compose([transforms.Resize(short, mode), transforms.CenterCrop(p.hw), *normalise])
+    timms = create_transform(
+        p.hw[0], is_training=False, interpolation=p.interpolation, mean=p.mean, std=p.std, crop_pct=p.crop_ratio
+    )
+    level = 1.01 / 255 / min(p.std)
+    for image in NOISE:
+        ours, picture = preprocess(image, p), Image.fromarray(image)
+        torch.testing.assert_close(ours, torchvisions(picture), rtol=0, atol=1e-5)
+        # timm resizes to floor(r / crop_ratio) without our 1e-6; where that is another size, there is nothing to compare.
+        if int(p.hw[0] / p.crop_ratio) == short:
+            torch.testing.assert_close(ours, timms(picture), rtol=0, atol=level)
+
+
+def test_ratios_just_below_a_whole_size_round_up_to_it():
+    # 224 / 0.7 is 320 in arithmetic; a crop ratio that went through JSON with fewer digits must not give 319.
+    image = RNG.integers(0, 256, (320, 320, 3), dtype=np.uint8)
+    for ratio in (0.7, 0.7 + 1e-10):
+        np.testing.assert_array_equal(resize_and_crop(image, Preprocessing(224, ratio)).permute(1, 2, 0), image[48:272, 48:272])
+
+
+def test_no_resize_where_the_size_fits():
+    image = NOISE[2]
+    p = Preprocessing(256)
+    np.testing.assert_array_equal(resize_and_crop(image, p).permute(1, 2, 0), image)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.8])
+def test_non_square_targets_cover_and_keep_the_aspect_ratio(ratio):
+    p = Preprocessing((96, 192), ratio)
+    cover = [int(96 / ratio + 1e-6), int(192 / ratio + 1e-6)]
+    for shape in [(480, 360), (360, 480), (100, 400), (480, 960)]:
+        image = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        scale = max(cover[0] / shape[0], cover[1] / shape[1])
+        size = [max(int(side * scale + 1e-9), least) for side, least in zip(shape, cover, strict=True)]
+        resized = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+        top, left = round((size[0] - 96) / 2), round((size[1] - 192) / 2)
+        np.testing.assert_array_equal(resize_and_crop(image, p).permute(1, 2, 0), resized[top : top + 96, left : left + 192])
+
+
+def test_one_pixel_fills_the_input():
+    pixels = resize_and_crop(np.array([[[10, 20, 30]]], np.uint8), Preprocessing(32, 0.875))
+    assert pixels.shape == (3, 32, 32)
+    assert all((plane == value).all() for plane, value in zip(pixels, (10, 20, 30), strict=True))
+
+
+@pytest.mark.parametrize("standing", [False, True])
+def test_slivers_do_not_take_gigabytes(standing):
+    sliver = np.zeros((1, 100_000), np.uint8)
+    sliver[:, 49_000:51_000] = 255
+    start = time.perf_counter()
+    pixels = resize_and_crop(sliver.T if standing else sliver, Preprocessing(224, 0.875))
+    assert time.perf_counter() - start < 5  # without the cut: minutes, or no memory
+    assert pixels.shape == (1, 224, 224)
+    assert (pixels == 255).all()  # from the middle
+
+
+def test_grey_is_expanded_and_equals_grey_repeated_before():
+    p = Preprocessing(64, 0.875)
+    grey = NOISE[0][:, :, 0]
+    repeated = preprocess(np.repeat(grey[:, :, None], 3, axis=2), p)
+    torch.testing.assert_close(preprocess(grey, p), repeated, rtol=0, atol=0)
+    torch.testing.assert_close(preprocess(grey[:, :, None], p), repeated, rtol=0, atol=0)
+    assert resize_and_crop(grey, p).shape == (1, 64, 64)
+
+
+def test_networks_of_one_channel():
+    p = Preprocessing(32, mean=(0.5,), std=(0.25,))
+    assert preprocess(NOISE[0][:, :, 0], p).shape == (1, 32, 32)
+    with pytest.raises(DownresError, match="The network takes 1 channels and an image has 3: give mean and std"):
+        preprocess(NOISE[0], p)
+
+
+def test_read_only_pictures_give_no_warning_and_are_not_changed():
+    image = NOISE[0].copy()
+    image.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = resize_and_crop(image, Preprocessing(333, 1.0))
+    pixels.zero_()
+    np.testing.assert_array_equal(image, NOISE[0])
+
+
+def test_normalisation_is_in_float32_as_written():
+    p = Preprocessing(16, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    pixels = resize_and_crop(NOISE[0], p)
+    expected = (pixels.float() / 255 - torch.tensor(p.mean).view(3, 1, 1)) / torch.tensor(p.std).view(3, 1, 1)
+    result = preprocess(NOISE[0], p)
+    assert result.dtype == torch.float32 and result.is_contiguous()
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def mixed_images():
+    return Images(NOISE, [str(shape) for shape in SHAPES], [image.nbytes for image in NOISE])
+
+
+def preprocess_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("downres-preprocess")]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
+def test_batches_equal_preprocess_in_the_order_asked_for(workers, batch_size):
+    p = Preprocessing(48, 0.875, "bicubic")
+    indices = np.array([5, 0, 0, 7, 3, 2, 1])
+    found = list(batches(mixed_images(), indices, p, batch_size, workers))
+    assert [len(batch) for batch in found] == [len(part) for part in np.split(indices, range(batch_size, 7, batch_size))]
+    torch.testing.assert_close(torch.cat(found), torch.stack([preprocess(NOISE[i], p) for i in indices]), rtol=0, atol=0)
+    assert not preprocess_threads()
+
+
+def test_no_indices_no_batches():
+    assert list(batches(mixed_images(), [], Preprocessing(32), 4)) == []
+
+
+def test_a_batch_stays_as_it_was_while_the_next_is_prepared():
+    p = Preprocessing(32)
+    first, second, *_ = batches(mixed_images(), range(8), p, 2)
+    torch.testing.assert_close(first[0], preprocess(NOISE[0], p), rtol=0, atol=0)
+    torch.testing.assert_close(second[0], preprocess(NOISE[2], p), rtol=0, atol=0)
+
+
+def test_the_next_batch_is_prepared_while_the_consumer_works():
+    class Watched(Images):
+        asked: list[int] = []
+
+        def __getitem__(self, index):
+            self.asked.append(index)
+            return super().__getitem__(index)
+
+    images = Watched(NOISE, [""] * len(NOISE), [0] * len(NOISE))
+    iterator = batches(images, range(8), Preprocessing(32), 2)
+    next(iterator)
+    deadline = time.perf_counter() + 5
+    while len(images.asked) < 4 and time.perf_counter() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert sorted(images.asked) == [0, 1, 2, 3]  # the next batch, and no more
+    iterator.close()
+
+
+@pytest.mark.parametrize("stop", ["close", "drop", "break"])
+def test_stopping_early_leaves_no_thread(stop):
+    iterator = batches(mixed_images(), list(range(8)) * 20, Preprocessing(64), 4)
+    next(iterator)
+    assert preprocess_threads()
+    if stop == "close":
+        iterator.close()
+    elif stop == "break":
+        for _ in iterator:
+            break
+    del iterator
+    gc.collect()
+    assert not preprocess_threads()
+
+
+def test_what_goes_wrong_in_the_background_is_raised():
+    iterator = batches(mixed_images(), [0, 1, 99], Preprocessing(32), 2)
+    assert len(next(iterator)) == 2
+    with pytest.raises(IndexError):
+        next(iterator)
+    assert not preprocess_threads()
+
+
+def test_batch_size_must_be_positive():
+    with pytest.raises(DownresError, match="A batch has at least 1 image, 0 is not"):
+        next(batches(mixed_images(), [0], Preprocessing(32), 0))
+
+
+def test_arrays_of_grey_pictures():
+    stack = from_arrays(RNG.integers(0, 256, (5, 30, 30), dtype=np.uint8))
+    (batch,) = batches(stack, range(5), Preprocessing(15), 8)
+    assert batch.shape == (5, 3, 15, 15)
