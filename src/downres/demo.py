@@ -1,4 +1,4 @@
-"""The main job on an embedded default: EfficientNet-Lite0 with its ImageNet weights, a head for solar cells, real photographs."""
+"""The main job on an embedded default: EfficientNet-Lite0, ImageNet weights, real photographs of solar cells."""
 
 from collections.abc import Callable
 from pathlib import Path

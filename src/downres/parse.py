@@ -1,6 +1,7 @@
 """Text to values and back: resolutions, sizes with units. Pure functions, no torch."""
 
 import re
+from operator import index
 
 from .errors import DownresError
 
@@ -12,16 +13,20 @@ Resolution = int | tuple[int, int]
 
 
 def as_hw(resolution: Resolution) -> tuple[int, int]:
-    """(height, width) in pixels of a resolution given either way."""
-    if isinstance(resolution, int):
-        return resolution, resolution
-    height, width = resolution
-    return int(height), int(width)
+    """(height, width) in pixels of a resolution given either way; DownresError for what is no resolution."""
+    try:
+        sides = tuple(map(index, resolution)) if isinstance(resolution, (tuple, list)) else (index(resolution),) * 2
+        height, width = sides
+    except (TypeError, ValueError):
+        raise DownresError(
+            f"A resolution is a whole number of pixels or (height, width), {resolution!r} is neither: give 160 or (192, 384)."
+        ) from None
+    return height, width
 
 
 def as_resolution(hw: tuple[int, int] | list[int] | int) -> Resolution:
     """The short form: one number for a square, else (height, width)."""
-    height, width = as_hw(hw if isinstance(hw, int) else tuple(hw))  # type: ignore[arg-type]
+    height, width = as_hw(hw)  # type: ignore[arg-type]
     return height if height == width else (height, width)
 
 
@@ -42,12 +47,13 @@ def check_resolution(resolution: Resolution) -> Resolution:
 
 
 def parse_resolutions(text: str) -> list[Resolution]:
-    """`96:256:32` (both ends included), `96,128,160`, `192x384`, or a mixture with commas.
+    """`96:256:32` (both ends included), `96,128,160`, `192x384`, or a mixture with commas. The default step is 32.
 
     Returns the distinct resolutions in the order given. Raises DownresError for anything else.
     """
     found: list[Resolution] = []
-    for part in text.replace(" ", "").split(","):
+    for part in text.split(","):
+        part = re.sub(r"\s*([:x×])\s*", r"\1", part.strip())  # spaces around a sign, not "64 96" for 6496
         if match := re.fullmatch(r"(-?\d+):(-?\d+)(?::(-?\d+))?", part):
             first, last = int(match[1]), int(match[2])
             step = abs(int(match[3] or 32))
@@ -74,14 +80,14 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 def parse_quantity(text: str | int | float, what: str) -> int:
     """`500M`, `4.1G`, `20MB`, `20MiB`, `1e9` → a whole number. K, M, G, T are powers of 1000; Ki, Mi, Gi of 1024."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*([kKMGT]?)(i?)(?:[bB]|MACs?)?\s*", str(text))
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*(?:([kKMGT])(i?))?\s*(?:[bB]|MACs?)?\s*", str(text))
     try:
         if match is None:
             raise ValueError
-        prefix = match[2].upper()
+        prefix = (match[2] or "").upper()
         scale = 1024 ** " KMGT".index(prefix or " ") if match[3] else _UNITS[prefix]
-        value = int(float(match[1]) * scale)
-    except ValueError:
+        value = round(float(match[1]) * scale)
+    except (ValueError, OverflowError):
         raise DownresError(f"Cannot read {text!r} as {what}: give a number with a unit, for example 500M or 20MB.") from None
     if value <= 0:
         raise DownresError(f"{what[:1].upper()}{what[1:]} must be above 0, {text!r} is not.")
@@ -90,11 +96,9 @@ def parse_quantity(text: str | int | float, what: str) -> int:
 
 def format_quantity(value: float, unit: str = "") -> str:
     """4089184256 → `4.09 G`; three significant digits, powers of 1000."""
-    for prefix in ("", "k", "M", "G"):
-        if abs(value) < 999.5:
-            break
+    prefixes = ["", "k", "M", "G", "T"]
+    while abs(value) >= 999.5 and len(prefixes) > 1:
         value /= 1000
-    else:
-        prefix = "T"
-    digits = f"{value:.0f}" if prefix == "" and float(value).is_integer() else f"{value:.3g}"
-    return f"{digits} {prefix}{unit}".rstrip()
+        prefixes.pop(0)
+    digits = f"{value:.0f}" if abs(value) >= 999.5 or float(value).is_integer() else f"{value:.3g}"
+    return f"{digits} {prefixes[0]}{unit}".rstrip()

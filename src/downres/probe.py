@@ -178,23 +178,20 @@ def find_head(model: nn.Module, input_size: tuple[int, ...]) -> tuple[str | None
 
     @contextmanager
     def watch(copied: nn.Module, x: Tensor) -> Iterator[dict[str, Any]]:
-        linear: dict[int, tuple[str, int]] = {}
-        seen: dict[str, Any] = {"head": None, "width": 0, "outputs": 0}
+        # By the id of what the layer returned, which is kept alive so that no id is used twice.
+        linear: dict[int, tuple[str, int, Tensor]] = {}
+        seen: dict[str, Any] = {"linear": linear}
         for name, module in copied.named_modules():
             if isinstance(module, nn.Linear) and name:
                 module.register_forward_hook(
                     lambda m, _inputs, out, name=name: linear.__setitem__(id(out), (name, m.in_features, out))
                 )
 
-        def last(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            logits = logits_of(output)
-            seen["outputs"] = logits.shape[1]
-            # Kept alive in `linear`, so that an id is not used twice.
-            if id(logits) in linear and linear[id(logits)][2].ndim == 2:
-                seen["head"], seen["width"] = linear[id(logits)][:2]
-
-        copied.register_forward_hook(last)
+        copied.register_forward_hook(lambda _module, _inputs, output: seen.update(output=output))
         yield seen
 
     seen = fake_run(model, input_size, watch)
-    return seen["head"], seen["width"] or seen["outputs"], seen["outputs"]
+    logits = logits_of(seen["output"])
+    outputs = logits.shape[1]
+    name, width, _ = seen["linear"].get(id(logits), (None, outputs, None))
+    return name, width, outputs

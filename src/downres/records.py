@@ -73,6 +73,8 @@ class Candidate(Record):
             object.__setattr__(self, "resolution", check_resolution(as_resolution(self.resolution)))  # type: ignore[arg-type]
         if not 0.0 < self.stem_scale <= 1.0:
             raise DownresError(f"A stem scale is above 0 and at most 1, {self.stem_scale} is not: give for example 0.5.")
+        if self.stem_scale == 1.0:
+            object.__setattr__(self, "stem", None)  # nothing is resampled: the same candidate wherever that would have been
 
     @property
     def hw(self) -> tuple[int, int] | None:
@@ -82,13 +84,15 @@ class Candidate(Record):
     def __str__(self) -> str:
         text = "as is" if self.resolution is None else format_resolution(self.resolution)
         if self.stem_scale != 1.0:
-            text += f" stem×{self.stem_scale:g}" + (f"@{self.stem}" if self.stem else "")
+            short = f"{self.stem_scale:g}"
+            exact = short if float(short) == self.stem_scale else repr(float(self.stem_scale))
+            text += f" stem×{exact}" + (f"@{self.stem}" if self.stem else "")
         return text
 
     @classmethod
     def parse(cls, text: str) -> "Candidate":
         """The inverse of `str`: `128`, `192x384`, `300 stem×0.5`, `300 stem*0.5@layer1`."""
-        match = re.fullmatch(r"(as is|\d+(?:x\d+)?)(?: stem[×*]([0-9.]+)(?:@(.+))?)?", text.strip())
+        match = re.fullmatch(r"(as is|\d+(?:x\d+)?)(?: stem[×*](\d*\.?\d+(?:e-?\d+)?)(?:@(.+))?)?", text.strip())
         if match is None:
             raise DownresError(f"Cannot read the candidate {text!r}: give for example '128', '192x384' or '300 stem×0.5'.")
         sides = None if match[1] == "as is" else tuple(int(s) for s in match[1].split("x"))

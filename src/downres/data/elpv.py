@@ -17,7 +17,7 @@ LICENCE = (
 
 
 def open_elpv(folds: int = 5, seed: int = 0) -> Dataset:
-    """2624 grey 300×300 photographs; defective means a defect probability above 0.5. Cross-folded: each is a test image once."""
+    """2624 grey 300×300 photographs, defective where the defect probability is above 0.5; each is a test image once."""
     try:
         from elpv_dataset.utils import load_dataset
     except ImportError:
@@ -25,5 +25,8 @@ def open_elpv(folds: int = 5, seed: int = 0) -> Dataset:
     pictures, probability, _ = load_dataset()
     labels = (np.asarray(probability) > 0.5).astype(np.int64)
     images = images_from_arrays(np.asarray(pictures), [f"cell {i:04d}" for i in range(1, len(pictures) + 1)])
-    description = f"{len(labels)} photographs of solar cells, 300×300 grey, 2 classes, cross-fitted in {folds} folds (every image is a proof image once)."
+    description = (
+        f"{len(labels)} photographs of solar cells, 300×300 grey, 2 classes, cross-fitted in {folds} folds "
+        "(every image is a proof image once)."
+    )
     return from_arrays(images, labels, ("intact", "defective"), cross_folds(labels, folds, seed), description, LICENCE)

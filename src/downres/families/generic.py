@@ -1,7 +1,9 @@
 """A function in a file of the user's that returns an `nn.Module`."""
 
+import contextlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -20,21 +22,31 @@ def create(spec: str) -> nn.Module:
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules.setdefault(path.stem, module)
-    try:
+    with _running(f"Running {path}", path):
         module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise DownresError(f"Running {path} failed: {type(error).__name__}: {error}.") from error
     maker = getattr(module, function, None)
     if not callable(maker):
         found = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
         raise DownresError(f"{path} has no function {function!r}: it has {', '.join(found) or 'none'}.")
-    try:
+    with _running(f"{function}() in {path}", path):
         model = maker()
-    except Exception as error:
-        raise DownresError(f"{function}() in {path} failed: {type(error).__name__}: {error}.") from error
     if not isinstance(model, nn.Module):
         raise DownresError(f"{function}() in {path} must return a torch.nn.Module, it returned {type(model).__name__}.")
     return model
+
+
+@contextlib.contextmanager
+def _running(what: str, path: Path) -> Iterator[None]:
+    """The user's code runs as a script would: files beside it can be imported. What it raises becomes one sentence."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        text = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+        raise DownresError(f"{what} failed ({type(error).__name__}: {text}): correct the file.") from error
+    finally:
+        sys.path.remove(folder)
 
 
 def preprocessing(model: nn.Module) -> Preprocessing:

@@ -87,10 +87,15 @@ def with_preprocessing(
 
 
 def _check_name(family: str, name: str, known: list[str]) -> None:
-    if name.partition(".")[0] not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    base, _, tag = name.partition(".")
+    if base not in known:
+        near = difflib.get_close_matches(base.lower(), known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else f"{family} knows {len(known)} names, for example {known[0]}."
         raise DownresError(f"{family} has no classification model {name!r}: {hint}")
+    tags = _LIBRARIES[family].tags(base) if tag else []
+    if tag and tag not in tags:
+        hint = f"it has {', '.join(tags)}." if tags else f"give {family}:{base}."
+        raise DownresError(f"{family} has no pretrained weights {tag!r} for {base}: {hint}")
 
 
 def _create(library, spec: str, pretrained: bool, num_classes: int | None) -> nn.Module:  # type: ignore[no-untyped-def]

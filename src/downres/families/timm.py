@@ -1,5 +1,7 @@
 """timm: names, pretrained weights, and what `pretrained_cfg` says of the input."""
 
+from typing import Any
+
 import timm
 from torch import nn
 
@@ -10,8 +12,13 @@ def names() -> list[str]:
     return timm.list_models()
 
 
+def tags(name: str) -> list[str]:
+    """The kinds of pretrained weights that can be asked for as `name.tag`."""
+    return [found.partition(".")[2] for found in timm.list_models(f"{name}.*", include_tags=True)]
+
+
 def create(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
-    kwargs = {} if num_classes is None else {"num_classes": num_classes}
+    kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     return timm.create_model(name, pretrained=pretrained, **kwargs)
 
 
@@ -20,7 +27,8 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
     height, width = config["input_size"][1:]
     return Preprocessing(
         resolution=(height, width),
-        crop_ratio=config["crop_pct"],
+        # Above 1 (some VOLO) timm pads with black; the whole picture is the nearest that we have.
+        crop_ratio=min(config["crop_pct"], 1.0),
         # timm's tables name a few other filters ('lanczos', 'random'); bicubic is its own default.
         interpolation=config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic",
         mean=tuple(config["mean"]),

@@ -1,5 +1,7 @@
 """torchvision: names, pretrained weights, and the transforms that come with them."""
 
+from typing import Any
+
 import torchvision.models as models
 from torch import nn
 
@@ -11,11 +13,16 @@ def names() -> list[str]:
     return models.list_models(module=models)
 
 
+def tags(name: str) -> list[str]:
+    return []  # get_model knows the best weights only
+
+
 def create(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
-    kwargs = {} if num_classes is None else {"num_classes": num_classes}
+    kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if name in ("inception_v3", "googlenet"):
         # Their auxiliary heads exist for training alone, and change the output type.
-        kwargs |= {"aux_logits": False, "init_weights": False}  # type: ignore[dict-item]
+        # The published weights, and what is fine-tuned from them, expect the input scaled by the network itself.
+        kwargs |= {"aux_logits": False, "init_weights": False, "transform_input": True}
     model = models.get_model(name, weights=None, **kwargs)
     if pretrained:
         weights = models.get_model_weights(name).DEFAULT

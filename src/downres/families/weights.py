@@ -2,10 +2,10 @@
 
 import hashlib
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,20 +27,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if any(
-            word in str(error)
-            for word in ("Unsupported global", "Unsupported class", "Unsupported operand", "not an allowed global")
-        ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles that it then refuses
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # broken files fail in many ways, inside torch's unpickler and safetensors
+        if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in str(error) or _is_bare_pickle(path)):
             raise DownresError(
-                f"Loading {path} would run code that is stored in it, so it was refused: save the state dict alone "
+                f"Loading {path} could run code that is stored in it, so it was refused: save the state dict alone "
                 "(torch.save(model.state_dict(), …) or safetensors) and give that file."
             ) from None
-        raise DownresError(
-            f"{path} is not a readable checkpoint: give a .safetensors file or a state dict saved by torch."
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, AttributeError):
         raise DownresError(
             f"{path} is not a readable checkpoint: give a .safetensors file or a state dict saved by torch."
         ) from None
@@ -55,11 +50,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _is_bare_pickle(path: Path) -> bool:
+    """Whether the file starts as Python's own pickles do, which torch's safe reader does not know."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    return start[:1] == b"\x80" and start[1:] <= bytes([pickle.HIGHEST_PROTOCOL])
+
+
 def match(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """The tensors under the model's own names, and how they were matched. Shapes are not compared here.
 
     By name after common prefixes are removed; else, when both sides hold equally many tensors (the
-    `num_batches_tracked` counters left out) of the same shapes in the same order, by order.
+    `num_batches_tracked` counters left out) of the same kinds and shapes in the same order, by order.
     """
     wanted = model.state_dict()
     for prefix in ("", *_PREFIXES):
@@ -71,11 +73,18 @@ def match(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tenso
                 if len(again.keys() & wanted.keys()) > len(renamed.keys() & wanted.keys()):
                     renamed = again
         if _essential(wanted) <= renamed.keys():
+            if more := _of_a_larger_network(wanted, renamed):
+                raise DownresError(
+                    f"The weights are for a larger network of this kind: {len(more)} of the file's tensors have no place in it"
+                    f" (first: {more[0]}): check the model's name and that the file belongs to it."
+                )
             return {
                 k: v for k, v in renamed.items() if k in wanted
             }, f"by name{f', prefix {prefix!r} removed' if prefix else ''}"
     ours, theirs = _in_order(wanted), _in_order(tensors)
-    if len(ours) == len(theirs) and all(wanted[a].shape == tensors[b].shape for a, b in zip(ours, theirs, strict=True)):
+    if len(ours) == len(theirs) and all(
+        wanted[a].shape == tensors[b].shape and _kind(a) == _kind(b) for a, b in zip(ours, theirs, strict=True)
+    ):
         return {
             a: tensors[b] for a, b in zip(ours, theirs, strict=True)
         }, f"by order: names differ, all {len(ours)} shapes agree"
@@ -109,6 +118,22 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+def _of_a_larger_network(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """Weights in the file that belong to a part the network has, and are not in it: `layer1.2.…` of a deeper ResNet.
+
+    Others may be there: heads for training alone, losses, counters, buffers of older versions.
+    """
+    parts = {k.partition(".")[0] for k in wanted}
+    numbered = any(part.isdigit() for part in parts)
+    extra = [k for k in found if k not in wanted and _kind(k) == "weight"]
+    return [k for k in extra if (top := k.partition(".")[0]) in parts or (numbered and top.isdigit())]
+
+
+def _kind(name: str) -> str:
+    """`weight`, `bias`, `running_mean`, …: four tensors of a BatchNorm have one shape, and files may sort them by name."""
+    return name.rpartition(".")[2]
 
 
 def _in_order(tensors: dict[str, Tensor]) -> list[str]:

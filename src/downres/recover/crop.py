@@ -3,4 +3,4 @@
 
 def crop_options(native: float) -> tuple[float, ...]:
     """The native crop ratio first, then the common ones: the best changes with the resolution (Touvron 2019, FixRes)."""
-    return (native, *(ratio for ratio in (1.0, 0.9375, 0.875) if abs(ratio - native) > 0.02))
+    return (native, *(ratio for ratio in (1.0, 0.875) if abs(ratio - native) > 0.02))

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,16 @@ CALIBRATION_IMAGES = 256
 
 @dataclass(frozen=True)
 class State(Record):
-    """One backbone and the pixels it gets: what features depend on. calibration: the fold whose images BatchNorm saw."""
+    """One backbone and the pixels it gets: what features depend on.
+
+    calibration: the fold on whose training images BatchNorm was recalibrated, None for the original statistics;
+    calibration_images: how many of them.
+    """
 
     candidate: Candidate
     crop_ratio: float
     calibration: int | None = None
+    calibration_images: int = CALIBRATION_IMAGES
 
     def key(self) -> str:
         """A file name: readable, and unique by a hash of everything in it."""
@@ -98,12 +104,9 @@ class FeatureBank:
         self.folder, self.runtime_name, self.threads, self.batch_size = folder, runtime, threads, batch_size
         self.progress = progress
         self.passes = 0
-        self._stores: dict[State, np.ndarray] = {}
+        self._stores: dict[State, tuple[np.ndarray, np.ndarray]] = {}
         self._runtimes: dict[State, OnnxRuntime | TorchRuntime] = {}
         self._networks: dict[State, nn.Module] = {}
-        if folder is not None:
-            (folder / "features").mkdir(parents=True, exist_ok=True)
-            (folder / "onnx").mkdir(exist_ok=True)
 
     def preprocessing_of(self, state: State) -> Preprocessing:
         return self.preprocessing.at(state.candidate.resolution, state.crop_ratio)
@@ -117,7 +120,7 @@ class FeatureBank:
                 size = (len(self.preprocessing.mean), *(candidate.hw or self.preprocessing.hw))
                 network = reduce(network, stem_scale=candidate.stem_scale, stem=candidate.stem, input_size=size)
             if state.calibration is not None:
-                chosen = self.calibration[state.calibration][:CALIBRATION_IMAGES]
+                chosen = self.calibration[state.calibration][: state.calibration_images]
                 self.passes += len(chosen)
                 source = self._batches(state, chosen, 32)
                 with contextlib.closing(source):
@@ -135,6 +138,7 @@ class FeatureBank:
                 # The graph depends on the candidate alone: the crop happens before it.
                 file = self.folder / "onnx" / f"{State(state.candidate, 1.0).key()}.onnx"
                 if not file.exists():
+                    file.parent.mkdir(parents=True, exist_ok=True)
                     names = ("logits",) if self.head is None else ("logits", "features")
                     size = (len(self.preprocessing.mean), *self.preprocessing_of(state).hw)
                     partial = file.with_suffix(".partial")
@@ -144,13 +148,21 @@ class FeatureBank:
             self._runtimes[state] = ready
         return self._runtimes[state]
 
+    def forget(self) -> None:
+        """Delete what only an unfinished run needs: features and the search's ONNX files."""
+        self.release()
+        self._stores = {}
+        if self.folder is not None:
+            for name in ("features", "onnx"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+
     def release(self) -> None:
         """Forget runtimes and networks, keep the features."""
         self._runtimes, self._networks = {}, {}
 
     def features(self, state: State, indices: np.ndarray) -> np.ndarray:
-        store = self._store(state)
-        todo = indices[np.isnan(store[indices, 0])]
+        store, known = self._store(state)
+        todo = indices[~known[indices]]
         if len(todo):
             runtime, done = self.runtime(state), 0
             source = self._batches(state, todo, self.batch_size)
@@ -162,7 +174,9 @@ class FeatureBank:
                             f"The model returns NaN or infinite values at {state.candidate} on real images "
                             f"({self.images.names[todo[done]]} or near it): check its weights and the preprocessing."
                         )
-                    store[todo[done : done + len(out)]] = out
+                    chunk = todo[done : done + len(out)]
+                    store[chunk] = out
+                    known[chunk] = True
                     done += len(out)
                     self.passes += len(out)
                     if self.progress:
@@ -172,21 +186,26 @@ class FeatureBank:
     def _batches(self, state: State, indices: np.ndarray, size: int):  # type: ignore[no-untyped-def]
         return batches(self.images, indices, self.preprocessing_of(state), size)
 
-    def _store(self, state: State) -> np.ndarray:
+    def _store(self, state: State) -> tuple[np.ndarray, np.ndarray]:
+        """(features (n, F) float32, which of them are known (n,) bool)."""
         if state not in self._stores:
-            shape = (len(self.images), self.width)
-            if self.folder is None:
-                self._stores[state] = np.full(shape, np.nan, np.float32)
-            else:
-                file = self.folder / "features" / f"{state.key()}.npy"
-                if not file.exists():
-                    partial = file.with_suffix(".partial")
-                    new = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-                    new[:] = np.nan
-                    del new
-                    partial.replace(file)
-                self._stores[state] = np.lib.format.open_memmap(file, "r+")
+            n = len(self.images)
+            self._stores[state] = (
+                self._array(state, "features", (n, self.width), np.float32),
+                self._array(state, "known", (n,), np.bool_),
+            )
         return self._stores[state]
+
+    def _array(self, state: State, what: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        if self.folder is None:
+            return np.zeros(shape, dtype)
+        (self.folder / "features").mkdir(parents=True, exist_ok=True)
+        file = self.folder / "features" / f"{state.key()}.{what}.npy"
+        if not file.exists():
+            partial = file.with_suffix(".partial")
+            np.lib.format.open_memmap(partial, "w+", dtype, shape)  # zeros, sparse on disk until written
+            partial.replace(file)
+        return np.lib.format.open_memmap(file, "r+")
 
 
 def logits(features: np.ndarray, head: Head | None) -> np.ndarray:

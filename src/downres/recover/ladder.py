@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data import Fold
 from ..measure.quality import compare, count_correct
-from ..records import WITHIN, Budget, Candidate, Drop, Recovery, Rung
+from ..records import OUTSIDE, WITHIN, Budget, Candidate, Drop, Recovery, Rung
 from .batchnorm import has_batchnorm
 from .crop import crop_options
 from .features import FeatureBank, State, logits
@@ -20,6 +20,8 @@ from .head import STRENGTHS, Head, fit_head, why_not
 RUNGS = ("crop", "batchnorm", "head")
 TUNING_IMAGES = 1000
 """Tuning images at most, over all folds together."""
+GLANCE = 32
+"""A recalibration that is proven outside on this many images (calibrated on as many) is given up at once."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def split_tuning(fold: Fold, folds: int, seed: int) -> tuple[np.ndarray, np.ndar
     """(fit, tune): a quarter of the training images tune, at most TUNING_IMAGES / folds of them."""
     order = np.random.default_rng([seed, 1]).permutation(fold.train)
     n = min(len(order) // 4, TUNING_IMAGES // folds)
-    return np.sort(order[n:]), np.sort(order[:n])
+    return np.sort(order[n:]), order[:n]  # tuning images stay in random order: a first few of them are a sample
 
 
 def make_reference(
@@ -92,67 +94,92 @@ def climb(
     on ELPV at 128 px).
     """
     native = State(candidate, bank.preprocessing.crop_ratio)
-    tried: list[Rung] = []
-    options: list[tuple[float, State, Head | None, Drop]] = []  # tuning top-1, state, head for proof images, tuning drop
-    started = time.perf_counter()
-    tune = reference.tune
-    if len(tune) == 0:
-        note = "no training images: nothing can be recovered"
-        return Recovered(
-            native, reference.head, Recovery("none", native.crop_ratio, 0.0, (Rung("none", None, 0, 0.0, 0, note),))
-        )
+    if len(reference.tune) == 0:
+        nothing = Rung("none", None, 0, 0.0, 0, "no training images: nothing can be recovered")
+        return Recovered(native, reference.head, Recovery("none", native.crop_ratio, 0.0, (nothing,)))
+    ladder = _Ladder(bank, reference, labels, budget)
+    start, head = reference.start, reference.head
+    state = native
+    enough = ladder.attempt("none", native, start, head)
+    if not enough and "crop" in rungs:
+        for ratio in crop_options(native.crop_ratio)[1:]:
+            cropped = dataclasses.replace(native, crop_ratio=ratio)
+            enough |= ladder.attempt("crop", cropped, start, head, f"crop ratio {ratio:.3g}")
+        state = ladder.best().state
+    if not enough and "batchnorm" in rungs:
+        if not has_batchnorm(bank.model):
+            ladder.skip("batchnorm", "nothing to recalibrate: the network has no BatchNorm statistics")
+        elif ladder.worth_a_try("batchnorm", dataclasses.replace(state, calibration=reference.index), start):
+            enough = ladder.attempt("batchnorm", dataclasses.replace(state, calibration=reference.index), start, head)
+    if not enough and "head" in rungs:
+        why = why_not(labels[reference.fit], outputs) if bank.head else "the model's output does not come from a linear layer"
+        if why:
+            ladder.skip("head", why)
+        else:
+            ladder.begin()
+            start, head, strength = _refit(bank, state, labels, reference.fit, reference.tune, outputs)
+            ladder.attempt("head", state, start, head, f"logistic regression, C={strength:g}")
+    chosen = ladder.best()
+    seconds = sum(rung.seconds for rung in ladder.tried)
+    return Recovered(
+        chosen.state, chosen.head, Recovery(chosen.rung, chosen.state.crop_ratio, seconds, tuple(ladder.tried), chosen.drop)
+    )
 
-    def attempt(
-        rung: str, state: State, start: Head | None, head: Head | None, since: tuple[float, int], note: str = ""
-    ) -> bool:
-        correct = count_correct(logits(bank.features(state, tune), start), labels[tune])
-        seconds, images = time.perf_counter() - since[0], bank.passes - since[1]
-        tried.append(Rung(rung, 100 * float(correct.mean()), len(tune), seconds, images, note))
-        drop = compare(reference.tune_correct, correct, budget)
-        options.append((float(correct.mean()), state, head, drop))
+
+@dataclass(frozen=True)
+class _Option:
+    """A rung that was measured on all tuning images."""
+
+    rung: str
+    correct: int
+    state: State
+    head: Head | None
+    drop: Drop
+
+
+class _Ladder:
+    """Bookkeeping of one climb: what was tried, what it cost, what it gave on the tuning images."""
+
+    def __init__(self, bank: FeatureBank, reference: Reference, labels: np.ndarray, budget: Budget) -> None:
+        self.bank, self.reference, self.labels, self.budget = bank, reference, labels, budget
+        self.tried: list[Rung] = []
+        self.options: list[_Option] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """From here on time and images count towards the next rung."""
+        self._since = time.perf_counter(), self.bank.passes
+
+    def attempt(self, rung: str, state: State, start: Head | None, head: Head | None, note: str = "") -> bool:
+        """Measure on all tuning images with `start`; `head` serves later. True when the drop is proven within."""
+        correct, drop = self._look(state, start, self.reference.tune)
+        self._note(rung, correct, note)
+        self.options.append(_Option(rung, int(correct.sum()), state, head, drop))
         return drop.verdict == WITHIN
 
-    def since() -> tuple[float, int]:
-        return time.perf_counter(), bank.passes
+    def worth_a_try(self, rung: str, state: State, start: Head | None) -> bool:
+        """A glance at few images, calibrated on as few: False (and noted) when it is proven outside already there."""
+        few = self.reference.tune[:GLANCE]
+        correct, drop = self._look(dataclasses.replace(state, calibration_images=GLANCE), start, few)
+        if drop.verdict == OUTSIDE:
+            self._note(rung, correct, f"given up after a glance at {len(few)} images")
+        return drop.verdict != OUTSIDE
 
-    def skipped(rung: str, why: str) -> None:
-        tried.append(Rung(rung, None, 0, 0.0, 0, why))
+    def skip(self, rung: str, why: str) -> None:
+        self.tried.append(Rung(rung, None, 0, 0.0, 0, why))
 
-    enough = attempt("none", native, reference.start, reference.head, since())
-    state = native
-    if not enough and "crop" in rungs:
-        ratios = crop_options(native.crop_ratio)[1:]
-        for ratio in ratios:
-            other = dataclasses.replace(native, crop_ratio=ratio)
-            enough = attempt("crop", other, reference.start, reference.head, since(), f"crop ratio {ratio:.3g}") or enough
-        # The first of equals wins: the native ratio unless another is really better.
-        state = max(options, key=lambda option: option[0])[1]
-    if not enough and "batchnorm" in rungs:
-        if has_batchnorm(bank.model):
-            calibrated = dataclasses.replace(state, calibration=reference.index)
-            enough = attempt("batchnorm", calibrated, reference.start, reference.head, since())
-        else:
-            skipped("batchnorm", "nothing to recalibrate: the network has no BatchNorm statistics")
-    if not enough and "head" in rungs:
-        why = (
-            "the model's output does not come from a linear layer"
-            if bank.head is None
-            else why_not(labels[reference.fit], outputs)
-        )
-        if why:
-            skipped("head", why)
-        else:
-            begun = since()
-            start, head, strength = _refit(bank, state, labels, reference.fit, tune, outputs)
-            attempt("head", state, start, head, begun, f"logistic regression, C={strength:g}")
+    def best(self) -> _Option:
+        """Most tuning images right; of equals the first, which is the cheapest."""
+        return max(self.options, key=lambda option: option.correct)
 
-    measured = [rung for rung in tried if rung.top1 is not None]
-    best = max(range(len(options)), key=lambda i: options[i][0])
-    if enough:  # the last rung tried sufficed; among the crops it may be an earlier one that did best
-        best = max(range(len(options)), key=lambda i: (measured[i].rung == measured[-1].rung, options[i][0]))
-    _, state, head, drop = options[best]
-    recovery = Recovery(measured[best].rung, state.crop_ratio, time.perf_counter() - started, tuple(tried), drop)
-    return Recovered(state, head, recovery)
+    def _look(self, state: State, head: Head | None, indices: np.ndarray) -> tuple[np.ndarray, Drop]:
+        correct = count_correct(logits(self.bank.features(state, indices), head), self.labels[indices])
+        return correct, compare(self.reference.tune_correct[: len(indices)], correct, self.budget)
+
+    def _note(self, rung: str, correct: np.ndarray, note: str) -> None:
+        seconds, images = time.perf_counter() - self._since[0], self.bank.passes - self._since[1]
+        self.tried.append(Rung(rung, 100 * float(correct.mean()), len(correct), seconds, images, note))
+        self.begin()
 
 
 def _refit(

@@ -48,7 +48,8 @@ def reduce(
         input_size: (C, H, W) used to find the stem; default: the model's own configuration, else 3×224×224.
 
     Raises:
-        DownresError: no such module, the module returns no feature map, the model was reduced before.
+        DownresError: no such module, the model was reduced before; and by the result when it runs, if the module returns
+            no feature map.
     """
     if candidate is None:
         candidate = Candidate(resolution, stem_scale, stem)
@@ -56,8 +57,8 @@ def reduce(
         raise DownresError("Give reduce either a candidate or its fields (resolution, stem_scale, stem), not both.")
     if interpolation not in ("bilinear", "bicubic"):
         raise DownresError(f"The interpolation is bilinear or bicubic, {interpolation!r} is neither.")
-    if hasattr(model, "downres"):
-        raise DownresError(f"This model was reduced before ({model.downres.candidate}): reduce the original instead.")
+    if isinstance(before := getattr(model, "downres", None), Reduction):
+        raise DownresError(f"This model was reduced before ({before.candidate}): reduce the original instead.")
 
     changes = []
     small = copy.deepcopy(model)

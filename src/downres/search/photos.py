@@ -11,7 +11,10 @@ from .task import Task
 
 
 def keep_photos(store: Store, task: Task, original: Result, candidates: list[Candidate]) -> None:
-    """Six at most, chosen reproducibly: three that all get right, two that some candidate loses, one that the original gets wrong."""
+    """Six at most, chosen reproducibly.
+
+    Three that all get right, two that some candidate loses, one that the original gets wrong.
+    """
     crop = task.model.preprocessing.crop_ratio
     all_of = [task.native, *candidates]
     found = [store.arrays(f"predictions/{State(c, crop).key()}") for c in all_of]

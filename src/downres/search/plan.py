@@ -20,11 +20,11 @@ def snap(resolution: Resolution, stride: int) -> Resolution:
 
 
 def default_resolutions(native: Resolution, stride: int) -> list[Resolution]:
-    """Multiples of the stride (at least 16) below the original, down to a fifth of it, thinned to at most eight."""
+    """Multiples of the stride (at least 16) from nine tenths of the original down to a fifth, thinned to at most eight."""
     height, width = as_hw(native)
     step = stride if stride >= 16 else stride * -(-16 // stride)
     short = min(height, width)
-    sides = [s for s in range((short - 1) // step * step, 0, -step) if s >= max(short / 5, 2 * stride)]
+    sides = [s for s in range((short - 1) // step * step, 0, -step) if max(short / 5, 2 * stride) <= s <= 0.9 * short]
     while len(sides) > 8:
         # Every second one, the smallest kept: costs fall with the square, so a geometric feel is enough.
         sides = sides[::-2][::-1]
@@ -54,7 +54,8 @@ def plan(
             snapped = r if r == native else snap(r, stride)
             if snapped != r:
                 notes.append(
-                    f"{format_resolution(r)} px snapped to {format_resolution(snapped)}, a multiple of the network's stride {stride}"
+                    f"{format_resolution(r)} px snapped to {format_resolution(snapped)}, "
+                    f"a multiple of the network's stride {stride}"
                 )
             chosen.append(snapped)
     candidates = [Candidate(r) for r in chosen] + [Candidate(native, scale) for scale in stem_scales]

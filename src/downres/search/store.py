@@ -56,7 +56,8 @@ class Store:
         store = cls(path)
         settings = json.loads(json.dumps(settings))
         if store.settings:
-            other = [k for k in settings if settings[k] != store.settings.get(k)]
+            # The command is only shown: the same question may be typed in many ways.
+            other = [k for k in settings if k != "command" and settings[k] != store.settings.get(k)]
             if other:
                 k = other[0]
                 raise DownresError(

@@ -1,0 +1,476 @@
+"""The command line: each command parses its options, makes one library call and prints one result."""
+
+import contextlib
+import difflib
+import errno
+import json
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from .errors import DownresError
+from .parse import format_quantity, format_resolution, parse_quantity, parse_resolutions
+
+# torch, timm and the runtimes take seconds to import: `--help` and a mistyped option must not wait for them,
+# so every command imports what it calls.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Compress vision models by letting them look at fewer pixels: search, recover, prove, ship.",
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME or path/to/file.py:function.")]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data", metavar="DIR", help="Folder of class folders, with train/ and val/ or one to be split; ImageNet's layout."
+    ),
+]
+WeightsOption = Annotated[
+    Path | None, typer.Option("--weights", help="A .safetensors or .pth file (read with weights_only=True).")
+]
+ResolutionOption = Annotated[str, typer.Option("--resolution", metavar="SPEC", help="96:256:32, 96,128,160 or HxW.")]
+ResolutionsOption = Annotated[
+    str | None,
+    typer.Option("--resolution", metavar="SPEC", help="96:256:32, 96,128,160 or HxW; default: from the model's own down."),
+]
+NativeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--native-resolution", metavar="N|HxW", help="Resolution the original is used at; default: its own configuration."
+    ),
+]
+MeanOption = Annotated[str | None, typer.Option("--mean", help="Per channel, on 0…1: 0.485,0.456,0.406.")]
+StdOption = Annotated[str | None, typer.Option("--std", help="Per channel, on 0…1: 0.229,0.224,0.225.")]
+InterpolationOption = Annotated[str | None, typer.Option("--interpolation", help="bilinear or bicubic.")]
+CropOption = Annotated[
+    float | None, typer.Option("--crop-ratio", help="Side of the centre crop over the resized short side, above 0 to 1.")
+]
+SnapOption = Annotated[bool, typer.Option("--snap/--no-snap", help="Take resolutions to multiples of the network's stride.")]
+ValFractionOption = Annotated[
+    float, typer.Option("--val-fraction", help="Part of one undivided folder that is kept for the proof.")
+]
+RuntimeOption = Annotated[str, typer.Option("--runtime", help="onnxruntime or torch.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads of the runtime; default: all cores available.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of splits and folds.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("demo"),
+    max_drop: Annotated[float, typer.Option("--max-drop", help="Points of top-1 that may be lost.")] = 2.0,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The main job on real photographs of solar cells and EfficientNet-Lite0, all installed by pip."""
+    from .demo import demo as run_demo
+
+    with _progress() as progress:
+        run = run_demo(folder, max_drop=max_drop, threads=threads, command=_command(), progress=progress)
+    _print_run(run, as_json)
+
+
+@app.command()
+def search(
+    model: ModelArgument,
+    data: DataOption,
+    folder: Annotated[
+        Path, typer.Option("--out", metavar="RUN", help="Folder of the run; the same command goes on where it was.")
+    ] = Path("run"),
+    max_drop: Annotated[float, typer.Option("--max-drop", help="Points of top-1 that may be lost, proven.")] = 1.0,
+    max_latency_ms: Annotated[float | None, typer.Option("--max-latency-ms", help="Median of one image, milliseconds.")] = None,
+    max_macs: Annotated[str | None, typer.Option("--max-macs", metavar="500M")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", metavar="20MB", help="Peak activation memory of one image.")
+    ] = None,
+    resolution: ResolutionsOption = None,
+    stem_scale: Annotated[
+        str | None,
+        typer.Option(
+            "--stem-scale", metavar="0.75,0.5", help="Resample after the stem by these factors; 'none' for no such variants."
+        ),
+    ] = None,
+    rungs: Annotated[
+        str, typer.Option("--rungs", help="Of the recovery ladder, from crop,batchnorm,head; 'none' only lowers.")
+    ] = "crop,batchnorm,head",
+    minimize: Annotated[str, typer.Option("--minimize", help="What cheapest means: macs, memory or latency.")] = "macs",
+    fit_head: Annotated[
+        bool, typer.Option("--fit-head", help="Replace the classifier by one fitted for the data's classes.")
+    ] = False,
+    folds: Annotated[
+        int | None, typer.Option("--folds", help="Cross-fit one folder: every image is a proof image once.")
+    ] = None,
+    val_fraction: ValFractionOption = 0.5,
+    confidence: Annotated[float, typer.Option("--confidence", help="Of the proof, for all candidates together.")] = 0.95,
+    weights: WeightsOption = None,
+    native_resolution: NativeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    crop_ratio: CropOption = None,
+    snap: SnapOption = True,
+    runtime: RuntimeOption = "onnxruntime",
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the cheapest resolution whose drop is proven to be within --max-drop, and ship the model."""
+    resolutions = parse_resolutions(resolution) if resolution else None
+    ceilings = {
+        "max_macs": parse_quantity(max_macs, "--max-macs") if max_macs else None,
+        "max_memory_bytes": parse_quantity(max_memory, "--max-memory") if max_memory else None,
+        "max_latency_ms": max_latency_ms,
+    }
+    scales = None if stem_scale is None else tuple(_floats(stem_scale, "--stem-scale")) if stem_scale != "none" else ()
+    from .search import search as run_search
+
+    loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio)
+    with _progress() as progress:
+        run = run_search(
+            loaded, data, max_drop=max_drop, **ceilings, resolutions=resolutions, stem_scales=scales, snap=snap,
+            rungs=tuple(r for r in rungs.split(",") if r != "none"), minimize=minimize, fit_head=fit_head, folds=folds,
+            val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
+            command=_command(), progress=progress,
+        )  # fmt: skip
+    _print_run(run, as_json)
+
+
+@app.command()
+def curve(
+    model: ModelArgument,
+    data: DataOption,
+    resolution: ResolutionOption,
+    max_drop: Annotated[float, typer.Option("--max-drop", help="Points, for the verdict of each resolution alone.")] = 1.0,
+    val_fraction: ValFractionOption = 0.5,
+    weights: WeightsOption = None,
+    native_resolution: NativeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    crop_ratio: CropOption = None,
+    snap: SnapOption = True,
+    runtime: RuntimeOption = "torch",
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Quality against resolution of the model as it is: no search, no recovery."""
+    resolutions = parse_resolutions(resolution)
+    from .search import curve as run_curve
+
+    loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio)
+    with _progress() as progress:
+        found = run_curve(
+            loaded, data, resolutions, snap=snap, max_drop=max_drop, val_fraction=val_fraction,
+            runtime=runtime, threads=threads, seed=seed, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json(found.to_json())
+        return
+    out.print(f"{found.data}\n{_preprocessing_words(found.preprocessing)}")
+    out.print(_table([found.original, *found.results], found.original, found.original.candidate))
+    _print_notes(found.notes)
+
+
+@app.command()
+def cost(
+    model: ModelArgument,
+    resolution: ResolutionsOption = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images in one pass.")] = 1,
+    stem_scale: Annotated[float, typer.Option("--stem-scale", help="Resample after the stem by this factor.")] = 1.0,
+    weights: WeightsOption = None,
+    native_resolution: NativeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """MACs, parameters and peak activation memory at each resolution; needs no data and no weights."""
+    resolutions = parse_resolutions(resolution) if resolution else None
+    from .search import costs
+
+    loaded = _load(model, weights, native_resolution, pretrained=False)
+    found = costs(loaded, resolutions, batch_size=batch_size, stem_scale=stem_scale)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("resolution", "MACs", "of original", "params", "param bytes", "peak activations", "not counted"):
+        table.add_column(name, justify="left" if name in ("resolution", "not counted") else "right")
+    for candidate, one in found.costs:
+        table.add_row(
+            str(candidate), format_quantity(one.macs), f"{100 * one.macs / found.original.macs:.1f} %",
+            format_quantity(one.params), format_quantity(one.param_bytes, "B"), format_quantity(one.peak_activation_bytes, "B"),
+            f"{sum(one.uncounted.values())} ops of {len(one.uncounted)} kinds",
+        )  # fmt: skip
+    out.print(table)
+    out.print(f"For {batch_size} image{'s' * (batch_size > 1)}. {found.convention}", style="dim")
+    kinds = ", ".join(f"{name.removeprefix('aten.')} ×{n}" for name, n in found.original.uncounted.items())
+    out.print(f"Not counted at {format_resolution(loaded.preprocessing.resolution)}: {kinds or 'nothing'}.", style="dim")
+    _print_notes(found.notes)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN")], as_json: JsonOption = False) -> None:
+    """Write RUN/report.html from what the run has measured so far."""
+    from .search import write_report
+
+    page = write_report(run)
+    if as_json:
+        _print_json({"report": str(page)})
+    else:
+        out.print(f"Report: {page}", soft_wrap=True)
+
+
+@app.command()
+def check(
+    artifact: Annotated[Path, typer.Argument(metavar="RUN/best")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="path/to/file.py:function, where the network came from one.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="DIR", help="Where the proof images are now.")] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove a shipped model: files unchanged, onnxruntime equal to torch on real images, the quality as stated."""
+    from .artifact import check as run_check
+
+    findings = run_check(artifact, model=model, data=data, threads=threads)
+    if as_json:
+        _print_json(
+            {
+                "artifact": str(artifact),
+                "ok": all(f.ok is not False for f in findings),
+                "findings": [f.to_json() for f in findings],
+            }
+        )
+    else:
+        for finding in findings:
+            mark = {True: "[green]ok[/]", False: "[red]WRONG[/]", None: "[yellow]not checked[/]"}[finding.ok]
+            out.print(f"{mark} {finding.what}: ", end="")
+            out.print(finding.detail, markup=False, soft_wrap=True)
+    if any(f.ok is False for f in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    artifact: Annotated[Path, typer.Argument(metavar="RUN/best")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…")],
+    top: Annotated[int, typer.Option("--top", min=1, help="How many classes.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Classes of pictures by the shipped model alone."""
+    from .artifact import predict as run_predict
+
+    predictions = run_predict(artifact, images, top=top)  # type: ignore[arg-type]
+    if as_json:
+        _print_json({"predictions": [p.to_json() for p in predictions]})
+        return
+    for prediction in predictions:
+        ranked = ", ".join(f"{c} {p:.1f} %" for c, p in zip(prediction.classes, prediction.probabilities, strict=True))
+        out.print(f"{prediction.image}: {ranked}", markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: exit codes 0 good, 1 a check failed, 2 bad input, 130 interrupted; never a traceback for those."""
+    warnings.simplefilter("ignore")
+    warnings.showwarning = lambda message, *_: err.print(f"Note: {message}", markup=False)  # type: ignore[assignment]
+    warnings.filterwarnings("default", module="downres")
+    # Nobody reads the libraries' own chatter between a progress bar and a table.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app(standalone_mode=False)
+    except DownresError as error:
+        _stop(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _stop("Interrupted. What was measured is kept: the same command goes on where it was.", 130)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _stop(
+                "The disk is full: free some space (or set TMPDIR to a larger disk) and run the same command again; "
+                "nothing measured is lost.",
+                2,
+            )
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            _stop(f"No permission for {error.filename}: choose another folder.", 2)
+        raise
+    except Exception as error:
+        # Usage errors of the option parser carry a message and an exit code of their own.
+        if not hasattr(error, "format_message"):
+            raise
+        _stop(_usage(error), 2)
+
+
+def _usage(error: Any) -> str:
+    message = str(error.format_message()).rstrip(".")
+    name = getattr(error, "option_name", None)
+    context = getattr(error, "ctx", None)
+    if name and context is not None:
+        known = [option for parameter in context.command.params for option in parameter.opts]
+        near = difflib.get_close_matches(name, known, n=1)
+        message = f"There is no option {name}" + (f", did you mean {near[0]}?" if near else "")
+    where = context.command_path if context is not None else "downres"
+    return f"{message}: see {where} --help." if not message.endswith("?") else message
+
+
+def _stop(message: str, code: int) -> None:
+    err.print(message, style="red", markup=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _command() -> str:
+    return shlex.join(["downres", *sys.argv[1:]])
+
+
+def _load(
+    model: str, weights: Path | None, native: str | None, mean: str | None = None, std: str | None = None,
+    interpolation: str | None = None, crop_ratio: float | None = None, pretrained: bool = True,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """The model as the options describe it. Options are read first: a typing error must not wait for weights."""
+    resolution = None if native is None else parse_resolutions(native)[0]
+    given = {
+        "mean": tuple(_floats(mean, "--mean")) if mean else None,
+        "std": tuple(_floats(std, "--std")) if std else None,
+    }
+    from .families import load_model, with_preprocessing
+
+    loaded = load_model(model, weights, pretrained=pretrained)
+    return with_preprocessing(loaded, resolution=resolution, interpolation=interpolation, crop_ratio=crop_ratio, **given)
+
+
+def _floats(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise DownresError(
+            f"Cannot read {text!r} for {option}: give numbers with commas between them, for example 0.5,0.5,0.5."
+        ) from None
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error; one line for each stage where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with RichProgress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+        total_time = bar.add_task("downres", total=None)
+        last = ""
+
+        def progress(stage: str, done: int, total: int) -> None:
+            nonlocal last
+            if not err.is_terminal:
+                if stage != last:
+                    err.print(f"{stage} ({total})", markup=False)
+                last = stage
+                return
+            if stage != last:
+                for old in list(tasks):
+                    bar.remove_task(tasks.pop(old))
+                tasks[stage] = bar.add_task(stage, total=total)
+                last = stage
+            bar.update(tasks[stage], completed=done, total=total)
+            bar.update(total_time, description="downres, all")
+
+        yield progress
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=1, ensure_ascii=False))
+
+
+def _print_run(run: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(run.to_json())
+        return
+    from .records import Preprocessing
+    from .report import words
+
+    settings = run.settings
+    out.print(f"{settings['data']}{' ' + settings['licence'] if settings['licence'] else ''}", markup=False)
+    out.print(_preprocessing_words(Preprocessing.from_json(settings["preprocessing"])), markup=False)
+    for skipped in settings["skipped"][:10]:
+        err.print(f"Skipped {skipped['path']}: {skipped['reason']}", markup=False)
+    if len(settings["skipped"]) > 10:
+        err.print(f"… {len(settings['skipped'])} images skipped, all listed in {run.folder / 'run.json'}", markup=False)
+    out.print(_table([run.original, *run.results], run.original, run.best and run.best.candidate))
+    out.print(words.verdict(run.original, run.results, run.best, run.budget), style="bold", markup=False)
+    _print_notes(run.notes)
+    out.print(f"Report: {run.folder / 'report.html'}", markup=False, soft_wrap=True)
+    if run.artifact:
+        out.print(f"Model:  {run.artifact}  (downres check {run.artifact})", markup=False, soft_wrap=True)
+
+
+def _print_notes(notes: Any) -> None:
+    for note in notes:
+        err.print(f"Note: {note}.", markup=False)
+
+
+def _preprocessing_words(p: Any) -> str:
+    return (
+        f"Preprocessing ({p.source}): {format_resolution(p.resolution)} px, crop ratio {p.crop_ratio:.3g}, {p.interpolation}, "
+        f"mean {', '.join(f'{m:.3f}' for m in p.mean)}, std {', '.join(f'{s:.3f}' for s in p.std)}"
+    )
+
+
+def _table(results: list[Any], original: Any, chosen: Any) -> Table:
+    """Candidates in a terminal: only the columns that something is known for, narrow enough for 120 characters."""
+    from .report import words
+
+    chips = {"within": "[green]proven within[/]", "outside": "[red]proven outside[/]", "few": "[yellow]too few images[/]"}
+    columns: list[tuple[str, Callable[[Any], str]]] = [
+        ("", lambda r: "★" if r.candidate == chosen else ""),
+        ("candidate", lambda r: words.label(r.candidate)),
+        ("MACs", lambda r: format_quantity(r.cost.macs) if r.cost else ""),
+        ("peak mem.", lambda r: format_quantity(r.cost.peak_activation_bytes, "B") if r.cost else ""),
+        ("latency", lambda r: f"{words.digits(r.latency.latency_ms)} ms" if r.latency else ""),
+        ("naive", lambda r: f"{r.naive.top1:.1f} %" if r.naive else ""),
+        ("top-1 (95 %)", lambda r: f"{r.quality.top1:.1f} % ({words.interval(r.quality)})" if r.quality else ""),
+        ("drop", lambda r: f"{words.points(r.drop.drop)} ≤ {_up(r.drop.upper)}" if r.drop else ""),
+        ("verdict", lambda r: _verdict(r, original, chips)),
+        ("recovered by", lambda r: words.RUNGS[r.recovery.rung] if r.recovery and r is not original else ""),
+    ]  # fmt: skip
+    table = Table(box=None, pad_edge=False)
+    for name, cell in columns:
+        cells = [cell(r) for r in results]
+        if any(cells):
+            text = name in ("", "candidate", "verdict", "recovered by")
+            table.add_column(name, justify="left" if text else "right", no_wrap=name != "verdict")
+    for result in results:
+        cells = [cell(result) for name, cell in columns if any(cell(r) for r in results)]
+        table.add_row(*cells, style="dim" if result.status != "measured" else None)
+    return table
+
+
+def _verdict(result: Any, original: Any, chips: dict[str, str]) -> str:
+    from .report import words
+
+    if result is original:
+        return "the original"
+    if result.status != "measured" or result.reason:
+        return result.reason.replace("[", "(")
+    if result.drop is None:
+        return ""
+    more = f", about {words.count(result.drop.more_images, 'more')[:-1]} needed" if result.drop.more_images else ""
+    return chips.get(words.verdict_key(result), "") + more
+
+
+def _up(bound: float) -> str:
+    """A proven bound is rounded up: 0.996 is not proven to be within 0.99."""
+    import math
+
+    return f"{math.ceil(bound * 100 - 1e-9) / 100:.2f}".replace("-", "−")

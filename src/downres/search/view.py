@@ -1,0 +1,124 @@
+"""A run as its report: which sentences, photographs and numbers the page shows."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..artifact import read_manifest
+from ..data import resize_and_crop
+from ..measure.cost import CONVENTION
+from ..records import Candidate, Preprocessing
+from ..report import Photo, ReportView, View, words
+from ..report import write_report as write_page
+from .results import Run, load_run
+from .select import expense
+from .store import Store
+
+SHOWN = 7
+"""Resolutions at most beside each photograph."""
+
+
+def write_report(run: Run | str | Path) -> Path:
+    """Write `report.html` into a run's folder, finished or not, and return its path.
+
+    Raises DownresError when the folder is not a run.
+    """
+    run = run if isinstance(run, Run) else load_run(run)
+    return write_page(view_of(run), run.folder / "report.html")
+
+
+def view_of(run: Run) -> ReportView:
+    """Everything on the page, from what the run's folder holds: the images themselves need not be there."""
+    store = Store.read(run.folder)
+    started = store.get("started") or {"when": "", "versions": {}}
+    settings = run.settings
+    native = Preprocessing.from_json(settings["preprocessing"])
+    counted = [r for r in run.results if r.cost is not None]
+    ordered = sorted(counted, key=lambda r: expense(r, "macs"), reverse=True) + [r for r in run.results if r.cost is None]
+    shipped = run.best
+    preprocessing = native
+    if run.artifact is not None:
+        preprocessing = Preprocessing.from_json(read_manifest(run.artifact)["preprocessing"])
+    model = settings["model"] or "a module given in Python"
+    return ReportView(
+        title=f"downres: {model}",
+        model=f"{model} ({settings['weights']})" if settings["weights"] else model,
+        data=settings["data"],
+        licence=settings["licence"],
+        budget=run.budget,
+        original=run.original,
+        results=tuple(ordered),
+        best=shipped and shipped.candidate,
+        preprocessing=preprocessing,
+        photos=_photos(store, native, run),
+        made=_made(run),
+        command=settings["command"],
+        created=started["when"],
+        versions=started["versions"],
+        skipped=tuple(f"{s['path']}: {s['reason']}" for s in settings["skipped"]),
+        warnings=run.notes,
+    )
+
+
+def _photos(store: Store, native: Preprocessing, run: Run) -> tuple[Photo, ...]:
+    if store.get("photos") is None:
+        return ()
+    kept = store.arrays("photos")
+    crops = {str(r.candidate): r.recovery.crop_ratio for r in run.results if r.recovery is not None}
+    # A stem variant sees the same pixels as the original: one row of input variants tells it all.
+    columns = [(i, Candidate.parse(str(name))) for i, name in enumerate(kept["candidates"])]
+    columns = [(i, c) for i, c in columns if c.stem_scale == 1.0]
+    if len(columns) > SHOWN:
+        columns = [columns[i] for i in np.unique(np.linspace(0, len(columns) - 1, SHOWN).round().astype(int))]
+    classes = [str(c) for c in kept["classes"]]
+    photos = []
+    for k, name in enumerate(kept["names"]):
+        views = []
+        for i, candidate in columns:
+            p = native.at(candidate.resolution, crops.get(str(candidate), native.crop_ratio))
+            seen = resize_and_crop(kept[f"image{k}"], p).permute(1, 2, 0).numpy()
+            views.append(
+                View(
+                    label=words.label(candidate),
+                    image=np.ascontiguousarray(np.broadcast_to(seen, (*seen.shape[:2], 3))),
+                    prediction=classes[int(kept["predicted"][i, k])],
+                    confidence=float(kept["confidence"][i, k]),
+                    correct=bool(kept["correct"][i, k]),
+                )
+            )
+        photos.append(Photo(str(name), classes[int(kept["truth"][k])], tuple(views)))
+    return tuple(photos)
+
+
+def _made(run: Run) -> dict[str, str]:
+    """How every number was made, one sentence each."""
+    settings, budget = run.settings, run.budget
+    folds = settings["folds"]
+    compared = max((r.drop.comparisons for r in run.results if r.drop), default=1)
+    proof = (
+        f"Every image is a proof image once: in each of {folds} folds, heads are fitted on the other folds "
+        "and judged on this one."
+        if folds > 1
+        else "Fitted and chosen on training images (a part of them, the tuning images, decides crop ratio and rung), "
+        "judged on the validation images, which nothing was chosen on."
+    )
+    many = (
+        f" {compared} candidates were judged on the same images; Holm's procedure makes their bounds hold together, "
+        "so that picking the cheapest proven one is honest."
+        if compared > 1
+        else ""
+    )
+    runtime = settings["runtime"]
+    return {
+        "Top-1": f"Correct images / all proof images, measured through {runtime}; in brackets the two-sided 95 % "
+        f"Wilson interval. {proof}",
+        "Drop": "Top-1 of the original minus top-1 of the candidate, in percentage points, on the same images (paired); "
+        f"the bound is one-sided, by Tango's score test, at {100 * budget.confidence:g} % confidence.{many}",
+        "Lowered only": "The original's own weights and head on smaller images, at its own crop ratio: "
+        "what happens without recovery.",
+        "MACs and memory": CONVENTION,
+        "Latency": "Median of interleaved runs after warm-up, batch 1, random input; 10th to 90th percentile beside it. "
+        "Resizing and decoding of the image are not in it.",
+        "Recovery": "Rungs are tried from cheap to dear on tuning images, until the drop there is shown to be within "
+        "the allowed one; otherwise the best rung is taken. Seconds are wall-clock time for all folds together.",
+    }
