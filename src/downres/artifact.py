@@ -4,7 +4,6 @@ A folder of model.onnx (the small input, batch free), model.safetensors (the sam
 where the quality was cross-fitted, folds.safetensors (the heads that it was measured with).
 """
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -93,7 +92,7 @@ def export(
         save_file({k: torch.from_numpy(v) for k, v in fold_tensors.items()}, partial / "folds.safetensors")
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner may read
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "candidate": result.candidate.to_json(),
         "input": {"name": "input", "shape": ["batch", *size], "dtype": "float32"},
@@ -253,9 +252,7 @@ def _quality(
                         "quality", None, "the folds' BatchNorm statistics need the torch network: name it with --model"
                     )
                 one = ready
-        source = batches(dataset.images, fold.test, how, 8)
-        with contextlib.closing(source):
-            out = np.concatenate([one(batch.numpy())[0] for batch in source])
+        out = np.concatenate([one(batch.numpy())[0] for batch in batches(dataset.images, fold.test, how, 8)])
         correct += int(count_correct(out, labels[fold.test]).sum())
         n += len(fold.test)
     # Another processor may round a logit the other way: one image in a thousand is not a change of the model.

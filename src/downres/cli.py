@@ -68,7 +68,8 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads of
 SeedOption = Annotated[int, typer.Option("--seed", help="Of splits and folds.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
 
-out = Console(highlight=False)
+# A file or a pipe has no width of its own: tables there are not to be cut.
+out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 err = Console(stderr=True, highlight=False)
 
 
@@ -133,18 +134,16 @@ def search(
 ) -> None:
     """Find the cheapest resolution whose drop is proven to be within --max-drop, and ship the model."""
     resolutions = parse_resolutions(resolution) if resolution else None
-    ceilings = {
-        "max_macs": parse_quantity(max_macs, "--max-macs") if max_macs else None,
-        "max_memory_bytes": parse_quantity(max_memory, "--max-memory") if max_memory else None,
-        "max_latency_ms": max_latency_ms,
-    }
+    macs = parse_quantity(max_macs, "--max-macs") if max_macs else None
+    memory = parse_quantity(max_memory, "--max-memory") if max_memory else None
     scales = None if stem_scale is None else tuple(_floats(stem_scale, "--stem-scale")) if stem_scale != "none" else ()
     from .search import search as run_search
 
     loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio)
     with _progress() as progress:
         run = run_search(
-            loaded, data, max_drop=max_drop, **ceilings, resolutions=resolutions, stem_scales=scales, snap=snap,
+            loaded, data, max_drop=max_drop, max_macs=macs, max_memory_bytes=memory, max_latency_ms=max_latency_ms,
+            resolutions=resolutions, stem_scales=scales, snap=snap,
             rungs=tuple(r for r in rungs.split(",") if r != "none"), minimize=minimize, fit_head=fit_head, folds=folds,
             val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
             command=_command(), progress=progress,
@@ -428,35 +427,42 @@ def _preprocessing_words(p: Any) -> str:
 
 
 def _table(results: list[Any], original: Any, chosen: Any) -> Table:
-    """Candidates in a terminal: only the columns that something is known for, narrow enough for 120 characters."""
+    """Candidates in a terminal: the columns that something is known for, as many as its width holds."""
     from .report import words
 
-    chips = {"within": "[green]proven within[/]", "outside": "[red]proven outside[/]", "few": "[yellow]too few images[/]"}
-    columns: list[tuple[str, Callable[[Any], str]]] = [
-        ("", lambda r: "★" if r.candidate == chosen else ""),
-        ("candidate", lambda r: words.label(r.candidate)),
-        ("MACs", lambda r: format_quantity(r.cost.macs) if r.cost else ""),
-        ("peak mem.", lambda r: format_quantity(r.cost.peak_activation_bytes, "B") if r.cost else ""),
-        ("latency", lambda r: f"{words.digits(r.latency.latency_ms)} ms" if r.latency else ""),
-        ("naive", lambda r: f"{r.naive.top1:.1f} %" if r.naive else ""),
-        ("top-1 (95 %)", lambda r: f"{r.quality.top1:.1f} % ({words.interval(r.quality)})" if r.quality else ""),
-        ("drop", lambda r: f"{words.points(r.drop.drop)} ≤ {_up(r.drop.upper)}" if r.drop else ""),
-        ("verdict", lambda r: _verdict(r, original, chips)),
-        ("recovered by", lambda r: words.RUNGS[r.recovery.rung] if r.recovery and r is not original else ""),
-    ]  # fmt: skip
-    table = Table(box=None, pad_edge=False)
-    for name, cell in columns:
-        cells = [cell(r) for r in results]
-        if any(cells):
-            text = name in ("", "candidate", "verdict", "recovered by")
-            table.add_column(name, justify="left" if text else "right", no_wrap=name != "verdict")
-    for result in results:
-        cells = [cell(result) for name, cell in columns if any(cell(r) for r in results)]
-        table.add_row(*cells, style="dim" if result.status != "measured" else None)
-    return table
+    columns: dict[str, Callable[[Any], str]] = {
+        "": lambda r: "★" if r.candidate == chosen else "",
+        "candidate": lambda r: words.label(r.candidate),
+        "MACs": lambda r: format_quantity(r.cost.macs) if r.cost else "",
+        "peak memory": lambda r: format_quantity(r.cost.peak_activation_bytes, "B") if r.cost else "",
+        "latency": lambda r: f"{words.digits(r.latency.latency_ms)} ms" if r.latency else "",
+        "lowered only": lambda r: f"{r.naive.top1:.1f} %" if r.naive else "",
+        "top-1": lambda r: f"{r.quality.top1:.1f} %" if r.quality else "",
+        "95 % interval": lambda r: words.interval(r.quality) if r.quality else "",
+        "drop ≤ bound": lambda r: f"{words.points(r.drop.drop)} ≤ {words.bound(r.drop.upper)}" if r.drop else "",
+        "verdict": lambda r: _verdict(r, original),
+        "recovered by": lambda r: words.RUNGS[r.recovery.rung] if r.recovery and r is not original else "",
+    }
+    cells = {name: [cell(r) for r in results] for name, cell in columns.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    left = ("", "candidate", "verdict", "recovered by")
+
+    def build() -> Table:
+        table = Table(box=None, pad_edge=False)
+        for name in cells:
+            table.add_column(name, justify="left" if name in left else "right", no_wrap=name != "verdict")
+        for i, result in enumerate(results):
+            table.add_row(*(column[i] for column in cells.values()), style="dim" if result.status != "measured" else None)
+        return table
+
+    for name in ("peak memory", "95 % interval", "recovered by", "latency"):
+        if out.measure(build(), options=out.options.update(width=1000)).maximum <= out.width:
+            break
+        cells.pop(name, None)
+    return build()
 
 
-def _verdict(result: Any, original: Any, chips: dict[str, str]) -> str:
+def _verdict(result: Any, original: Any) -> str:
     from .report import words
 
     if result is original:
@@ -466,11 +472,5 @@ def _verdict(result: Any, original: Any, chips: dict[str, str]) -> str:
     if result.drop is None:
         return ""
     more = f", about {words.count(result.drop.more_images, 'more')[:-1]} needed" if result.drop.more_images else ""
+    chips = {"within": "[green]proven within[/]", "outside": "[red]proven outside[/]", "few": "[yellow]too few images[/]"}
     return chips.get(words.verdict_key(result), "") + more
-
-
-def _up(bound: float) -> str:
-    """A proven bound is rounded up: 0.996 is not proven to be within 0.99."""
-    import math
-
-    return f"{math.ceil(bound * 100 - 1e-9) / 100:.2f}".replace("-", "−")

@@ -131,10 +131,17 @@ class _Option:
     """A rung that was measured on all tuning images."""
 
     rung: str
-    correct: int
+    correct: np.ndarray
     state: State
     head: Head | None
     drop: Drop
+
+
+def _behind(one: np.ndarray, best: np.ndarray) -> float:
+    """How many standard errors of their paired difference `one` is behind `best` (both bool, on the same images)."""
+    lost, won = int((best & ~one).sum()), int((one & ~best).sum())
+    variance = lost + won - (lost - won) ** 2 / len(one)
+    return (lost - won) / variance**0.5 if variance > 0 else float(lost - won)
 
 
 class _Ladder:
@@ -154,7 +161,7 @@ class _Ladder:
         """Measure on all tuning images with `start`; `head` serves later. True when the drop is proven within."""
         correct, drop = self._look(state, start, self.reference.tune)
         self._note(rung, correct, note)
-        self.options.append(_Option(rung, int(correct.sum()), state, head, drop))
+        self.options.append(_Option(rung, correct, state, head, drop))
         return drop.verdict == WITHIN
 
     def worth_a_try(self, rung: str, state: State, start: Head | None) -> bool:
@@ -169,8 +176,16 @@ class _Ladder:
         self.tried.append(Rung(rung, None, 0, 0.0, 0, why))
 
     def best(self) -> _Option:
-        """Most tuning images right; of equals the first, which is the cheapest."""
-        return max(self.options, key=lambda option: option.correct)
+        """The first option proven within, else the first (so the cheapest) within one standard error of the best.
+
+        On few tuning images the best of several is often only the luckiest; the one-standard-error rule (Breiman et al.
+        1984) keeps what is cheaper unless another is better beyond that.
+        """
+        proven = [option for option in self.options if option.drop.verdict == WITHIN]
+        if proven:
+            return proven[0]
+        best = max(self.options, key=lambda option: int(option.correct.sum()))
+        return next(option for option in self.options if _behind(option.correct, best.correct) <= 1.0)
 
     def _look(self, state: State, head: Head | None, indices: np.ndarray) -> tuple[np.ndarray, Drop]:
         correct = count_correct(logits(self.bank.features(state, indices), head), self.labels[indices])

@@ -51,17 +51,19 @@ class ResizeInput:
         self.resolution, self.interpolation = resolution, interpolation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        for where in (args, kwargs):
-            items = enumerate(where) if isinstance(where, tuple) else where.items()
-            for key, value in items:
-                if isinstance(value, Tensor) and value.ndim == 4:
-                    small = resample(value, input_size(tuple(value.shape[-2:]), self.resolution), self.interpolation)  # type: ignore[arg-type]
-                    if isinstance(where, tuple):
-                        return (*args[:key], small, *args[key + 1 :]), kwargs  # type: ignore[operator,misc]
-                    return args, {**kwargs, key: small}
+        for i, value in enumerate(args):
+            if isinstance(value, Tensor) and value.ndim == 4:
+                return (*args[:i], self._small(value), *args[i + 1 :]), kwargs
+        for key, value in kwargs.items():
+            if isinstance(value, Tensor) and value.ndim == 4:
+                return args, {**kwargs, key: self._small(value)}
         raise DownresError(
             "The reduced model got no image tensor: its input must be of shape (batch, channels, height, width)."
         )
+
+    def _small(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        return resample(x, input_size((height, width), self.resolution), self.interpolation)
 
 
 class ResampleOutput:

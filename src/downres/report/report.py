@@ -124,7 +124,7 @@ def _tiles(original: Result, shown: Result | None) -> list[Tile]:
     after = shown or original
     tiles = []
     if (q := original.quality) and (p := after.quality):
-        bound = f"drop at most {words.points(after.drop.upper)} points; " if after.drop else ""
+        bound = f"drop at most {words.bound(after.drop.upper)} points; " if after.drop else ""
         tiles.append(
             Tile(
                 "Top-1 accuracy",
@@ -191,6 +191,7 @@ def _environment() -> jinja2.Environment:
         "interval": words.interval,
         "spread": words.spread,
         "points": words.points,
+        "bound": words.bound,
         "count": words.count,
         "verdict_key": words.verdict_key,
         "budget_words": words.budget_words,

@@ -66,6 +66,11 @@ def points(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
+def bound(value: float) -> str:
+    """An upper bound in points, rounded up: a proof must not be rounded down."""
+    return points(math.ceil(value * 100 - 1e-9) / 100)
+
+
 def change(drop: float) -> str:
     """`0.50 points lower`, `0.20 points higher`, `unchanged`."""
     return "unchanged" if abs(drop) < 0.005 else f"{abs(drop):.2f} points {'lower' if drop > 0 else 'higher'}"

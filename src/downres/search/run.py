@@ -19,7 +19,7 @@ from ..measure.latency import interleaved
 from ..measure.quality import count_correct, quality
 from ..parse import Resolution
 from ..probe import total_stride
-from ..records import Budget, Candidate, Cost, Latency, Preprocessing, Recovery
+from ..records import Budget, Candidate, Cost, Latency, Preprocessing, Recovery, Rung
 from ..recover.features import FeatureBank, State, logits
 from ..recover.ladder import RUNGS, Recovered, Reference, climb
 from .photos import keep_photos
@@ -161,6 +161,7 @@ def _cost_gate(
         state = State(candidate, 1.0)
         if store.get(f"cost/{candidate}") is None:
             size = (len(task.model.preprocessing.mean), *bank.preprocessing_of(state).hw)
+            value: dict[str, Any]
             try:
                 value = {"cost": measure_cost(bank.network(state), size).to_json()}
             except DownresError as error:
@@ -255,11 +256,26 @@ def _measure(
 
 def _merge(found: list[Recovery]) -> Recovery:
     """The recoveries of the folds as one: the dearest rung that any fold needed, the time of all, the first fold's crop."""
+    if len(found) == 1:
+        return found[0]
     order = ("none", *RUNGS)
-    rung = max((f.rung for f in found), key=order.index)
-    return Recovery(
-        rung, found[0].crop_ratio, sum(f.seconds for f in found), tuple(r for f in found for r in f.tried), found[0].tuning
-    )
+    tried: dict[tuple[str, str], list[Rung]] = {}
+    for rung in (rung for one in found for rung in one.tried):
+        # A head's strength differs from fold to fold, a crop ratio or a reason tells rungs apart.
+        tried.setdefault((rung.rung, "" if rung.rung == "head" and rung.top1 is not None else rung.note), []).append(rung)
+    merged = sorted((_together(rungs) for rungs in tried.values()), key=lambda rung: order.index(rung.rung))
+    dearest = max((one.rung for one in found), key=order.index)
+    return Recovery(dearest, found[0].crop_ratio, sum(one.seconds for one in found), tuple(merged), found[0].tuning)
+
+
+def _together(rungs: list[Rung]) -> Rung:
+    """One rung as tried in several folds: top-1 over the tuning images of all."""
+    n = sum(rung.n for rung in rungs)
+    top1 = sum((rung.top1 or 0.0) * rung.n for rung in rungs) / n if n else None
+    note = "; ".join(dict.fromkeys(rung.note for rung in rungs if rung.note))
+    where = f"{len(rungs)} folds" if len(rungs) > 1 else "1 fold"
+    seconds, images = sum(rung.seconds for rung in rungs), sum(rung.images for rung in rungs)
+    return Rung(rungs[0].rung, top1, n, seconds, images, f"{note} ({where})" if note else where)
 
 
 def _confidence(out: np.ndarray) -> np.ndarray:

@@ -80,7 +80,7 @@ def final_network(task: Task, bank: FeatureBank, final: Recovered) -> nn.Module:
 
 def _fold_tensors(task: Task, bank: FeatureBank, states: list[State], heads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """For every fold the tensors, by their names in the state dict, in which it differs from the shipped network."""
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for i, state in enumerate(states):
         if task.head is not None:
             tensors |= {f"{i}/{task.head}.{part}": heads[f"{part}{i}"] for part in ("weight", "bias")}

@@ -14,7 +14,7 @@ from .results import Run, load_run
 from .select import expense
 from .store import Store
 
-SHOWN = 7
+SHOWN = 6
 """Resolutions at most beside each photograph."""
 
 
@@ -41,14 +41,14 @@ def view_of(run: Run) -> ReportView:
         preprocessing = Preprocessing.from_json(read_manifest(run.artifact)["preprocessing"])
     model = settings["model"] or "a module given in Python"
     return ReportView(
-        title=f"downres: {model}",
+        title="downres report",
         model=f"{model} ({settings['weights']})" if settings["weights"] else model,
         data=settings["data"],
         licence=settings["licence"],
         budget=run.budget,
         original=run.original,
         results=tuple(ordered),
-        best=shipped and shipped.candidate,
+        best=shipped.candidate if shipped is not None else None,
         preprocessing=preprocessing,
         photos=_photos(store, native, run),
         made=_made(run),

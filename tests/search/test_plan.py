@@ -1,0 +1,79 @@
+"""Which candidates are tried: snapping and its notes, defaults, what is refused."""
+
+import pytest
+
+from downres.errors import DownresError
+from downres.records import Candidate
+from downres.search.plan import STEM_SCALES, default_resolutions, plan, snap
+
+
+@pytest.mark.parametrize(
+    ("given", "stride", "snapped"),
+    [(128, 32, 128), (100, 32, 96), (120, 32, 128), (33, 32, 32), (224, 16, 224), ((100, 250), 32, (96, 256)), (7, 1, 7)],
+)
+def test_snapping_goes_to_the_nearest_multiple(given, stride, snapped):
+    assert snap(given, stride) == snapped
+
+
+@pytest.mark.parametrize("given", [31, 7, (16, 224), (224, 16)])
+def test_below_the_stride_nothing_would_be_left(given):
+    with pytest.raises(DownresError, match="below the network's total stride of 32"):
+        snap(given, 32)
+    for do_snap in (True, False):
+        with pytest.raises(DownresError, match="start at 32 or above"):
+            plan(224, 32, [128, given], (), do_snap)
+
+
+def test_every_snapped_resolution_is_noted():
+    candidates, notes = plan(224, 32, [100, 128, 200], ())
+    assert candidates == [Candidate(96), Candidate(128), Candidate(192)]
+    assert len(notes) == 2 and "100 px snapped to 96" in notes[0] and "200 px snapped to 192" in notes[1]
+
+
+def test_two_that_snap_to_the_same_are_one():
+    candidates, notes = plan(224, 32, [97, 96, 100], ())
+    assert candidates == [Candidate(96)] and len(notes) == 2
+
+
+def test_without_snapping_they_stay_and_the_ragged_ones_are_named():
+    candidates, notes = plan(224, 32, [100, 128, (96, 130)], (), do_snap=False)
+    assert candidates == [Candidate(100), Candidate(128), Candidate((96, 130))]
+    assert len(notes) == 1 and "100, 96x130" in notes[0] and "128" not in notes[0] and "stride 32" in notes[0]
+    assert plan(224, 32, [96, 128], (), do_snap=False)[1] == []
+
+
+def test_the_original_is_left_alone_even_off_the_stride():
+    candidates, notes = plan(300, 32, [300, 128], ())
+    assert candidates == [Candidate(128)] and notes == []  # it is measured as the original anyway
+
+
+@pytest.mark.parametrize(
+    ("native", "stride", "expected"),
+    [
+        (300, 32, [256, 224, 192, 160, 128, 96, 64]),
+        (224, 32, [192, 160, 128, 96, 64]),
+        (224, 16, [176, 144, 112, 80, 48]),  # ten would be too many: every second
+        (48, 4, [32, 16]),
+        ((224, 448), 32, [(192, 384), (160, 320), (128, 256), (96, 192), (64, 128)]),
+    ],
+)
+def test_default_resolutions(native, stride, expected):
+    assert default_resolutions(native, stride) == expected
+
+
+@pytest.mark.parametrize("native", [64, 96, 224, 299, 300, 384, 518, 1024, (480, 640), (640, 480)])
+@pytest.mark.parametrize("stride", [4, 8, 14, 16, 32])
+def test_defaults_are_at_most_eight_smaller_multiples(native, stride):
+    found = default_resolutions(native, stride)
+    assert len(found) <= 8 and len(set(found)) == len(found)
+    sides = native if isinstance(native, tuple) else (native, native)
+    for resolution in found:
+        h, w = resolution if isinstance(resolution, tuple) else (resolution, resolution)
+        assert h % stride == 0 and w % stride == 0 and h < sides[0] and w < sides[1]
+        assert abs(h / w - sides[0] / sides[1]) < stride / min(h, w)
+
+
+def test_stem_variants_come_last_at_the_native_resolution():
+    candidates, _ = plan(224, 32, [128], STEM_SCALES)
+    assert candidates == [Candidate(128), Candidate(224, 0.75), Candidate(224, 0.5)]
+    assert plan(224, 32, [], (1.0,))[0] == []  # a factor of 1 changes nothing: it is the original

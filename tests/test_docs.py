@@ -1,0 +1,93 @@
+"""The documents say what the program does: examples run, commands exist, the reference is what `--help` prints.
+
+`python tests/test_docs.py` writes docs/reference.md anew.
+"""
+
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import downres
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = ("demo", "search", "curve", "cost", "report", "check", "predict")
+
+
+def blocks(file: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", file.read_text(), re.M | re.S)
+
+
+def help_of(command: str) -> str:
+    """`downres COMMAND --help` at a fixed width."""
+    code = f"import sys; sys.argv = ['downres', {command!r}, '--help']; from downres.cli import main; main()"
+    environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+
+
+def reference() -> str:
+    """docs/reference.md as it should be."""
+    parts = ["# Reference", "", "Written by `python tests/test_docs.py`.", "", "## Commands", ""]
+    for command in COMMANDS:
+        parts += [f"### downres {command}", "", "```", help_of(command), "```", ""]
+    parts += ["## Python", "", "| name | what |", "|---|---|"]
+    for name in downres.__all__:
+        value = getattr(downres, name)
+        said = value if isinstance(value, str) else inspect.getdoc(value) or ""
+        first = re.split(r"(?<=[.;:])\s", said.replace("\n", " ").strip())[0]
+        parts.append(f"| `{name}` | {first.replace('|', '/')} |")
+    return "\n".join(parts) + "\n"
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_python_examples_run(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = blocks(file, "python")
+    if not examples:
+        return
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for example in examples:
+        exec(compile(example, file.name, "exec"), names)
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_commands_and_options_in_examples_exist(file: Path) -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    for example in blocks(file, "sh"):
+        for line in example.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if not words or words[0] != "downres":
+                continue
+            section = re.search(rf"^### downres {re.escape(words[1])}\n(.*?)(?=^##)", text, re.M | re.S)
+            assert section, line
+            for word in words[2:]:
+                if word.startswith("--"):
+                    assert f"{word.split('=')[0]} " in section[1] or f"{word}\n" in section[1], (word, line)
+
+
+def test_make_targets_in_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {word for example in blocks(ROOT / "README.md", "sh") for word in re.findall(r"^make ([a-z]+)", example, re.M)}
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_reference_is_what_the_program_says() -> None:
+    assert (ROOT / "docs" / "reference.md").read_text() == reference()
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    for file in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", file.read_text()):
+            if not target.startswith("http"):
+                assert (file.parent / target).exists(), (file.name, target)
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "reference.md").write_text(reference())

@@ -1,0 +1,196 @@
+"""Records to JSON and back, text forms, and what they refuse."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from downres import records
+from downres.errors import DownresError
+from downres.records import (
+    Budget,
+    Candidate,
+    Change,
+    Cost,
+    Drop,
+    Latency,
+    Preprocessing,
+    Quality,
+    Record,
+    Recovery,
+    Result,
+    Rung,
+)
+
+DROP = Drop(0.5, -0.25, 1.25, 2.0, records.WITHIN, 400, 12, 10, 0.95, 3, None)
+EXAMPLES = [
+    Candidate(),
+    Candidate(128),
+    Candidate((192, 384), 0.5, "layer1"),
+    Budget(),
+    Budget(2.5, 0.9, 10**9, 2 * 10**7, 12.5),
+    Change("input resize", "", "short side 96 px"),
+    Cost(4_089_184_256, 25_557_032, 102_228_128, 10_400_000, (1, 3, 224, 224), {"aten.foo": 3}),
+    Latency(12.5, 12.0, 13.25, 30, 1, "onnxruntime", 2, "a processor", {"torch": "2.13"}),
+    Quality(352, 400, 88.0, 84.4, 90.8, 390, 97.5),
+    Quality(3, 4, 75.0, 30.0, 95.0),
+    DROP,
+    Preprocessing(224, 0.875),
+    Preprocessing((192, 384), 1.0, "bicubic", (0.5,), (0.25,), "given"),
+    Rung("head", 83.5, 120, 2.5, 500, "logistic regression, C=0.01"),
+    Recovery("head", 0.875, 3.5, (Rung("none", 60.0, 120, 0.5), Rung("head", 83.5, 120, 2.5)), DROP),
+    Result(Candidate(64), "stopped", "over max_macs"),
+    Result(
+        Candidate((192, 384), 0.5),
+        "measured",
+        "",
+        Cost(1, 2, 3, 4, (1, 3, 8, 8)),
+        Latency(1.0, 0.5, 1.5, 10, 1, "torch", 1, "cpu"),
+        Quality(1, 2, 50.0, 9.5, 90.5),
+        Quality(2, 2, 100.0, 34.2, 100.0),
+        DROP,
+        Recovery("crop", 1.0, 0.5, (Rung("crop", None, 0, 0.0),)),
+    ),
+]
+
+
+@pytest.mark.parametrize("record", EXAMPLES, ids=lambda r: type(r).__name__)
+def test_json_round_trip(record):
+    values = json.loads(json.dumps(record.to_json(), allow_nan=False))
+    back = type(record).from_json(values)
+    assert back == record and type(back) is type(record)
+    for field in dataclasses.fields(record):
+        assert type(getattr(back, field.name)) is type(getattr(record, field.name)), field.name
+    assert back.to_json() == values
+    # A later version may add fields; what this one does not know is left out.
+    assert type(record).from_json({**values, "of a later version": 1}) == record
+
+
+def test_every_record_has_an_example():
+    kinds = {v for v in vars(records).values() if isinstance(v, type) and issubclass(v, Record) and v is not Record}
+    assert kinds == {type(example) for example in EXAMPLES}
+
+
+def test_nested_records_come_back_as_records():
+    result = Result.from_json(json.loads(json.dumps(EXAMPLES[-1].to_json())))
+    assert result.candidate.resolution == (192, 384)
+    assert isinstance(result.recovery.tried, tuple) and isinstance(result.recovery.tried[0], Rung)
+    assert result.cost.input_size == (1, 3, 8, 8)
+
+
+def test_records_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EXAMPLES[0].resolution = 3
+
+
+def test_row():
+    row = EXAMPLES[-1].row()
+    assert json.loads(json.dumps(row)) == row
+    assert (row["candidate"], row["resolution"], row["stem_scale"]) == ("192x384 stem×0.5", [192, 384], 0.5)
+    assert (row["macs"], row["naive_top1"], row["top1"], row["drop_upper"], row["rung"]) == (1, 50.0, 100.0, 1.25, "crop")
+    stopped = EXAMPLES[-2].row()
+    assert stopped["macs"] is None and stopped["top1"] is None and stopped["reason"] == "over max_macs"
+    assert stopped.keys() == row.keys()
+
+
+def test_candidate_text_round_trip():
+    resolutions = [None, 1, 128, 8192, (192, 384), (384, 192)]
+    scales = [1.0, 0.5, 0.75, 1 / 3, 2 / 3, 0.1 + 0.2, 1e-05, 0.9999999]
+    stems = [None, "conv1", "layer1.0.conv2", "features.0.0"]
+    texts = {}
+    for candidate in itertools.starmap(Candidate, itertools.product(resolutions, scales, stems)):
+        assert Candidate.parse(str(candidate)) == candidate
+        assert texts.setdefault(str(candidate), candidate) == candidate  # one text, one candidate
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        candidate = Candidate(tuple(rng.integers(1, 8193, 2)), float(rng.random()) or 0.5)
+        assert Candidate.parse(str(candidate)) == candidate
+
+
+def test_candidate_text():
+    assert str(Candidate(128)) == "128"
+    assert str(Candidate((192, 384))) == "192x384"
+    assert str(Candidate((160, 160))) == "160" and Candidate((160, 160)) == Candidate(160)
+    assert str(Candidate(300, 0.5)) == "300 stem×0.5"
+    assert str(Candidate(None, 0.5, "layer1")) == "as is stem×0.5@layer1"
+    assert str(Candidate()) == "as is"
+    assert Candidate.parse("300 stem*0.5@layer1") == Candidate(300, 0.5, "layer1")
+    assert Candidate.parse(" 128 ") == Candidate(128)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "big",
+        "128x",
+        "x128",
+        "1x2x3",
+        "128 stem",
+        "128 stem×",
+        "128 stem×half",
+        "128 stem×1.2.3",
+        "128 stem×.",
+        "-5",
+        "12.5",
+    ],
+)
+def test_candidate_text_that_cannot_be_read(text):
+    with pytest.raises(DownresError, match="Cannot read the candidate .*: give for example '128', '192x384'"):
+        Candidate.parse(text)
+
+
+def test_candidate():
+    assert Candidate(128).hw == (128, 128) and Candidate((192, 384)).hw == (192, 384) and Candidate().hw is None
+    assert Candidate(np.int64(128)) == Candidate(128) and type(Candidate(np.int64(128)).resolution) is int
+    assert Candidate([192, 384]) == Candidate((192, 384)) and hash(Candidate([192, 384])) == hash(Candidate((192, 384)))
+    assert Candidate(128, 1.0, "conv1") == Candidate(128)  # nothing is resampled there
+    for wrong in (0, -3, 9000, (96, 0)):
+        with pytest.raises(DownresError, match="between 1 and 8192 pixels"):
+            Candidate(wrong)
+    for wrong in (96.5, "96", (1, 2, 3)):
+        with pytest.raises(DownresError, match="is neither: give 160 or"):
+            Candidate(wrong)
+    for wrong in (0.0, -0.5, 1.01, math.nan, math.inf):
+        with pytest.raises(DownresError, match="above 0 and at most 1, .* is not: give for example 0.5"):
+            Candidate(128, wrong)
+    with pytest.raises(DownresError, match="at most 1, 7.0 is not"):
+        Candidate.parse("128 stem×7")
+    with pytest.raises(DownresError, match="9999 is not"):
+        Candidate.parse("9999")
+
+
+def test_budget():
+    for wrong in (-0.1, 100.0, math.nan):
+        with pytest.raises(DownresError, match="percentage points from 0 to below 100"):
+            Budget(wrong)
+    for wrong in (0.5, 1.0, 95, math.nan):
+        with pytest.raises(DownresError, match="between 0.5 and 1, .* is not: 0.95 is usual"):
+            Budget(confidence=wrong)
+    for name in ("max_macs", "max_memory_bytes", "max_latency_ms"):
+        with pytest.raises(DownresError, match=f"{name} must be above 0, 0 is not"):
+            Budget(**{name: 0})
+    assert Budget(0.0).max_drop == 0.0
+
+
+def test_preprocessing():
+    p = Preprocessing((96, 96))
+    assert p.resolution == 96 and p.hw == (96, 96)
+    assert p.at(128) == Preprocessing(128) and p.at((64, 128), 0.5) == Preprocessing((64, 128), 0.5)
+    assert p.at() == p
+    with pytest.raises(DownresError, match="bilinear or bicubic, 'nearest' is neither"):
+        Preprocessing(96, interpolation="nearest")
+    for wrong in (0.0, 1.1, math.nan):
+        with pytest.raises(DownresError, match="at most 1, .* is not: give for example 0.875"):
+            Preprocessing(96, wrong)
+    for mean, std in (((0.5,), (0.5, 0.5)), ((0.5,), (0.0,)), ((), ())):
+        with pytest.raises(DownresError, match="one value a channel"):
+            Preprocessing(96, mean=mean, std=std)
+
+
+def test_change():
+    assert str(Change("input resize", "", "96 px")) == "input resize at the input: 96 px"
+    assert str(Change("activation resample", "conv1", "×0.5")) == "activation resample at conv1: ×0.5"
