@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import errno
 import json
+import logging
 import os
 import shlex
 import sys
@@ -184,7 +185,7 @@ def curve(
         _print_json(found.to_json())
         return
     out.print(f"{found.data}\n{_preprocessing_words(found.preprocessing)}")
-    out.print(_table([found.original, *found.results], found.original, found.original.candidate))
+    out.print(_table([found.original, *found.results], found.original, None))
     _print_notes(found.notes)
 
 
@@ -292,6 +293,7 @@ def main() -> None:
     warnings.filterwarnings("default", module="downres")
     # Nobody reads the libraries' own chatter between a progress bar and a table.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
         app(standalone_mode=False)
     except DownresError as error:

@@ -43,6 +43,8 @@ def fake_run(model: nn.Module, input_size: tuple[int, ...], watch: Watch[Seen]) 
         pass
     try:
         return _forward(copy.deepcopy(model), size, watch)
+    except DownresError:
+        raise
     except Exception as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         shape = "x".join(str(n) for n in size)

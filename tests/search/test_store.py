@@ -42,7 +42,7 @@ def test_the_log_only_grows(store):
     assert store.get("key0") == 4 == Store.read(store.folder).get("key0")  # the last one counts
 
 
-@pytest.mark.parametrize("torn", [b'{"key": "b", "val', b"{", b'{"key"', b"\n", b'{"key": "b"}'])
+@pytest.mark.parametrize("torn", [b'{"key": "b", "val', b"{", b'{"key"', b"\n", b'{"key": "b"}', b"3"])
 def test_a_last_line_cut_off_by_a_hard_stop_costs_only_itself(store, torn):
     store.put("a", 1)
     store.close()

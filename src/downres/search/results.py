@@ -56,6 +56,11 @@ def load_run(folder: str | Path, store: Store | None = None) -> Run:
     results = _judge(store, native, results, budget, settings["folds"])
     best = select(results, settings["minimize"])
     notes = [*settings["notes"]]
+    if original.quality is not None and original.quality.top1_low <= settings["majority_top1"]:
+        notes.append(
+            "the original is not shown to be better than always answering the commonest class "
+            f"({settings['majority_top1']:.1f} %): a drop measured against it means little"
+        )
     unmeasured = sum(r.status == "waiting" for r in results)
     if unmeasured:
         notes.append(f"unfinished: {unmeasured} of {len(results)} candidates are not measured yet; the same command goes on")

@@ -100,6 +100,7 @@ def search(
         "command": command,
         "skipped": [s.to_json() for s in task.data.skipped],
         "licence": task.data.licence,
+        "majority_top1": 100 * float(np.bincount(task.data.labels[task.proof]).max() / len(task.proof)),
         "data_source": {
             "path": str(data) if isinstance(data, (str, Path)) else "",
             "folds": folds,

@@ -21,6 +21,8 @@ class Store:
         self._log = self.folder / "measurements.jsonl"
         try:
             self.settings: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
+            if not isinstance(self.settings, dict):
+                raise ValueError
         except FileNotFoundError:
             self.settings = {}
         except (OSError, ValueError):
@@ -28,11 +30,11 @@ class Store:
                 f"{self.folder} is not a readable run: its run.json is broken; give another folder with --out."
             ) from None
         if self._log.exists():
-            for line in self._log.read_text().splitlines():
+            for line in self._log.read_text(errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
                     self._values[entry["key"]] = entry["value"]
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError):
                     continue  # a line cut off by a hard stop: its measurement is made again
 
     @classmethod
@@ -77,7 +79,7 @@ class Store:
             write_atomically(path / "run.json", json.dumps(settings, indent=1))
         elif store._log.exists():
             # A cut-off last line would swallow the next entry.
-            text = store._log.read_text()
+            text = store._log.read_text(errors="replace")
             if text and not text.endswith("\n"):
                 write_atomically(store._log, text[: text.rfind("\n") + 1])
         return store
