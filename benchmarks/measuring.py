@@ -17,8 +17,8 @@ from downres.measure.latency import hardware
 from downres.runtimes import available_cores
 
 RESULTS = Path(__file__).parent / "results"
-QUIET_CORES = 0.3
-"""Other processes used fewer cores than this on average: what the recorded medians are made of."""
+QUIET_CORES = 0.5
+"""A round is quiet when other processes kept fewer cores than this busy during each of its competitors."""
 
 
 class Watch:
@@ -34,23 +34,27 @@ class Watch:
         self.others = max(0.0, others / self.seconds)
 
 
-def rounds(competitors: Mapping[str, Callable[[], object]], number: int, what: str, seed: int = 0) -> list[dict]:
-    """Calls every competitor once a round, in an order shuffled anew: [{name: seconds, 'others': cores, 'load': 1 min}]."""
-    found, order, shuffle = [], list(competitors), random.Random(seed).shuffle
+def rounds(competitors: Mapping[str, Callable[[], object]], number: int, what: str, wait: float = 0.0) -> list[dict]:
+    """Calls every competitor once a round, in an order shuffled anew; waits before each for a quiet machine.
+
+    Returns [{name: seconds, 'others': cores, 'load': 1 min}]; others: the most during any one competitor (the kernel
+    counts in hundredths of a second: it says nothing for calls of a few milliseconds).
+    """
+    found, order, shuffle = [], list(competitors), random.Random(0).shuffle
     for i in range(number):
+        wait_until_quiet(wait)
         shuffle(order)
-        taken, others, total = {}, 0.0, 0.0
+        taken, others = {}, {}
         for name in order:
             with Watch() as watch:
                 competitors[name]()
-            taken[name] = watch.seconds
-            others += watch.others * watch.seconds
-            total += watch.seconds
+            taken[name], others[name] = watch.seconds, watch.others
         row = {name: round(taken[name], 6) for name in competitors}
-        found.append(row | {"others": round(others / total, 2), "load": round(os.getloadavg()[0], 2)})
-        if total > 2:
+        worst = round(max(others.values()), 2)
+        found.append(row | {"others": worst, "load": round(os.getloadavg()[0], 2)})
+        if sum(taken.values()) > 2:
             told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in row.items())
-            print(f"  {what}, round {i + 1}/{number}: {told}; other processes {found[-1]['others']} cores", file=sys.stderr)
+            print(f"  {what}, round {i + 1}/{number}: {told}; other processes up to {worst} cores", file=sys.stderr)
     return found
 
 

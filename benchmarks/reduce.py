@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from measuring import quiet, rounds, save, summary, wait_until_quiet
+from measuring import Watch, rounds, save, summary, wait_until_quiet
 from torch import Tensor, nn
 
 import downres
@@ -73,18 +73,17 @@ def compare(name: str, model: nn.Module, mode: str, batch_size: int, number: int
         assert torch.equal(ours, theirs), f"{name} {mode}: reduce and resizing by hand give different outputs"
         wait_until_quiet(wait)
         competitors = {"reduce": lambda: reduced(images), "by_hand": lambda: by_hand(images)}
-        found = rounds(competitors, number, name)
+        with Watch() as watch:
+            found = rounds(competitors, number, name)
     all_rounds = summary(found, "reduce", "by_hand")
-    undisturbed = quiet(found)
     row = {
         "model": name,
         "mode": mode,
         "batch_size": batch_size,
         "outputs": "identical",
         **all_rounds,
-        "quiet_rounds": summary(undisturbed, "reduce", "by_hand") if undisturbed else None,
         "load": found[-1]["load"],
-        "others": round(sum(r["others"] for r in found) / len(found), 2),
+        "others": round(watch.others, 2),
         "raw_s": {side: [r[side] for r in found] for side in competitors},
     }
     print(

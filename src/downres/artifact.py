@@ -4,6 +4,7 @@ A folder of model.onnx (the small input, batch free), model.safetensors (the sam
 where the quality was cross-fitted, folds.safetensors (the heads that it was measured with).
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -104,9 +105,10 @@ def export(
         "source": source,
         "folds": list(folds),
         "versions": versions or {},
-        "sha256": {file.name: _sha256(file) for file in sorted(partial.iterdir())},
+        "sha256": {file.name: _sha256(file) for file in sorted(partial.iterdir())} | {"manifest.json": ""},
     }
-    manifest["sha256"]["manifest.json"] = _manifest_digest(manifest)
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    manifest["sha256"]["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
@@ -185,19 +187,23 @@ def check(
         findings.append(Finding("torch = onnxruntime", None, why_no_network))
     else:
         findings.append(
-            _parity(network, runtime, dataset, proof[:: max(1, len(proof) // PARITY_IMAGES)][:PARITY_IMAGES], preprocessing)
+            _parity(
+                network, runtime, dataset, proof[:: max(1, len(proof) // PARITY_IMAGES)][:PARITY_IMAGES], preprocessing, threads
+            )
         )
     findings.append(_quality(folder, manifest, runtime, network, dataset, preprocessing, threads))
     return findings
 
 
-def _parity(network: nn.Module, runtime: OnnxRuntime, dataset: Dataset, chosen: np.ndarray, p: Preprocessing) -> Finding:
+def _parity(
+    network: nn.Module, runtime: OnnxRuntime, dataset: Dataset, chosen: np.ndarray, p: Preprocessing, threads: int | None
+) -> Finding:
     """Preprocessing and model in two ways: PIL with torchvision's transforms and torch, against ours and onnxruntime."""
     from PIL import Image
     from torchvision.transforms import v2
 
     height, width = p.hw
-    torch_side = TorchRuntime(_Logits(network))
+    torch_side = TorchRuntime(_Logits(network), threads)
     worst = scale = 0.0
     agree = 0
     for i in chosen:
@@ -296,7 +302,7 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
         model = load_model(source["spec"], pretrained=False, num_classes=source["num_classes"])
     elif isinstance(model, str):
         model = load_model(model, pretrained=False)
-    module = model.module if isinstance(model, Model) else model
+    module = copy.deepcopy(model.module if isinstance(model, Model) else model)  # the caller's keeps its weights
     candidate = Candidate.from_json(manifest["candidate"])
     native = Preprocessing.from_json(source["preprocessing"])
     head, width, outputs = find_head(module, (len(native.mean), *native.hw))
@@ -335,11 +341,13 @@ def _dataset(manifest: dict[str, Any], data: str | Path | Dataset | None) -> tup
 
 
 def _changed(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    digests = manifest.get("sha256")
+    if not isinstance(digests, dict) or not _manifest_as_written(folder / "manifest.json", digests.get("manifest.json")):
+        return ["manifest.json"]  # it vouches for the others
     changed = []
-    for name, digest in manifest["sha256"].items():
+    for name, digest in digests.items():
         file = folder / name
-        found = _manifest_digest(manifest) if name == "manifest.json" else _sha256(file) if file.is_file() else ""
-        if found != digest:
+        if name != "manifest.json" and (not file.is_file() or _sha256(file) != digest):
             changed.append(name if file.is_file() else f"{name} (missing)")
     return changed
 
@@ -349,10 +357,10 @@ def _refuse_changed(folder: Path, manifest: dict[str, Any]) -> None:
         raise DownresError(f"{folder} is not as it was shipped (changed: {', '.join(changed)}): copy or export it again.")
 
 
-def _manifest_digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of the manifest without its own digest."""
-    others = {k: v for k, v in manifest["sha256"].items() if k != "manifest.json"}
-    return hashlib.sha256(json.dumps({**manifest, "sha256": others}, sort_keys=True).encode()).hexdigest()
+def _manifest_as_written(file: Path, digest: Any) -> bool:
+    """Whether the bytes of the manifest, its own digest left blank, have that digest."""
+    blank = file.read_bytes().replace(f'"{digest}"'.encode(), b'""', 1)
+    return hashlib.sha256(blank).hexdigest() == digest
 
 
 def _sha256(file: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -295,13 +296,17 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # an Exit comes back as its code; so does Ctrl-C, as 130
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
+            sys.exit(code)
     except DownresError as error:
         _stop(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _stop("Interrupted. What was measured is kept: the same command goes on where it was.", 130)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             _stop(
                 "The disk is full: free some space (or set TMPDIR to a larger disk) and run the same command again; "
                 "nothing measured is lost.",
@@ -368,24 +373,15 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on standard error; one line for each stage where that is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with RichProgress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-        total_time = bar.add_task("downres", total=None)
+        task = bar.add_task("starting", total=None)  # one task for all stages: its clock shows the time since the start
         last = ""
 
         def progress(stage: str, done: int, total: int) -> None:
             nonlocal last
-            if not err.is_terminal:
-                if stage != last:
-                    err.print(f"{stage} ({total})", markup=False)
-                last = stage
-                return
-            if stage != last:
-                for old in list(tasks):
-                    bar.remove_task(tasks.pop(old))
-                tasks[stage] = bar.add_task(stage, total=total)
-                last = stage
-            bar.update(tasks[stage], completed=done, total=total)
-            bar.update(total_time, description="downres, all")
+            if stage != last and not err.is_terminal:
+                err.print(f"{stage} ({total})", markup=False)
+            last = stage
+            bar.update(task, description=escape(stage), completed=done, total=total)
 
         yield progress
 

@@ -1,6 +1,8 @@
 """The main job end to end on real photographs: gates, numbers by hand, interruption, and what the proof images may decide."""
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import downres.artifact
-import downres.recover.features as features_module
-from downres import Budget, load_run, search
+from downres import Budget, artifact, load_model, load_run, search
 from downres.errors import DownresError
 from downres.measure.quality import compare_all, count_correct
 from downres.records import OUTSIDE, WITHIN, Candidate
+from downres.recover import features as features_module
 from downres.recover.features import FeatureBank, State
 from downres.runtimes.onnxruntime import OnnxRuntime
 from downres.runtimes.torch import TorchRuntime
@@ -38,10 +39,16 @@ def run_search(model, data, out, **options):
         return search(model, data, out=out, **{**OPTIONS, **options})
 
 
+@pytest.fixture(scope="module")
+def finished(tiny_file, tiny_preprocessing, cells, tmp_path_factory):
+    model = dataclasses.replace(load_model(f"{tiny_file}:make"), preprocessing=tiny_preprocessing)
+    return run_search(model, cells.dataset(3), tmp_path_factory.mktemp("whole") / "run").folder
+
+
 @pytest.fixture
-def whole(tiny, cells, tmp_path):
-    """A search over cross folds that nobody interrupted."""
-    return run_search(tiny, cells.dataset(3), tmp_path / "whole")
+def whole(finished, tmp_path):
+    """A search over cross folds that nobody interrupted, in a folder of the test's own."""
+    return load_run(shutil.copytree(finished, tmp_path / "whole"))
 
 
 class Counter:
@@ -49,7 +56,7 @@ class Counter:
 
     def __init__(self, monkeypatch):
         self.images = self.exports = self.forwards = 0
-        features, export, ship = FeatureBank.features, features_module.export_onnx, downres.artifact.export_onnx
+        features, export, ship = FeatureBank.features, features_module.export_onnx, artifact.export_onnx
 
         def counted_features(bank, state, indices):
             before = bank.passes
@@ -67,7 +74,7 @@ class Counter:
 
         monkeypatch.setattr(FeatureBank, "features", counted_features)
         monkeypatch.setattr(features_module, "export_onnx", counted(export))
-        monkeypatch.setattr(downres.artifact, "export_onnx", counted(ship))
+        monkeypatch.setattr(artifact, "export_onnx", counted(ship))
         for runtime in (OnnxRuntime, TorchRuntime):
             monkeypatch.setattr(runtime, "__call__", self._forward(runtime.__call__))
 
@@ -275,7 +282,7 @@ def stop_at(stage, nth=1):
 
     def progress(what, done, total):
         nonlocal seen
-        if what.startswith(stage):
+        if stage in what:
             seen += 1
             if seen == nth:
                 raise KeyboardInterrupt
@@ -320,10 +327,6 @@ def test_interrupted_and_started_again_it_gives_the_same_and_measures_nothing_tw
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_file, tiny_preprocessing, cells, tmp_path_factory):
     """(final answers, images looked at, exports) of a run that nobody stopped."""
-    import dataclasses
-
-    from downres import load_model
-
     model = dataclasses.replace(load_model(f"{tiny_file}:make"), preprocessing=tiny_preprocessing)
     with pytest.MonkeyPatch.context() as patch:
         counter = Counter(patch)

@@ -1,7 +1,6 @@
 """A run's folder: append only, resumed, torn lines, other settings, one writer."""
 
 import errno
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -79,17 +78,16 @@ def test_a_command_typed_in_another_way_is_the_same_run(store):
     Store.open(store.folder, {**SETTINGS, "command": "downres search  --x"}).close()
 
 
-def test_another_process_is_locked_out(store):
-    code = (
-        "import sys, json; from downres.search.store import Store; from downres.errors import DownresError\n"
-        "try: Store.open(sys.argv[1], json.loads(sys.argv[2]))\n"
-        "except DownresError as error: print(error); sys.exit(7)\n"
-    )
-    command = [sys.executable, "-c", code, str(store.folder), json.dumps(SETTINGS)]
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 7 and "Another downres is writing" in found.stdout
+def test_another_process_locks_this_one_out(store):
     store.close()
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('locked', flush=True); input()"
+    command = [sys.executable, "-c", code, str(store.folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(DownresError, match="Another downres is writing"):
+            Store.open(store.folder, SETTINGS)
+        other.communicate("\n")
+    Store.open(store.folder, SETTINGS).close()  # whoever ends, however, leaves it open
 
 
 def test_a_second_writer_in_the_same_process_is_locked_out_too(store):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ class FeatureBank:
         self.folder, self.runtime_name, self.threads, self.batch_size = folder, runtime, threads, batch_size
         self.progress = progress
         self.passes = 0
+        self.stage = ""
         self._stores: dict[State, tuple[np.ndarray, np.ndarray]] = {}
         self._runtimes: dict[State, OnnxRuntime | TorchRuntime] = {}
         self._networks: dict[State, nn.Module] = {}
@@ -180,7 +182,7 @@ class FeatureBank:
                     done += len(out)
                     self.passes += len(out)
                     if self.progress:
-                        self.progress(f"{state.candidate}: looking at images", done, len(todo))
+                        self.progress(f"{self.stage}{state.candidate}: looking at images", done, len(todo))
         return np.asarray(store[indices])
 
     def _batches(self, state: State, indices: np.ndarray, size: int):  # type: ignore[no-untyped-def]
@@ -204,6 +206,9 @@ class FeatureBank:
         if not file.exists():
             partial = file.with_suffix(".partial")
             np.lib.format.open_memmap(partial, "w+", dtype, shape)  # zeros, sparse on disk until written
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash where a mapping is written to
+                with open(partial, "r+b") as handle:
+                    os.posix_fallocate(handle.fileno(), 0, partial.stat().st_size)
             partial.replace(file)
         return np.lib.format.open_memmap(file, "r+")
 

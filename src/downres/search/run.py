@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..data import Dataset
+from ..data import DEMO_DATA, Dataset
 from ..environment import versions
 from ..errors import DownresError
 from ..families import Model
@@ -102,7 +102,7 @@ def search(
         "licence": task.data.licence,
         "majority_top1": 100 * float(np.bincount(task.data.labels[task.proof]).max() / len(task.proof)),
         "data_source": {
-            "path": str(data) if isinstance(data, (str, Path)) else "",
+            "path": _place(data),
             "folds": folds,
             "val_fraction": val_fraction,
         },
@@ -133,9 +133,10 @@ def _work(
     alive = _cost_gate(task, store, budget, candidates, bank, progress)
     alive = _latency_gate(task, store, budget, alive, bank, progress)
     references = _references(task, bank, rungs)
-    for candidate in alive:
+    for i, candidate in enumerate(alive):
         key = f"quality/{candidate}"
         if store.get(key) is None:
+            bank.stage = f"{i + 1} of {len(alive)}, "
             store.put(key, _measure(task, store, bank, candidate, references(), budget, rungs))
         bank.release()
     run = load_run(store.folder, store)
@@ -283,6 +284,13 @@ def _confidence(out: np.ndarray) -> np.ndarray:
     """Softmax probability of the prediction, in percent, float32 (n,)."""
     shifted = np.exp(out - out.max(1, keepdims=True))
     return (100 * shifted.max(1) / shifted.sum(1)).astype(np.float32)
+
+
+def _place(data: Dataset | str | Path) -> str:
+    """Where the images are, so that `check` finds them from any folder; '' for images given in Python."""
+    if isinstance(data, Dataset):
+        return ""
+    return str(data) if str(data) == DEMO_DATA else str(Path(data).expanduser().resolve())
 
 
 def _check_choices(rungs: tuple[str, ...], minimize: str, runtime: str) -> None:

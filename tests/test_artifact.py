@@ -1,0 +1,349 @@
+"""What is shipped: complete, provable, and nothing that was changed afterwards passes for it."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from downres import artifact, check, load_model, predict, search
+from downres.artifact import read_manifest
+from downres.data import preprocess
+from downres.errors import DownresError
+from downres.measure.quality import count_correct
+from downres.records import Preprocessing
+from downres.recover import ladder
+from downres.runtimes.onnxruntime import OnnxRuntime
+
+OPTIONS = {"fit_head": True, "max_drop": 40.0, "resolutions": [32], "stem_scales": (), "runtime": "torch", "threads": 1}
+
+
+def ship(model, data, out, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch is not what is shipped
+        run = search(model, data, out=out, **{**OPTIONS, **options})
+    assert run.artifact is not None
+    return run.artifact
+
+
+@pytest.fixture(scope="module")
+def shipped(tiny_file, tiny_preprocessing, cells, tmp_path_factory):
+    """(folder, data set, model) of a tiny network from a user's file, fitted and proven on one split."""
+    model = dataclasses.replace(load_model(f"{tiny_file}:make"), preprocessing=tiny_preprocessing)
+    dataset = cells.dataset()
+    return ship(model, dataset, tmp_path_factory.mktemp("tiny") / "run"), dataset, model
+
+
+@pytest.fixture
+def folder(shipped, tmp_path):
+    """A copy of the tiny artifact, to be spoilt."""
+    return shutil.copytree(shipped[0], tmp_path / "best")
+
+
+def found(findings):
+    return {f.what: f.ok for f in findings}
+
+
+def test_the_files_and_what_the_manifest_says(real_run):
+    run, dataset = real_run
+    assert {p.name for p in run.artifact.iterdir()} == {
+        "model.onnx", "model.safetensors", "folds.safetensors", "manifest.json",
+    }  # fmt: skip
+    manifest = read_manifest(run.artifact)
+    assert manifest["format"] == 1 and manifest["candidate"]["resolution"] == 64
+    assert manifest["input"] == {"name": "input", "shape": ["batch", 3, 64, 64], "dtype": "float32"}
+    assert manifest["output"] == {"name": "logits", "shape": ["batch", 2]}
+    assert Preprocessing.from_json(manifest["preprocessing"]).hw == (64, 64)
+    assert manifest["classes"] == ["intact", "defective"]
+    assert manifest["result"] == run.best.to_json() and manifest["original"] == run.original.to_json()
+    assert {"macs", "peak_activation_bytes"} <= manifest["result"]["cost"].keys()
+    assert {"top1", "top1_low", "top1_high", "n"} <= manifest["result"]["quality"].keys()
+    assert manifest["source"]["model"]["spec"] == "timm:tf_efficientnet_lite0"
+    assert manifest["source"]["data"]["sha256"] == dataset.fingerprint() and manifest["source"]["data"]["licence"] == "CC"
+    assert len(manifest["folds"]) == 2 and {"torch", "onnxruntime", "downres"} <= manifest["versions"].keys()
+    assert manifest["sha256"].keys() == {p.name for p in run.artifact.iterdir()}
+    assert str(run.folder) not in (run.artifact / "manifest.json").read_text()
+
+
+def test_the_onnx_file_takes_any_batch_and_the_small_input(real_run):
+    run, _ = real_run
+    graph = onnx.load(run.artifact / "model.onnx").graph
+    (entry,) = graph.input
+    dims = entry.type.tensor_type.shape.dim
+    assert entry.name == "input" and dims[0].dim_param and [d.dim_value for d in dims[1:]] == [3, 64, 64]
+    runtime = OnnxRuntime(run.artifact / "model.onnx", 1)
+    batch = np.random.default_rng(0).standard_normal((5, 3, 64, 64), np.float32)
+    together = runtime(batch)[0]
+    assert together.shape == (5, 2)
+    for i in range(5):
+        assert np.allclose(runtime(batch[i : i + 1])[0][0], together[i], atol=1e-4)
+
+
+def test_check_proves_a_real_shipped_model(real_run):
+    """Also its cross-fitted quality, to the image: each fold's head in the shipped graph, on images it never saw."""
+    run, dataset = real_run
+    findings = check(run.artifact, data=dataset, threads=1)
+    assert found(findings) == {"files": True, "torch = onnxruntime": True, "quality": True}
+    assert "32 of 32 real images" in findings[1].detail
+    q = run.best.quality
+    assert findings[2].detail.startswith(f"top-1 {q.top1:.2f} % ({q.correct}/{q.n}), stated {q.top1:.2f} %")
+    tensors, shipped = load_file(run.artifact / "folds.safetensors"), load_file(run.artifact / "model.safetensors")
+    for i in (0, 1):
+        assert not torch.equal(tensors[f"{i}/classifier.weight"], shipped["classifier.weight"])
+
+
+def test_check_works_where_the_folder_was_moved_to(shipped, folder):
+    _, dataset, model = shipped
+    findings = check(folder, model=model, data=dataset, threads=1)
+    assert found(findings) == {"files": True, "torch = onnxruntime": True, "quality": True}
+
+
+def test_the_weights_are_those_of_the_onnx_file(shipped):
+    folder, dataset, model = shipped
+    torch_side = artifact._network(folder, read_manifest(folder), model)[0]
+    p = Preprocessing.from_json(read_manifest(folder)["preprocessing"])
+    x = torch.stack([preprocess(dataset.images[i], p) for i in range(20)])
+    with torch.no_grad():
+        theirs = torch_side(x).numpy()
+    ours = OnnxRuntime(folder / "model.onnx", 1)(x.numpy())[0]
+    assert np.abs(theirs - ours).max() < 1e-4
+    assert load_file(folder / "model.safetensors").keys() == model.module.state_dict().keys()
+
+
+def test_check_leaves_the_callers_model_alone(shipped):
+    folder, dataset, model = shipped
+    before = {k: v.clone() for k, v in model.module.state_dict().items()}
+    check(folder, model=model.module, data=dataset, threads=1)
+    assert all(torch.equal(before[k], v) for k, v in model.module.state_dict().items())
+
+
+def test_every_changed_byte_of_the_manifest_is_noticed(folder):
+    """Also one that means the same, as a space for a line break."""
+    file = folder / "manifest.json"
+    whole = file.read_bytes()
+    for i in range(0, len(whole), 7):
+        file.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        try:
+            manifest = read_manifest(folder)
+        except DownresError:
+            continue
+        assert artifact._changed(folder, manifest) == ["manifest.json"], whole[max(0, i - 20) : i + 20]
+    for i in [i for i, byte in enumerate(whole) if byte == ord("\n")][::9]:
+        file.write_bytes(whole[:i] + b" " + whole[i + 1 :])
+        assert artifact._changed(folder, read_manifest(folder)) == ["manifest.json"]
+    file.write_bytes(whole)
+    assert artifact._changed(folder, read_manifest(folder)) == []
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors"])
+def test_every_changed_byte_of_a_file_is_noticed(folder, name):
+    file, manifest = folder / name, read_manifest(folder)
+    whole = file.read_bytes()
+    for i in range(0, len(whole), max(1, len(whole) // 400)):
+        file.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        assert artifact._changed(folder, manifest) == [name]
+    for spoilt in (whole[:-1], whole + b"\0", b""):
+        file.write_bytes(spoilt)
+        assert artifact._changed(folder, manifest) == [name]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors", "manifest.json"])
+def test_check_says_wrong_and_predict_refuses(folder, name):
+    file = folder / name
+    content = file.read_bytes()
+    at = content.index(b'"top1"') + 2 if name == "manifest.json" else len(content) // 2
+    file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    (finding,) = check(folder)
+    assert finding.what == "files" and finding.ok is False and name in finding.detail
+    with pytest.raises(DownresError, match=f"changed: {name}"):
+        predict(folder, [])
+
+
+def test_a_better_number_in_the_manifest_is_noticed(folder):
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["result"]["quality"]["top1"] = 99.9
+    for digest in (manifest["sha256"]["manifest.json"], "", None):
+        manifest["sha256"]["manifest.json"] = digest
+        file.write_text(json.dumps(manifest))
+        assert found(check(folder)) == {"files": False}
+    del manifest["sha256"]["manifest.json"]
+    file.write_text(json.dumps(manifest))
+    assert found(check(folder)) == {"files": False}
+    del manifest["sha256"]
+    file.write_text(json.dumps(manifest))
+    assert found(check(folder)) == {"files": False}
+
+
+def test_a_missing_file_is_named(folder):
+    (folder / "model.onnx").unlink()
+    assert "model.onnx (missing)" in check(folder)[0].detail
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"format": 99}', "\xff"])
+def test_a_broken_manifest_is_one_sentence(folder, content):
+    (folder / "manifest.json").write_bytes(content.encode("latin1"))
+    for verb in (check, lambda f: predict(f, [])):
+        with pytest.raises(DownresError, match="broken or of another format"):
+            verb(folder)
+
+
+def test_no_manifest_is_no_shipped_model(tmp_path):
+    with pytest.raises(DownresError, match="not a shipped model"):
+        check(tmp_path)
+
+
+def test_without_the_images_it_says_what_was_not_checked(folder):
+    findings = check(folder)  # the images were given in Python
+    assert found(findings) == {"files": True, "torch = onnxruntime": None, "quality": None}
+    assert "give them as data" in findings[1].detail
+
+
+def test_a_network_of_the_users_own_must_be_named(shipped, tiny_file):
+    folder, dataset, _ = shipped
+    findings = check(folder, data=dataset, threads=1)
+    assert found(findings) == {"files": True, "torch = onnxruntime": None, "quality": True}
+    assert "--model" in findings[1].detail
+    named = check(folder, model=f"{tiny_file}:make", data=dataset, threads=1)
+    assert found(named)["torch = onnxruntime"] is True
+
+
+def test_another_network_does_not_fit(shipped, tiny_file):
+    folder, dataset, _ = shipped
+    with pytest.raises(DownresError, match="its weights do not fit"):
+        check(folder, model=f"{tiny_file}:without_norm", data=dataset)
+
+
+def test_other_images_are_not_taken_for_the_proof(shipped, cells):
+    folder, _, _ = shipped
+    with pytest.raises(DownresError, match="not those that the quality was measured on"):
+        check(folder, data=cells.dataset(flip=np.array([0])))
+
+
+def test_changed_pixels_of_the_same_size_show_in_the_quality(shipped, cells):
+    """The fingerprint does not read pixels; the numbers do."""
+    folder, _, model = shipped
+    black = type(cells)(np.zeros_like(cells.pictures), cells.labels).dataset()
+    assert found(check(folder, model=model, data=black, threads=1))["quality"] is False
+
+
+def test_a_network_that_computes_otherwise_is_noticed(shipped, monkeypatch):
+    folder, dataset, model = shipped
+
+    class Other(type(model.module)):
+        def forward(self, x):
+            return super().forward(x.flip(-1)) * 1.01
+
+    other = Other()
+    findings = check(folder, model=other, data=dataset, threads=1)
+    assert found(findings) == {"files": True, "torch = onnxruntime": False, "quality": True}
+
+
+def test_predict_needs_only_the_artifact(shipped, tmp_path, cells):
+    """In a fresh process, elsewhere, with nothing but the folder: the class that torch gives."""
+    folder, dataset, model = shipped
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / "m")
+    files = []
+    for i in range(12):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(cells.pictures[i]).save(files[-1])
+    code = (
+        "import sys; from downres.cli import main; from unittest import mock\n"
+        "with mock.patch('downres.families.load_model', side_effect=AssertionError('no torch model')): main()"
+    )
+    command = [sys.executable, "-c", code, "predict", "m", *(str(f) for f in files), "--json", "--top", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=moved.parent)
+    assert done.returncode == 0, done.stderr
+    predictions = json.loads(done.stdout)["predictions"]
+    network = artifact._network(folder, read_manifest(folder), model)[0]
+    p = Preprocessing.from_json(read_manifest(folder)["preprocessing"])
+    with torch.no_grad():
+        shares = network(torch.stack([preprocess(cells.pictures[i], p) for i in range(12)])).softmax(1)
+    for prediction, file, share in zip(predictions, files, shares, strict=True):
+        assert prediction["image"] == str(file)
+        assert prediction["classes"][0] == ("intact", "defective")[int(share.argmax())]
+        assert prediction["probabilities"][0] == pytest.approx(100 * float(share.max()), abs=0.01)
+        assert sum(prediction["probabilities"]) == pytest.approx(100, abs=0.01)
+
+
+def test_predict_names_the_picture_it_cannot_read(folder, tmp_path):
+    (tmp_path / "x.jpg").write_text("hello")
+    with pytest.raises(DownresError, match="x.jpg: not an image"):
+        predict(folder, [tmp_path / "x.jpg"])
+
+
+def test_folds_with_recalibrated_batchnorm(tiny, cells, tmp_path, monkeypatch):
+    """Statistics folded into convolutions by the export are no initializers: the torch network is exported anew."""
+    monkeypatch.setattr(ladder._Ladder, "best", lambda self: next(o for o in self.options if o.rung == "batchnorm"))
+    monkeypatch.setattr(ladder._Ladder, "attempt", _never_enough(ladder._Ladder.attempt))
+    monkeypatch.setattr(ladder._Ladder, "worth_a_try", lambda *_: True)
+    dataset = cells.dataset(2)
+    folder = ship(tiny, dataset, tmp_path / "run", rungs=("batchnorm",), max_drop=60.0)
+    assert all(fold["recalibrated"] for fold in read_manifest(folder)["folds"])
+    names = {k.split("/", 1)[1] for k in load_file(folder / "folds.safetensors")}
+    assert {"body.1.running_mean", "body.4.running_var", "head.weight"} <= names
+    findings = check(folder, model=tiny, data=dataset, threads=1)
+    assert found(findings) == {"files": True, "torch = onnxruntime": True, "quality": True}
+    without = check(folder, data=dataset, threads=1)
+    assert found(without)["quality"] in (None, True)
+    if found(without)["quality"] is None:
+        assert "--model" in without[-1].detail
+
+
+def _never_enough(attempt):
+    def call(*args, **kwargs):
+        attempt(*args, **kwargs)
+        return False
+
+    return call
+
+
+def test_a_stem_variant_round_trip(tiny, cells, tmp_path):
+    dataset = cells.dataset(2)
+    folder = ship(tiny, dataset, tmp_path / "run", resolutions=[], stem_scales=(0.5,), max_drop=60.0)
+    manifest = read_manifest(folder)
+    assert manifest["candidate"]["stem_scale"] == 0.5 and manifest["input"]["shape"] == ["batch", 3, 48, 48]
+    findings = check(folder, model=tiny, data=dataset, threads=1)
+    assert found(findings) == {"files": True, "torch = onnxruntime": True, "quality": True}
+
+
+def test_without_a_fitted_head_the_models_own_is_shipped(tiny, cells, tmp_path):
+    dataset = cells.dataset()
+    folder = ship(tiny, dataset, tmp_path / "run", fit_head=False, rungs=(), max_drop=90.0)
+    weights = load_file(folder / "model.safetensors")
+    assert torch.equal(weights["head.weight"], tiny.module.head.weight)
+    assert not (folder / "folds.safetensors").exists()
+    p = Preprocessing.from_json(read_manifest(folder)["preprocessing"])
+    test = dataset.folds[0].test
+    with torch.no_grad():
+        out = tiny.module(torch.stack([preprocess(dataset.images[int(i)], p) for i in test])).numpy()
+    correct = int(count_correct(out, dataset.labels[test]).sum())
+    assert abs(correct - read_manifest(folder)["result"]["quality"]["correct"]) <= 1
+
+
+def test_an_export_that_fails_leaves_the_old_artifact(shipped, tmp_path, monkeypatch):
+    folder, _, model = shipped
+    copied = shutil.copytree(folder, tmp_path / "best")
+    before = {p.name: p.read_bytes() for p in copied.iterdir()}
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifact, "save_file", full)
+    manifest = read_manifest(folder)
+    from downres.records import Result
+
+    with pytest.raises(OSError):
+        artifact.export(
+            copied, model.module, preprocessing=model.preprocessing, result=Result.from_json(manifest["result"]),
+            original=Result.from_json(manifest["original"]), classes=("a", "b"), source={},
+        )  # fmt: skip
+    assert {p.name: p.read_bytes() for p in copied.iterdir()} == before
