@@ -4,7 +4,7 @@
 
 Compared: `reduce(model, resolution=160)(images)` and `model(F.interpolate(images, (160, 160), antialias=True))`, for
 224 x 224 images, in torch on the CPU, eager and (resnet18) compiled. Both resize in the same process, in turns.
-Expected time: about 2 minutes on two cores, of which one is torch.compile (leave it out with --no-compile).
+Expected time: about 2 minutes on two cores (--no-compile leaves torch.compile out).
 Expected result: identical outputs (asserted, bit for bit) and a ratio of 1.00 within noise.
 """
 

@@ -396,7 +396,7 @@ def test_the_out_folder_must_be_a_run_or_new(cli, model, data, run_folder, tmp_p
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_no_permission(cli, model, data, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    refused(cli(*search_command(model, data, tmp_path / "locked" / "run")), "No permission")
+    refused(cli(*search_command(model, data, tmp_path / "locked" / "run")), "Cannot use")
 
 
 # --- a full disk, Ctrl-C ---

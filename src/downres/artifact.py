@@ -25,7 +25,7 @@ from .errors import DownresError
 from .families import Model, load_model
 from .measure.quality import count_correct
 from .probe import find_head, logits_of
-from .records import Candidate, Preprocessing, Record, Result
+from .records import Candidate, Preprocessing, Record, Recovery, Result
 from .reductions import reduce
 from .runtimes.onnxruntime import OnnxRuntime, export_onnx
 from .runtimes.torch import TorchRuntime
@@ -72,6 +72,7 @@ def export(
     preprocessing: Preprocessing,
     result: Result,
     original: Result,
+    recovery: Recovery,
     classes: Sequence[str],
     source: dict[str, Any],
     folds: Sequence[dict[str, Any]] = (),
@@ -80,7 +81,8 @@ def export(
 ) -> Path:
     """Write the artifact of `network` (final weights; takes the small input) to `folder`, whole or not at all.
 
-    source: 'model' (how to build the network again), 'data' (how to open the proof images again).
+    result: as the search measured it; recovery: how these very weights were recovered, which after cross-fitting is
+    one more fit on all images. source: 'model' (how to build the network again), 'data' (how to open the proof images again).
     folds: how the stated quality was measured, fold by fold, when not with the shipped weights themselves.
     """
     partial = folder.with_name(folder.name + ".partial")
@@ -102,6 +104,7 @@ def export(
         "classes": list(classes),
         "result": result.to_json(),
         "original": original.to_json(),
+        "recovery": recovery.to_json(),
         "source": source,
         "folds": list(folds),
         "versions": versions or {},
@@ -202,35 +205,39 @@ def _parity(
     from PIL import Image
     from torchvision.transforms import v2
 
-    height, width = p.hw
     torch_side = TorchRuntime(_Logits(network), threads)
+    steps = v2.Compose(
+        [
+            v2.CenterCrop(list(p.hw)),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(p.mean), list(p.std)),
+        ]
+    )
     worst = scale = 0.0
     agree = 0
     for i in chosen:
         pixels = dataset.images[int(i)]
         ours = runtime(preprocess(pixels, p)[None].numpy())[0]
-        picture = Image.fromarray(pixels).convert("RGB")
-        if height == width:
-            side = int(height / p.crop_ratio + 1e-6)
-            resize: list[Any] = [v2.Resize(side, v2.InterpolationMode(p.interpolation), antialias=True)]
-            steps = v2.Compose(
-                [
-                    *resize,
-                    v2.CenterCrop(height),
-                    v2.ToImage(),
-                    v2.ToDtype(torch.float32, scale=True),
-                    v2.Normalize(p.mean, p.std),
-                ]
-            )
-            other = steps(picture)
-        else:
-            other = preprocess(np.asarray(picture), p)
+        picture = Image.fromarray(pixels).convert("RGB" if len(p.mean) == 3 else "L")
+        # torchvision takes a short side for a square, and has no rule that covers any other box: there the size is ours.
+        height, width = p.hw
+        size = [int(height / p.crop_ratio + 1e-6)] if height == width else list(_covering(pixels.shape[:2], p))
+        resized = v2.functional.resize(picture, size, v2.InterpolationMode(p.interpolation), antialias=True)
+        other = steps(resized)
         theirs = torch_side(other[None].numpy())[0]
         worst, scale = max(worst, float(np.abs(ours - theirs).max())), max(scale, float(np.abs(theirs).max()))
         agree += int(ours.argmax() == theirs.argmax())
     ok = worst <= TOLERANCE * max(scale, 1.0) and agree == len(chosen)
     detail = f"largest difference {worst:.2g} at logits up to {scale:.3g}, same class on {agree} of {len(chosen)} real images"
     return Finding("torch = onnxruntime", ok, detail)
+
+
+def _covering(shape: tuple[int, ...], p: Preprocessing) -> tuple[int, int]:
+    """(height, width) that a picture is resized to before the crop: its aspect ratio, both sides covering the box."""
+    target = [int(side / p.crop_ratio + 1e-6) for side in p.hw]
+    factor = max(target[0] / shape[0], target[1] / shape[1])
+    return max(target[0], int(shape[0] * factor + 1e-9)), max(target[1], int(shape[1] * factor + 1e-9))
 
 
 def _quality(
@@ -285,6 +292,7 @@ def _with_weights(
         return None
     import tempfile
 
+    network = copy.deepcopy(network)  # the next fold starts from the shipped weights again
     network.load_state_dict({**network.state_dict(), **own})
     p = Preprocessing.from_json(manifest["preprocessing"])
     with tempfile.TemporaryDirectory() as place:

@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import errno
 import json
-import logging
 import os
 import shlex
 import sys
@@ -294,7 +293,7 @@ def main() -> None:
     warnings.filterwarnings("default", module="downres")
     # Nobody reads the libraries' own chatter between a progress bar and a table.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # it retries aloud; we say in one sentence that it failed
     try:
         code = app(standalone_mode=False)  # an Exit comes back as its code; so does Ctrl-C, as 130
         if code == 130:
@@ -304,7 +303,7 @@ def main() -> None:
     except DownresError as error:
         _stop(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _stop("Interrupted. What was measured is kept: the same command goes on where it was.", 130)
+        _stop("Interrupted. What a search has measured is kept: the same command goes on where it was.", 130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             _stop(
@@ -312,9 +311,11 @@ def main() -> None:
                 "nothing measured is lost.",
                 2,
             )
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            _stop(f"No permission for {error.filename}: choose another folder.", 2)
-        raise
+        if isinstance(error, BrokenPipeError):
+            # Whoever read the output has gone (`| head`): nothing is wrong, and nothing more can be said.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        _stop(f"Cannot use {error.filename or 'a file'} ({error.strerror or error}): choose another file or folder.", 2)
     except Exception as error:
         # Usage errors of the option parser carry a message and an exit code of their own.
         if not hasattr(error, "format_message"):
@@ -348,7 +349,9 @@ def _load(
     interpolation: str | None = None, crop_ratio: float | None = None, pretrained: bool = True,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """The model as the options describe it. Options are read first: a typing error must not wait for weights."""
-    resolution = None if native is None else parse_resolutions(native)[0]
+    natives = [None] if native is None else parse_resolutions(native)
+    if len(natives) > 1:
+        raise DownresError(f"--native-resolution is one resolution, {native!r} are {len(natives)}: give for example 224.")
     given = {
         "mean": tuple(_floats(mean, "--mean")) if mean else None,
         "std": tuple(_floats(std, "--std")) if std else None,
@@ -356,7 +359,7 @@ def _load(
     from .families import load_model, with_preprocessing
 
     loaded = load_model(model, weights, pretrained=pretrained)
-    return with_preprocessing(loaded, resolution=resolution, interpolation=interpolation, crop_ratio=crop_ratio, **given)
+    return with_preprocessing(loaded, resolution=natives[0], interpolation=interpolation, crop_ratio=crop_ratio, **given)
 
 
 def _floats(text: str, option: str) -> list[float]:
@@ -398,12 +401,12 @@ def _print_run(run: Any, as_json: bool) -> None:
     from .report import words
 
     settings = run.settings
-    out.print(f"{settings['data']}{' ' + settings['licence'] if settings['licence'] else ''}", markup=False)
+    out.print(f"{run.data['description']} {run.data['licence']}".strip(), markup=False)
     out.print(_preprocessing_words(Preprocessing.from_json(settings["preprocessing"])), markup=False)
-    for skipped in settings["skipped"][:10]:
+    for skipped in run.data["skipped"][:10]:
         err.print(f"Skipped {skipped['path']}: {skipped['reason']}", markup=False)
-    if len(settings["skipped"]) > 10:
-        err.print(f"… {len(settings['skipped'])} images skipped, all listed in {run.folder / 'run.json'}", markup=False)
+    if len(run.data["skipped"]) > 10:
+        err.print(f"… {len(settings['skipped'])} images skipped, all listed in {run.folder / 'report.html'}", markup=False)
     out.print(_table([run.original, *run.results], run.original, run.best and run.best.candidate))
     out.print(words.verdict(run.original, run.results, run.best, run.budget), style="bold", markup=False)
     _print_notes(run.notes)
@@ -437,6 +440,7 @@ def _table(results: list[Any], original: Any, chosen: Any) -> Table:
         "lowered only": lambda r: f"{r.naive.top1:.1f} %" if r.naive else "",
         "top-1": lambda r: f"{r.quality.top1:.1f} %" if r.quality else "",
         "95 % interval": lambda r: words.interval(r.quality) if r.quality else "",
+        "top-5": lambda r: f"{r.quality.top5:.1f} %" if r.quality and r.quality.top5 is not None else "",
         "drop ≤ bound": lambda r: f"{words.points(r.drop.drop)} ≤ {words.bound(r.drop.upper)}" if r.drop else "",
         "verdict": lambda r: _verdict(r, original),
         "recovered by": lambda r: words.RUNGS[r.recovery.rung] if r.recovery and r is not original else "",
@@ -453,7 +457,7 @@ def _table(results: list[Any], original: Any, chosen: Any) -> Table:
             table.add_row(*(column[i] for column in cells.values()), style="dim" if result.status != "measured" else None)
         return table
 
-    for name in ("peak memory", "95 % interval", "recovered by", "latency"):
+    for name in ("top-5", "peak memory", "95 % interval", "recovered by", "latency"):
         if out.measure(build(), options=out.options.update(width=1000)).maximum <= out.width:
             break
         cells.pop(name, None)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from downres.data import Dataset, Fold, from_arrays, open_folder
+from downres.data import DEMO_DATA, Dataset, Fold, class_names, data_classes, from_arrays, open_elpv, open_folder
 from downres.data import images as images_module
 from downres.data.images import from_arrays as images_from_arrays
 from downres.errors import DownresError
@@ -20,6 +20,7 @@ def make(root, tree):
     return root
 
 
+CAT_AND_DOG = "; outputs taken to be the class folders in alphabetical order: 0 cat, 1 dog"
 TRAIN_AND_VAL = {"train/cat": 4, "train/dog": 3, "val/cat": 2, "val/dog": 1}
 
 
@@ -53,7 +54,7 @@ def test_train_and_val(tmp_path, monkeypatch):
     np.testing.assert_array_equal(fold.train, range(7))
     np.testing.assert_array_equal(fold.test, [7, 8, 9])
     assert data.labels.dtype == fold.train.dtype == fold.test.dtype == np.int64
-    assert data.description == "10 images of 2 classes, 7 in train to fit on and 3 in val to test on."
+    assert data.description == f"10 images of 2 classes, 7 in train to fit on and 3 in val to test on{CAT_AND_DOG}."
 
 
 def test_val_alone_decodes_no_training_image(tmp_path, monkeypatch):
@@ -63,7 +64,7 @@ def test_val_alone_decodes_no_training_image(tmp_path, monkeypatch):
     (fold,) = data.folds
     assert len(fold.train) == 0 and fold.train.dtype == np.int64
     np.testing.assert_array_equal(fold.test, [0, 1, 2])
-    assert data.description == "3 images of 2 classes, 3 in val to test on."
+    assert data.description == f"3 images of 2 classes, 3 in val to test on{CAT_AND_DOG}."
 
 
 @pytest.mark.parametrize("name", ["valid", "validation", "test"])
@@ -81,7 +82,7 @@ def test_val_comes_before_test(tmp_path):
 
 def test_one_folder_is_split_reproducibly(tmp_path):
     make(tmp_path, {"cat": 6, "dog": 8})
-    data, again = (open_folder(tmp_path, outputs=2, val_fraction=0.25, seed=5) for _ in range(2))
+    data, again = (open_folder(tmp_path, outputs=None, val_fraction=0.25, seed=5) for _ in range(2))
     (fold,) = data.folds
     assert len(fold.train) == 10 and len(fold.test) == 4
     np.testing.assert_array_equal(fold.test, again.folds[0].test)
@@ -91,7 +92,7 @@ def test_one_folder_is_split_reproducibly(tmp_path):
 
 
 def test_one_folder_in_cross_folds(tmp_path):
-    data = open_folder(make(tmp_path, {"cat": 6, "dog": 6}), outputs=2, folds=3)
+    data = open_folder(make(tmp_path, {"cat": 6, "dog": 6}), outputs=None, folds=3)
     assert [len(fold.test) for fold in data.folds] == [4, 4, 4]
     assert data.description == "12 images of 2 classes in one folder, cross-fitted in 3 folds (stratified, seed 0)."
 
@@ -103,12 +104,92 @@ def test_only_one_part_is_split(tmp_path, part):
     assert data.description.startswith(f"8 images of 2 classes, {part} only, split into 4")
 
 
-@pytest.mark.parametrize(("parts", "train", "test"), [(("val",), 0, 5), (("train",), 5, 0)])
+def names_on(data, side):
+    return [data.images.names[i] for fold in data.folds for i in getattr(fold, side)]
+
+
+@pytest.mark.parametrize("broken", [(), ("cat/1.png", "cat/2.png", "dog/0.png", "dog/5.png")])
 @pytest.mark.parametrize("prefix", ["", "train/", "val/"])
-def test_one_folder_for_one_purpose(tmp_path, parts, train, test, prefix):
+def test_one_side_of_a_split_is_that_of_the_whole_split(tmp_path, monkeypatch, prefix, broken):
+    make(tmp_path, {f"{prefix}cat": 6, f"{prefix}dog": 8})
+    intact = open_folder(tmp_path, outputs=None, val_fraction=0.4, seed=3)
+    for name in broken:
+        (tmp_path / prefix / name).write_bytes(b"")
+    both = open_folder(tmp_path, outputs=None, val_fraction=0.4, seed=3)
+    for part, side, other in (("val", "test", "train"), ("train", "train", "test")):
+        calls = decoded_names(monkeypatch)
+        data = open_folder(tmp_path, outputs=None, val_fraction=0.4, seed=3, parts=(part,))
+        assert {path.relative_to(tmp_path).as_posix() for path in calls} == set(names_on(intact, side))
+        assert names_on(data, side) == names_on(both, side) == data.images.names
+        assert names_on(data, other) == [] and getattr(data.folds[0], other).dtype == np.int64
+        assert set(names_on(both, side)) == set(names_on(intact, side)) - {prefix + name for name in broken}
+        np.testing.assert_array_equal(data.labels, ["dog" in name for name in data.images.names])
+    assert len(both.images) == 14 - len(broken)
+
+
+def test_one_side_is_described_as_such(tmp_path):
+    make(tmp_path, {"cat": 6, "dog": 8})
+    data = open_folder(tmp_path, outputs=2, val_fraction=0.25, seed=5, parts=("val",))
+    assert data.description == (
+        f"4 images of 2 classes in one folder, those to test on of a stratified split of 14 (seed 5){CAT_AND_DOG}."
+    )
+
+
+@pytest.mark.parametrize("options", [{"val_fraction": 1.0}, {"folds": 3}])
+@pytest.mark.parametrize("prefix", ["", "train/", "val/"])
+def test_every_image_is_a_test_image(tmp_path, prefix, options):
     make(tmp_path, {f"{prefix}cat": 2, f"{prefix}dog": 3})
-    (fold,) = open_folder(tmp_path, outputs=2, parts=parts).folds
-    assert (len(fold.train), len(fold.test)) == (train, test)
+    (tmp_path / prefix / "dog/1.png").write_bytes(b"")
+    data = open_folder(tmp_path, outputs=None, parts=("val",), **options)
+    (fold,) = data.folds
+    assert len(fold.train) == 0
+    np.testing.assert_array_equal(fold.test, range(4))
+    assert data.description.endswith(", all to test on; 1 unreadable files left out.")
+
+
+def test_cross_folds_are_those_of_the_listed_files(tmp_path):
+    make(tmp_path, {"cat": 6, "dog": 6})
+    intact = open_folder(tmp_path, outputs=2, folds=3)
+    (tmp_path / "cat/2.png").write_bytes(b"")
+    data = open_folder(tmp_path, outputs=2, folds=3)
+    for fold, before in zip(data.folds, intact.folds, strict=True):
+        for side in ("train", "test"):
+            expected = [intact.images.names[i] for i in getattr(before, side)]
+            assert [data.images.names[i] for i in getattr(fold, side)] == [n for n in expected if n != "cat/2.png"]
+
+
+def test_a_side_without_readable_images(tmp_path):
+    make(tmp_path, {"cat": 3, "dog": 3})
+    for name in names_on(open_folder(tmp_path, outputs=2), "test"):
+        (tmp_path / name).write_bytes(b"")
+    for parts in (("train", "val"), ("val",)):
+        with pytest.raises(DownresError, match=r"None of the 3 images to test on can be read \(.*png: empty file\): replace"):
+            open_folder(tmp_path, outputs=2, parts=parts)
+    assert len(open_folder(tmp_path, outputs=2, parts=("train",)).images) == 3
+
+
+def test_class_names_are_listed_and_nothing_is_decoded(tmp_path, monkeypatch):
+    calls = decoded_names(monkeypatch)
+    assert class_names(make(tmp_path / "a", TRAIN_AND_VAL)) == ("cat", "dog")
+    assert data_classes(make(tmp_path / "b", {"x": 1, "10": 1, "2": 1})) == ("10", "2", "x")
+    assert not calls
+    with pytest.raises(DownresError, match="There is no folder .*nowhere: point --data"):
+        data_classes(tmp_path / "nowhere")
+
+
+def test_classes_of_the_demo_set():
+    assert data_classes(DEMO_DATA) == ("intact", "defective")
+    pytest.importorskip("elpv_dataset")
+    assert open_elpv().classes == data_classes(DEMO_DATA)
+
+
+def test_outputs_are_named_only_where_they_are_taken_in_order(tmp_path):
+    make(tmp_path / "a", {str(i): 1 for i in range(11)})
+    data = open_folder(tmp_path / "a", outputs=11)
+    assert data.description.endswith("in alphabetical order: 0 0, 1 1, 2 10, 3 2, 4 3 and 6 more.")
+    assert "outputs" not in open_folder(tmp_path / "a", outputs=None).description
+    make(tmp_path / "b", {"n01443537": 1, "n15075141": 1})
+    assert "outputs" not in open_folder(tmp_path / "b", outputs=1000).description
 
 
 def test_a_class_named_train_is_a_class(tmp_path):
@@ -142,7 +223,7 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path):
     ]
     np.testing.assert_array_equal(data.labels, [0, 0, 0, 1, 1, 1, 0, 1])
     np.testing.assert_array_equal(data.folds[0].test, [6, 7])
-    assert data.description.endswith("2 in val to test on; 2 unreadable files left out.")
+    assert data.description.endswith(f"2 in val to test on; 2 unreadable files left out{CAT_AND_DOG}.")
 
 
 def test_progress_is_passed_on(tmp_path):
@@ -157,7 +238,7 @@ def test_any_number_of_classes_without_outputs(tmp_path):
 
 def test_imagenet_folders_map_to_the_outputs(tmp_path):
     tree = {"n01443537": 1, "n15075141": 1}  # goldfish is output 1, toilet tissue output 999
-    data = open_folder(make(tmp_path, tree), outputs=1000, parts=("val",))
+    data = open_folder(make(tmp_path, tree), outputs=1000)
     np.testing.assert_array_equal(data.labels, [1, 999])
     assert len(data.classes) == 1000 and data.classes[1].startswith("goldfish") and "toilet" in data.classes[999]
     assert open_folder(tmp_path, outputs=2).classes == ("n01443537", "n15075141")
@@ -170,7 +251,7 @@ def test_imagenet500_is_every_second_class(shared_data):
     folder = shared_data / "imagenet500"
     if not folder.is_dir():
         pytest.skip("imagenet500 is not in ../shared/data")
-    data = open_folder(folder, outputs=1000, parts=("val",))
+    data = open_folder(folder, outputs=1000, parts=("val",), val_fraction=1.0)
     np.testing.assert_array_equal(data.labels, np.arange(0, 1000, 2))
     np.testing.assert_array_equal(data.folds[0].test, np.arange(500))
     assert data.skipped == ()
@@ -211,9 +292,13 @@ def test_catdog(shared_data):
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(tmp_path, tree, options, sentence):
+    make(tmp_path, tree)
     with pytest.raises(DownresError, match=sentence) as error:
-        open_folder(make(tmp_path, tree), **options)
+        open_folder(tmp_path, **options)
     assert "\n" not in str(error.value)
+    if "holds no" in sentence or "differ" in sentence or "at least 2" in sentence or "in no class" in sentence:
+        with pytest.raises(DownresError, match=sentence):
+            class_names(tmp_path)
 
 
 def test_no_folder_and_a_file(tmp_path):
@@ -271,9 +356,9 @@ def test_fingerprints_follow_names_labels_classes_and_folds():
     assert len({same[0], *others}) == 5
 
 
-def test_fingerprints_follow_file_sizes(tmp_path):
+def test_fingerprints_follow_pixels(tmp_path):
     make(tmp_path, {"cat": 2, "dog": 2})
     before = open_folder(tmp_path, outputs=2).fingerprint()
     assert open_folder(tmp_path, outputs=2).fingerprint() == before
-    Image.new("RGB", (60, 50), (1, 2, 3)).save(tmp_path / "cat" / "0.png")
+    Image.new("RGB", (6, 5), (9, 3, 7)).save(tmp_path / "cat" / "0.png")  # another colour
     assert open_folder(tmp_path, outputs=2).fingerprint() != before

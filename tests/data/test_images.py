@@ -39,7 +39,7 @@ def test_files_in_order_with_the_unreadable_left_out(files, workers):
     images, skipped = from_files(paths, names_of(paths), workers=workers)
     assert skipped == [Skip("3.png", "empty file"), Skip("10.png", "not an image")]
     assert images.names == ["0.png", "1.png", "2.png", "4.png", "5.png", "6.png", "7.png", "8.png", "9.png"]
-    assert images.sizes == [paths[i].stat().st_size for i in (0, 1, 2, 4, 5, 6, 7, 8, 9)]
+    assert images.checksums == Images(list(images), images.names).checksums and len(set(images.checksums)) == 9
     assert len(images) == 9
     for image, i in zip(images, (0, 1, 2, 4, 5, 6, 7, 8, 9), strict=True):
         np.testing.assert_array_equal(image, pictures[i])
@@ -151,7 +151,34 @@ def test_arrays_of_another_kind_are_refused(array):
 
 def test_names_must_be_as_many_as_images():
     with pytest.raises(DownresError, match="2 images need as many names, not 1"):
-        Images([np.zeros((1, 1), np.uint8)] * 2, ["a"], [1, 1])
+        Images([np.zeros((1, 1), np.uint8)] * 2, ["a"])
+
+
+def test_checksums_follow_pixels_and_shape():
+    array = RNG.integers(0, 256, (3, 4, 6), dtype=np.uint8)
+    before = from_arrays(array).checksums
+    assert len(set(before)) == 3 and from_arrays(array.copy(order="F")).checksums == before
+    assert from_arrays(array.reshape(3, 6, 4)).checksums[0] != before[0]
+    array[1, 2, 3] ^= 1
+    after = from_arrays(array).checksums
+    assert [a == b for a, b in zip(after, before, strict=True)] == [True, False, True]
+
+
+def test_checksums_of_files_come_from_the_decode_threads(files, monkeypatch):
+    paths, _ = files
+    threads = set()
+    checksum = module._checksum
+
+    def watched(picture):
+        threads.add(threading.current_thread().name)
+        return checksum(picture)
+
+    monkeypatch.setattr(module, "_checksum", watched)
+    images, _ = from_files(paths, names_of(paths))
+    stack = from_arrays(np.zeros((2, 3, 3), np.uint8))
+    assert len(images.checksums) == 9 and all(name.startswith("downres-decode") for name in threads)
+    threads.clear()
+    assert len(stack.checksums) == 2 and threads == {threading.current_thread().name}
 
 
 def test_skips_go_to_json_and_back():

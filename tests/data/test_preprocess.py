@@ -133,8 +133,17 @@ def test_grey_is_expanded_and_equals_grey_repeated_before():
 def test_networks_of_one_channel():
     p = Preprocessing(32, mean=(0.5,), std=(0.25,))
     assert preprocess(NOISE[0][:, :, 0], p).shape == (1, 32, 32)
-    with pytest.raises(DownresError, match="The network takes 1 channels and an image has 3: give mean and std"):
-        preprocess(NOISE[0], p)
+    greys = [np.array(Image.fromarray(image).convert("L")) for image in NOISE]
+    expected = torch.stack([preprocess(grey, p) for grey in greys])
+    torch.testing.assert_close(torch.stack([preprocess(image, p) for image in NOISE]), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat(list(batches(mixed_images(), range(8), p, 3))), expected, rtol=0, atol=0)
+    repeated = np.repeat(greys[0][:, :, None], 3, axis=2)  # how a grey file is decoded
+    torch.testing.assert_close(preprocess(repeated, p), expected[0], rtol=0, atol=0)
+
+
+def test_channels_that_cannot_serve_the_network():
+    with pytest.raises(DownresError, match="The network takes 4 channels and an image has 3: give mean and std"):
+        preprocess(NOISE[0], Preprocessing(32, mean=(0.5,) * 4, std=(0.25,) * 4))
 
 
 def test_read_only_pictures_give_no_warning_and_are_not_changed():
@@ -157,7 +166,7 @@ def test_normalisation_is_in_float32_as_written():
 
 
 def mixed_images():
-    return Images(NOISE, [str(shape) for shape in SHAPES], [image.nbytes for image in NOISE])
+    return Images(NOISE, [str(shape) for shape in SHAPES])
 
 
 def preprocess_threads():
@@ -194,7 +203,7 @@ def test_the_next_batch_is_prepared_while_the_consumer_works():
             self.asked.append(index)
             return super().__getitem__(index)
 
-    images = Watched(NOISE, [""] * len(NOISE), [0] * len(NOISE))
+    images = Watched(NOISE, [""] * len(NOISE))
     iterator = batches(images, range(8), Preprocessing(32), 2)
     next(iterator)
     deadline = time.perf_counter() + 5

@@ -67,6 +67,25 @@ def test_preprocessing_of_every_library_model():
         found = timm_family.preprocessing(SimpleNamespace(pretrained_cfg=config), name)
         assert found.hw == config["input_size"][1:] and found.mean == config["mean"] and found.std == config["std"]
         assert found.crop_ratio == min(config["crop_pct"], 1.0)
+        followed = found.crop_ratio == config["crop_pct"] and found.interpolation == config["interpolation"]
+        assert (found.source == "timm pretrained_cfg") == (followed and config["crop_mode"] == "center"), name
+
+
+@pytest.mark.parametrize(
+    ("changed", "source"),
+    [
+        ({}, "timm pretrained_cfg"),
+        ({"crop_mode": "squash"}, "timm pretrained_cfg (crop mode 'squash' not followed: centre crop)"),
+        ({"interpolation": "lanczos"}, "timm pretrained_cfg (interpolation 'lanczos' not followed: bicubic)"),
+        (
+            {"crop_mode": "border", "crop_pct": 1.15},
+            "timm pretrained_cfg (crop mode 'border' not followed: centre crop; crop_pct 1.15 not followed: 1)",
+        ),
+    ],
+)
+def test_what_of_timm_is_not_followed_is_said(changed, source):
+    config = timm.models.get_pretrained_cfg("resnet18").to_dict() | changed
+    assert timm_family.preprocessing(SimpleNamespace(pretrained_cfg=config), "resnet18").source == source
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_real_weights_by_order(shared_data):
     assert len(theirs) == len(ours) == 247
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
-    data = open_folder(shared_data / "imagenet500", outputs=1000, parts=("val",))
+    data = open_folder(shared_data / "imagenet500", outputs=1000, parts=("val",), val_fraction=1.0)
     assert len(data.images) == 500
     scale = Preprocessing(224, 0.875, "bilinear", (127 / 255,) * 3, (128 / 255,) * 3)
     chosen = range(0, 500, 10)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from downres import Budget, artifact, load_model, load_run, search
+from downres import Budget, Preprocessing, artifact, curve, load_model, load_run, search
 from downres.errors import DownresError
 from downres.measure.quality import compare_all, count_correct
 from downres.records import OUTSIDE, WITHIN, Candidate
@@ -492,3 +492,18 @@ def test_predictions_of_the_original_are_those_of_its_head(tiny, cells, tmp_path
         pooled = tiny.module.body(x).mean((2, 3)).numpy()
     correct = count_correct(pooled @ heads["weight0"].T + heads["bias0"], dataset.labels[test])
     assert abs(int(correct.sum()) - run.results[0].quality.correct) <= 1
+
+
+def test_a_network_for_grey_pictures(cells, tmp_path):
+    """One channel in, from mean and std: nothing takes three for granted."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 8, 3, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 2))
+    grey = Preprocessing(48, 1.0, "bilinear", (0.5,), (0.25,))
+    run = run_search(network, cells.dataset(), tmp_path / "r", preprocessing=grey)
+    assert run.finished and all(r.status == "measured" for r in run.results)
+    assert run.original.cost.input_size == (1, 1, 48, 48)
+    found = curve(network, cells.dataset(), [32], preprocessing=grey, threads=1)
+    assert found.results[0].drop.n == len(cells.dataset().folds[0].test)

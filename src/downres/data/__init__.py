@@ -4,8 +4,8 @@ import os
 from collections.abc import Sequence
 
 from .decode import Unreadable, decode
-from .elpv import DEMO_DATA, open_elpv
-from .folders import Dataset, from_arrays, open_folder
+from .elpv import CLASSES, DEMO_DATA, open_elpv
+from .folders import Dataset, class_names, from_arrays, open_folder
 from .images import Images, Progress, Skip, from_files
 from .preprocess import batches, preprocess, resize_and_crop
 from .split import Fold, cross_folds, split_once
@@ -19,7 +19,9 @@ __all__ = [
     "Skip",
     "Unreadable",
     "batches",
+    "class_names",
     "cross_folds",
+    "data_classes",
     "decode",
     "from_arrays",
     "from_files",
@@ -47,3 +49,8 @@ def open_data(
     return open_folder(
         source, outputs=outputs, parts=parts, val_fraction=val_fraction, folds=folds, seed=seed, progress=progress
     )
+
+
+def data_classes(source: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The classes of the data that a command names, without decoding an image."""
+    return CLASSES if str(source) == DEMO_DATA else class_names(source)

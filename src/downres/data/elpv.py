@@ -10,6 +10,8 @@ from .split import cross_folds
 DEMO_DATA = "demo:elpv"
 """What to give as data for this set."""
 
+CLASSES = ("intact", "defective")
+
 LICENCE = (
     "Images: ELPV dataset (Buerhop-Lutz et al. 2018, Deitsch et al. 2019), ZAE Bayern, CC BY-NC-SA 4.0: "
     "not for commercial use, share alike."
@@ -29,4 +31,4 @@ def open_elpv(folds: int = 5, seed: int = 0) -> Dataset:
         f"{len(labels)} photographs of solar cells, 300×300 grey, 2 classes, cross-fitted in {folds} folds "
         "(every image is a proof image once)."
     )
-    return from_arrays(images, labels, ("intact", "defective"), cross_folds(labels, folds, seed), description, LICENCE)
+    return from_arrays(images, labels, CLASSES, cross_folds(labels, folds, seed), description, LICENCE)

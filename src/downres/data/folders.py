@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,10 +39,10 @@ class Dataset:
     licence: str = ""
 
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of names, sizes in bytes, labels, classes and folds; not of the pixels, so that it is quick."""
+        """SHA-256, in hex, of names, checksums of the pixels, labels, classes and folds."""
         digest = hashlib.sha256()
-        for name, size in zip(self.images.names, self.images.sizes, strict=True):
-            digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+        for name, checksum in zip(self.images.names, self.images.checksums, strict=True):
+            digest.update(f"{name}\0{checksum}\n".encode(errors="surrogateescape"))
         digest.update("\0".join(self.classes).encode())
         for indices in (self.labels, *(side for fold in self.folds for side in (fold.train, fold.test))):
             digest.update(f"\n{len(indices)}\n".encode() + indices.astype("<i8").tobytes())
@@ -91,7 +91,8 @@ def open_folder(
     outputs: of the network, which the class folders must match; None accepts any number. ImageNet's folder names
     (n01440764) are mapped to the 1000 outputs, any subset of them. parts: what is needed; ("val",) decodes no training
     image and leaves fold.train empty. One folder of classes, or only one of train and val, is split with `val_fraction`
-    and `seed`, or into `folds` folds; with parts ("val",) every image in it is a test image.
+    and `seed`, or into `folds` folds, before unreadable files are left out, so that the split is the same for all
+    `parts`. With parts ("val",) and a val_fraction of 1, or folds, every image in it is a test image.
     Raises DownresError, in one sentence that says why, where the folder cannot be used.
     """
     root = Path(path).expanduser()
@@ -108,23 +109,43 @@ def open_folder(
         for part, source in sources.items()
         if len(sources) == 1 or part in parts
         for label, name in enumerate(names)
-        for file in _image_files(source / name)
+        for file in sorted(_image_files(source / name))
     ]
-    images, skipped = from_files([file.path for file in files], [file.name for file in files], progress)
+    labels = np.array([output_of[file.label] for file in files], dtype=np.int64)
+    if len(sources) > 1:
+        listed = _as_found([file.part for file in files])
+    else:
+        listed = _divide(labels, parts, val_fraction, folds, seed)
+    needed = np.unique(np.concatenate([side for fold in listed for side in (fold.train, fold.test)]))
+    images, skipped = from_files([files[i].path for i in needed], [files[i].name for i in needed], progress)
     reasons = {skip.path: skip.reason for skip in skipped}
     _check_readable(files, reasons)
+    kept = np.array([i for i in needed if files[i].name not in reasons], dtype=np.int64)
+    divided = _without_unreadable(listed, kept, files, reasons)
 
-    kept = [file for file in files if file.name not in reasons]
-    labels = np.array([output_of[file.label] for file in kept], dtype=np.int64)
     count = f"{len(kept)} images of {len(names)} classes"
     if len(sources) > 1:
-        divided, how = _as_found([file.part for file in kept], sources)
+        how = _how_found(divided[0], sources)
     else:
-        divided, how = _divide(labels, parts, val_fraction, folds, seed)
         (source,) = sources.values()
         count += " in one folder" if source == root else f", {source.name} only"
+        how = _how_divided(divided, len(listed[0].test) == len(files), len(files), folds, seed)
     left_out = f"; {len(skipped)} unreadable files left out" if skipped else ""
-    return Dataset(images, labels, classes, divided, tuple(skipped), f"{count}, {how}{left_out}.")
+    numbered = ""
+    if outputs is not None and classes == tuple(names):  # not mapped by name: a wrong order can only be seen by the reader
+        numbered = "; outputs taken to be the class folders in alphabetical order: "
+        numbered += _listed([f"{i} {name}" for i, name in enumerate(names)])
+    return Dataset(images, labels[kept], classes, divided, tuple(skipped), f"{count}, {how}{left_out}{numbered}.")
+
+
+def class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The names of the class folders, in order, without decoding an image; raises DownresError as `open_folder` does."""
+    sources = _sources(Path(path).expanduser())
+    names = _class_folders(sources)
+    for source in sources.values():
+        for name in names:
+            next(_image_files(source / name))
+    return tuple(names)
 
 
 def _sources(root: Path) -> dict[str, Path]:
@@ -212,26 +233,55 @@ def _check_readable(files: Sequence[_File], reasons: dict[str, str]) -> None:
             )
 
 
-def _as_found(parts: Sequence[str], sources: dict[str, Path]) -> tuple[tuple[Fold, ...], str]:
-    """(the fold that the folders make, how to say so) from the part of each image."""
-    fold = Fold(*(np.flatnonzero(np.array(parts) == part).astype(np.int64) for part in _PARTS))
+def _as_found(parts: Sequence[str]) -> tuple[Fold, ...]:
+    """The fold that the folders make, from the part of each file."""
+    return (Fold(*(np.flatnonzero(np.array(parts) == part).astype(np.int64) for part in _PARTS)),)
+
+
+def _divide(labels: np.ndarray, parts: Sequence[str], val_fraction: float, folds: int | None, seed: int) -> tuple[Fold, ...]:
+    """The folds of one set of labels; those sides that `parts` does not need are empty."""
+    none = np.zeros(0, np.int64)
+    if "train" not in parts and (folds is not None or val_fraction == 1.0):
+        return (Fold(none, np.arange(len(labels), dtype=np.int64)),)
+    divided = cross_folds(labels, folds, seed) if folds is not None else (split_once(labels, val_fraction, seed),)
+    return tuple(Fold(fold.train if "train" in parts else none, fold.test if "val" in parts else none) for fold in divided)
+
+
+def _without_unreadable(
+    listed: tuple[Fold, ...], kept: np.ndarray, files: Sequence[_File], reasons: dict[str, str]
+) -> tuple[Fold, ...]:
+    """Folds of indices into `files` to folds of indices into `kept`. Raises DownresError where nothing is left of a side."""
+    place = np.full(len(files), -1, dtype=np.int64)
+    place[kept] = np.arange(len(kept))
+
+    def remaining(side: np.ndarray, use: str) -> np.ndarray:
+        found = place[side]
+        found = found[found >= 0]
+        if len(side) and not len(found):
+            first = files[side[0]].name
+            raise DownresError(
+                f"None of the {len(side)} images to {use} can be read ({first}: {reasons[first]}): replace or remove them."
+            )
+        return found
+
+    return tuple(Fold(remaining(fold.train, "fit on"), remaining(fold.test, "test on")) for fold in listed)
+
+
+def _how_found(fold: Fold, sources: dict[str, Path]) -> str:
     sides = zip((fold.train, fold.test), sources.values(), ("to fit on", "to test on"), strict=True)
-    return (fold,), " and ".join(f"{len(side)} in {source.name} {use}" for side, source, use in sides if len(side))
+    return " and ".join(f"{len(side)} in {source.name} {use}" for side, source, use in sides if len(side))
 
 
-def _divide(
-    labels: np.ndarray, parts: Sequence[str], val_fraction: float, folds: int | None, seed: int
-) -> tuple[tuple[Fold, ...], str]:
-    """(folds of one set of labels, how to say what was done)."""
-    every, none = np.arange(len(labels)), np.arange(0)
-    if "train" not in parts:
-        return (Fold(none, every),), "all to test on"
-    if "val" not in parts:
-        return (Fold(every, none),), "all to fit on"
-    if folds is not None:
-        return cross_folds(labels, folds, seed), f"cross-fitted in {folds} folds (stratified, seed {seed})"
-    fold = split_once(labels, val_fraction, seed)
-    return (fold,), f"split into {len(fold.train)} to fit on and {len(fold.test)} to test on (stratified, seed {seed})"
+def _how_divided(divided: tuple[Fold, ...], whole: bool, total: int, folds: int | None, seed: int) -> str:
+    """How one set of `total` files was divided, and which sides of it are here; `whole` where it was not divided."""
+    if len(divided) > 1:
+        return f"cross-fitted in {folds} folds (stratified, seed {seed})"
+    (fold,) = divided
+    if whole:
+        return "all to test on"
+    if len(fold.train) and len(fold.test):
+        return f"split into {len(fold.train)} to fit on and {len(fold.test)} to test on (stratified, seed {seed})"
+    return f"those to {'fit' if len(fold.train) else 'test'} on of a stratified split of {total} (seed {seed})"
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -242,14 +292,17 @@ def _subfolders(folder: Path) -> list[str]:
         raise DownresError(f"Cannot list the folder {folder} ({error.strerror}): make it readable.") from None
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """The image files in a class folder and the folders in it, sorted; at least one."""
-    found = [path for path in folder.rglob("*") if _is_image(path) and not _is_hidden(path.relative_to(folder))]
-    if not found:
+def _image_files(folder: Path) -> Iterator[Path]:
+    """The image files in a class folder and the folders in it, in no order; at least one, or DownresError."""
+    empty = True
+    for path in folder.rglob("*"):
+        if _is_image(path) and not _is_hidden(path.relative_to(folder)):
+            empty = False
+            yield path
+    if empty:
         raise DownresError(
             f"The class folder {folder} holds no images ({', '.join(EXTENSIONS)}): add some, or remove the folder."
         )
-    return sorted(found)
 
 
 def _is_image(path: Path) -> bool:

@@ -4,12 +4,12 @@ import errno
 import mmap
 import os
 import tempfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -21,6 +21,9 @@ from .decode import Unreadable, decode
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total)."""
+
+_Outcome = tuple[np.ndarray, int] | Unreadable
+"""Of decoding a file: the picture and its checksum, or the reason why there is none."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,22 @@ class Skip(Record):
 class Images(Sequence[np.ndarray]):
     """A sequence of pictures, each uint8 (H, W, 3) or (H, W). Sizes may differ.
 
-    names: one a picture, a path relative to the data folder or 'photo 12'. sizes: bytes of the file, or of the array.
+    names: one a picture, a path relative to the data folder or 'photo 12'. checksums: where they are known already.
     """
 
-    def __init__(self, pictures: Sequence[np.ndarray], names: Sequence[str], sizes: Sequence[int]) -> None:
-        if not len(pictures) == len(names) == len(sizes):
+    def __init__(self, pictures: Sequence[np.ndarray], names: Sequence[str], checksums: Sequence[int] | None = None) -> None:
+        if len(pictures) != len(names):
             raise DownresError(f"{len(pictures)} images need as many names, not {len(names)}: give one name for each image.")
         self._pictures = pictures
         self.names = list(names)
-        self.sizes = list(sizes)
+        self._checksums = None if checksums is None else list(checksums)
+
+    @property
+    def checksums(self) -> list[int]:
+        """CRC-32 of each picture's shape and pixels; where not given, computed when first asked for."""
+        if self._checksums is None:
+            self._checksums = [_checksum(picture) for picture in self._pictures]
+        return self._checksums
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -60,7 +70,7 @@ def from_arrays(array: np.ndarray, names: Sequence[str] | None = None) -> Images
         )
     if names is None:
         names = [f"photo {i}" for i in range(len(array))]
-    return Images(list(array), names, [array[0].nbytes] * len(array) if len(array) else [])
+    return Images(list(array), names)
 
 
 def from_files(
@@ -76,6 +86,7 @@ def from_files(
     """
     kept: list[int] = []
     shapes: list[tuple[int, ...]] = []
+    checksums: list[int] = []
     skipped: list[Skip] = []
     written = 0
     with tempfile.TemporaryFile(buffering=0) as file:
@@ -83,26 +94,25 @@ def from_files(
             if isinstance(outcome, Unreadable):
                 skipped.append(Skip(names[i], str(outcome)))
             else:
-                written += outcome.nbytes
-                _write(file, outcome, needed=written * len(paths) // (i + 1))
+                picture, checksum = outcome
+                written += picture.nbytes
+                _write(file, picture, needed=written * len(paths) // (i + 1))
                 kept.append(i)
-                shapes.append(outcome.shape)
+                shapes.append(picture.shape)
+                checksums.append(checksum)
             if progress is not None:
                 progress("decoding", i + 1, len(paths))
         # The mapping keeps the file alive after its descriptor is closed; an empty file cannot be mapped.
         pixels = np.frombuffer(mmap.mmap(file.fileno(), 0) if written else b"", np.uint8)
-    images = Images(_cut(pixels, shapes), [names[i] for i in kept], [_file_size(paths[i]) for i in kept])
-    return images, skipped
+    return Images(_cut(pixels, shapes), [names[i] for i in kept], checksums), skipped
 
 
-def _decode_in_order(paths: Sequence[str | os.PathLike[str]], workers: int) -> Iterator[np.ndarray | Unreadable]:
-    """Pixels or the reason why not for each path. At most 2 · workers pictures wait, so memory stays bounded."""
+def _decode_in_order(paths: Sequence[str | os.PathLike[str]], workers: int) -> Iterator[_Outcome]:
+    """The outcome for each path. At most 2 · workers pictures wait, so memory stays bounded."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="downres-decode")
     todo = iter(paths)
     try:
-        waiting: deque[Future[np.ndarray | Unreadable]] = deque(
-            pool.submit(_decode_or_reason, path) for path in islice(todo, 2 * workers)
-        )
+        waiting: deque[Future[_Outcome]] = deque(pool.submit(_decode_or_reason, path) for path in islice(todo, 2 * workers))
         while waiting:
             outcome = waiting.popleft().result()
             waiting.extend(pool.submit(_decode_or_reason, path) for path in islice(todo, 1))
@@ -111,11 +121,16 @@ def _decode_in_order(paths: Sequence[str | os.PathLike[str]], workers: int) -> I
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode_or_reason(path: str | os.PathLike[str]) -> np.ndarray | Unreadable:
+def _decode_or_reason(path: str | os.PathLike[str]) -> _Outcome:
     try:
-        return decode(path)
+        picture = decode(path)
     except Unreadable as reason:
         return reason
+    return picture, _checksum(picture)
+
+
+def _checksum(picture: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(picture).data, zlib.crc32(repr(picture.shape).encode()))
 
 
 def _write(file: BinaryIO, pixels: np.ndarray, needed: int) -> None:
@@ -137,10 +152,3 @@ def _cut(pixels: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarr
     """Views of the flat bytes, one of each shape, in a row."""
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes], dtype=np.int64)
     return [pixels[end - int(np.prod(shape)) : end].reshape(shape) for shape, end in zip(shapes, ends, strict=True)]
-
-
-def _file_size(path: str | os.PathLike[str]) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError:  # deleted since it was decoded
-        return 0

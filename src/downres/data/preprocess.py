@@ -19,10 +19,13 @@ _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 def resize_and_crop(image: np.ndarray, p: Preprocessing) -> torch.Tensor:
     """The picture at the network's size: resized with antialiasing to cover hw / crop_ratio, its centre cropped to hw.
 
-    image: uint8 (H, W), (H, W, 1) or (H, W, 3). Returns uint8 (C, h, w), C as in the picture. For square targets the
+    image: uint8 (H, W), (H, W, 1) or (H, W, 3). Returns uint8 (C, h, w), C as in the picture, but 1 for a network of one
+    channel, for which colours become grey (ITU-R 601) before resizing. For square targets the
     pixels equal, bit for bit, those of torchvision's Resize(int) and CenterCrop, and timm's, on PIL pictures.
     """
     picture = Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image)
+    if len(p.mean) == 1:
+        picture = picture.convert("L")
     height, width = (math.floor(side / p.crop_ratio + 1e-6) for side in p.hw)
     size = _covering_size(picture.size, (width, height))
     if math.prod(size) > MAX_PIXELS:

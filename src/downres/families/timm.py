@@ -25,13 +25,20 @@ def create(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
 def preprocessing(model: nn.Module, name: str) -> Preprocessing:
     config = timm.data.resolve_data_config(model=model)
     height, width = config["input_size"][1:]
+    crop_ratio, interpolation, deviations = config["crop_pct"], config["interpolation"], []
+    if config["crop_mode"] != "center":
+        deviations.append(f"crop mode '{config['crop_mode']}' not followed: centre crop")
+    if interpolation not in ("bilinear", "bicubic"):  # a few: 'lanczos', 'random'; bicubic is timm's own default
+        deviations.append(f"interpolation '{interpolation}' not followed: bicubic")
+        interpolation = "bicubic"
+    if crop_ratio > 1:  # some VOLO: timm pads with black; the whole picture is the nearest that we have
+        deviations.append(f"crop_pct {crop_ratio:g} not followed: 1")
+        crop_ratio = 1.0
     return Preprocessing(
         resolution=(height, width),
-        # Above 1 (some VOLO) timm pads with black; the whole picture is the nearest that we have.
-        crop_ratio=min(config["crop_pct"], 1.0),
-        # timm's tables name a few other filters ('lanczos', 'random'); bicubic is its own default.
-        interpolation=config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic",
+        crop_ratio=crop_ratio,
+        interpolation=interpolation,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        source="timm pretrained_cfg",
+        source="timm pretrained_cfg" + (f" ({'; '.join(deviations)})" if deviations else ""),
     )

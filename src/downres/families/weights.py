@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import DownresError
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "model_ema", "state_dict_ema", "net", "network")
+_LIBRARIES = ("torch", "torchvision", "timm", "transformers")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 
 
@@ -112,8 +113,17 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of the state dict."""
-    digest = hashlib.sha256()
+    """SHA-256 over the structure, the user's own forward code, and names, shapes and values of the state dict.
+
+    The structure is the module's `repr` (strides, activations, …); of classes outside the model libraries, whose code
+    their versions tell, the compiled `forward` counts too.
+    """
+    digest = hashlib.sha256(repr(model).encode())
+    for module in model.modules():
+        code = getattr(type(module).forward, "__code__", None)
+        if code is not None and type(module).__module__.partition(".")[0] not in _LIBRARIES:
+            constants = [c for c in code.co_consts if not hasattr(c, "co_code")]  # nested code would print its address
+            digest.update(code.co_code + repr((code.co_names, constants)).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")

@@ -2,10 +2,11 @@
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,8 @@ class _Tap(nn.Module):
 class FeatureBank:
     """`features(state, indices)` → (len(indices), F): computes what is missing, remembers all of it.
 
+    It exports and counts before it has images; `images` and `calibration` (for each fold the training images that
+    BatchNorm may be recalibrated on) are set once the data are open.
     With a folder the features live in memory-mapped files there, filled chunk by chunk, so that an interrupted
     run goes on where it was. Without a known head the "features" are the logits themselves.
     """
@@ -89,10 +92,8 @@ class FeatureBank:
         model: nn.Module,
         head: str | None,
         width: int,
-        images: Images,
         preprocessing: Preprocessing,
         *,
-        calibration: Sequence[np.ndarray] = (),
         folder: Path | None = None,
         runtime: str = "onnxruntime",
         threads: int | None = None,
@@ -100,14 +101,15 @@ class FeatureBank:
         progress: Progress | None = None,
     ) -> None:
         self.model, self.head, self.width = model, head, width
-        self.images, self.preprocessing = images, preprocessing
-        self.calibration = list(calibration)
+        self.preprocessing = preprocessing
+        self.images: Images | None = None
+        self.calibration: list[np.ndarray] = []
         self.folder, self.runtime_name, self.threads, self.batch_size = folder, runtime, threads, batch_size
         self.progress = progress
         self.passes = 0
         self.stage = ""
         self._stores: dict[State, tuple[np.ndarray, np.ndarray]] = {}
-        self._runtimes: dict[State, OnnxRuntime | TorchRuntime] = {}
+        self._runtimes: dict[tuple[State, bool], OnnxRuntime | TorchRuntime] = {}
         self._networks: dict[State, nn.Module] = {}
 
     def preprocessing_of(self, state: State) -> Preprocessing:
@@ -130,15 +132,20 @@ class FeatureBank:
             self._networks = {state: network}  # one at a time: candidates come one after the other
         return self._networks[state]
 
-    def runtime(self, state: State) -> OnnxRuntime | TorchRuntime:
-        """The state's network ready to run; exported once to the run's folder for onnxruntime."""
-        if state not in self._runtimes:
-            # Recalibrated networks are tried on few images: torch is ready at once, an export takes seconds.
-            if self.runtime_name == "torch" or self.folder is None or state.calibration is not None:
+    def runtime(self, state: State, serving: bool = True) -> OnnxRuntime | TorchRuntime:
+        """The state's network ready to run; for onnxruntime exported once to the run's folder.
+
+        serving: whether it must be the runtime that numbers are stated for. A recalibrated network that is only tried
+        on a few tuning images runs in torch, which is ready at once where an export takes seconds.
+        """
+        trial = state.calibration is not None and not serving
+        if (state, trial) not in self._runtimes:
+            if self.runtime_name == "torch" or self.folder is None or trial:
                 ready: OnnxRuntime | TorchRuntime = TorchRuntime(Classifier(self.network(state), self.head), self.threads)
             else:
-                # The graph depends on the candidate alone: the crop happens before it.
-                file = self.folder / "onnx" / f"{State(state.candidate, 1.0).key()}.onnx"
+                # The graph depends on the candidate and the statistics: the crop happens before it.
+                same_graph = state if state.calibration is not None else dataclasses.replace(state, crop_ratio=1.0)
+                file = self.folder / "onnx" / f"{same_graph.key()}.onnx"
                 if not file.exists():
                     file.parent.mkdir(parents=True, exist_ok=True)
                     names = ("logits",) if self.head is None else ("logits", "features")
@@ -147,8 +154,8 @@ class FeatureBank:
                     export_onnx(Classifier(self.network(state), self.head), size, partial, names)
                     partial.replace(file)
                 ready = OnnxRuntime(file, self.threads)
-            self._runtimes[state] = ready
-        return self._runtimes[state]
+            self._runtimes[state, trial] = ready
+        return self._runtimes[state, trial]
 
     def forget(self) -> None:
         """Delete what only an unfinished run needs: features and the search's ONNX files."""
@@ -162,11 +169,12 @@ class FeatureBank:
         """Forget runtimes and networks, keep the features."""
         self._runtimes, self._networks = {}, {}
 
-    def features(self, state: State, indices: np.ndarray) -> np.ndarray:
+    def features(self, state: State, indices: np.ndarray, *, serving: bool = True) -> np.ndarray:
+        assert self.images is not None
         store, known = self._store(state)
         todo = indices[~known[indices]]
         if len(todo):
-            runtime, done = self.runtime(state), 0
+            runtime, done = self.runtime(state, serving), 0
             source = self._batches(state, todo, self.batch_size)
             with contextlib.closing(source):
                 for batch in source:
@@ -186,10 +194,12 @@ class FeatureBank:
         return np.asarray(store[indices])
 
     def _batches(self, state: State, indices: np.ndarray, size: int):  # type: ignore[no-untyped-def]
+        assert self.images is not None
         return batches(self.images, indices, self.preprocessing_of(state), size)
 
     def _store(self, state: State) -> tuple[np.ndarray, np.ndarray]:
         """(features (n, F) float32, which of them are known (n,) bool)."""
+        assert self.images is not None
         if state not in self._stores:
             n = len(self.images)
             self._stores[state] = (
@@ -199,8 +209,8 @@ class FeatureBank:
         return self._stores[state]
 
     def _array(self, state: State, what: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        if self.folder is None:
-            return np.zeros(shape, dtype)
+        if self.folder is None or state.calibration is not None:
+            return np.zeros(shape, dtype)  # recalibrated networks see few images: not worth a file
         (self.folder / "features").mkdir(parents=True, exist_ok=True)
         file = self.folder / "features" / f"{state.key()}.{what}.npy"
         if not file.exists():

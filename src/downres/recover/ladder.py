@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data import Fold
+from ..data import Fold, split_once
 from ..measure.quality import compare, count_correct
 from ..records import OUTSIDE, WITHIN, Budget, Candidate, Drop, Recovery, Rung
 from .batchnorm import has_batchnorm
@@ -49,11 +49,16 @@ class Recovered:
     recovery: Recovery
 
 
-def split_tuning(fold: Fold, folds: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(fit, tune): a quarter of the training images tune, at most TUNING_IMAGES / folds of them."""
-    order = np.random.default_rng([seed, 1]).permutation(fold.train)
-    n = min(len(order) // 4, TUNING_IMAGES // folds)
-    return np.sort(order[n:]), order[:n]  # tuning images stay in random order: a first few of them are a sample
+def split_tuning(fold: Fold, labels: np.ndarray, folds: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(fit, tune): about a quarter of the training images tune, at most TUNING_IMAGES / folds; both have every class.
+
+    Tuning images come in random order: the first few of them are a sample.
+    """
+    n = len(fold.train)
+    if n < 4:
+        return fold.train, np.zeros(0, np.int64)
+    split = split_once(labels[fold.train], min(0.25, max(1, TUNING_IMAGES // folds) / n), seed)
+    return fold.train[split.train], np.random.default_rng([seed, 1]).permutation(fold.train[split.test])
 
 
 def make_reference(
@@ -69,7 +74,7 @@ def make_reference(
     seed: int,
 ) -> Reference:
     """The original in fold `index`: with its own head, or (fit_new) with heads fitted at its native resolution."""
-    fit, tune = split_tuning(fold, folds, seed)
+    fit, tune = split_tuning(fold, labels, folds, seed)
     if not fit_new:
         start = head = own
     else:
@@ -95,7 +100,8 @@ def climb(
     """
     native = State(candidate, bank.preprocessing.crop_ratio)
     if len(reference.tune) == 0:
-        nothing = Rung("none", None, 0, 0.0, 0, "no training images: nothing can be recovered")
+        why = "fewer than 4 training images: nothing can be recovered" if rungs else "no recovery was asked for"
+        nothing = Rung("none", None, 0, 0.0, 0, why)
         return Recovered(native, reference.head, Recovery("none", native.crop_ratio, 0.0, (nothing,)))
     ladder = _Ladder(bank, reference, labels, budget)
     start, head = reference.start, reference.head
@@ -188,7 +194,7 @@ class _Ladder:
         return next(option for option in self.options if _behind(option.correct, best.correct) <= 1.0)
 
     def _look(self, state: State, head: Head | None, indices: np.ndarray) -> tuple[np.ndarray, Drop]:
-        correct = count_correct(logits(self.bank.features(state, indices), head), self.labels[indices])
+        correct = count_correct(logits(self.bank.features(state, indices, serving=False), head), self.labels[indices])
         return correct, compare(self.reference.tune_correct[: len(indices)], correct, self.budget)
 
     def _note(self, rung: str, correct: np.ndarray, note: str) -> None:

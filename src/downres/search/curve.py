@@ -15,7 +15,7 @@ from ..probe import total_stride
 from ..records import Budget, Preprocessing, Result
 from ..recover.features import State, logits
 from .plan import plan
-from .task import Progress, prepare
+from .task import Progress, prepare, prepare_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def curve(
     *,
     snap: bool = True,
     max_drop: float = 1.0,
-    val_fraction: float = 0.5,
+    val_fraction: float = 1.0,
     preprocessing: Preprocessing | None = None,
     runtime: str = "torch",
     threads: int | None = None,
@@ -53,26 +53,28 @@ def curve(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Curve:
-    """Top-1 of `model` at its own resolution and at each of `resolutions`, on the same proof images, decoded once.
+    """Top-1 of `model` at its own resolution and at each of `resolutions`, on the same images, decoded once.
+
+    Nothing is fitted, so every image of an undivided folder may be looked at; a `val_fraction` below 1 keeps to the
+    images that `search` would prove on.
 
     The verdict says of each resolution alone whether its drop is within `max_drop` points; whoever picks one of many
     by it should use `search`, which pays for the number of looks.
     """
-    task = prepare(
-        model, data, val_fraction=val_fraction, parts=("val",), preprocessing=preprocessing, seed=seed, progress=progress
-    )
-    p = task.model.preprocessing
-    candidates, notes = plan(p.resolution, total_stride(task.model.module, p.hw), resolutions, (), snap)
-    bank = task.bank(None, runtime=runtime, threads=threads, batch_size=batch_size, progress=progress)
+    subject = prepare_model(model, data, preprocessing=preprocessing)
+    task = prepare(subject, data, val_fraction=val_fraction, parts=("val",), seed=seed, progress=progress)
+    p = task.subject.model.preprocessing
+    candidates, notes = plan(p.resolution, total_stride(task.subject.model.module, p.hw, len(p.mean)), resolutions, (), snap)
+    bank = task.fill(subject.bank(None, runtime=runtime, threads=threads, batch_size=batch_size, progress=progress))
     truth = task.data.labels[task.proof]
     results: list[Result] = []
     original = np.zeros(0, bool)
-    for candidate in [task.native, *candidates]:
+    for candidate in [task.subject.native, *candidates]:
         state = State(candidate, p.crop_ratio)
         cost = measure_cost(bank.network(state), (len(p.mean), *bank.preprocessing_of(state).hw))
-        out = logits(bank.features(state, task.proof), task.own_head)
+        out = logits(bank.features(state, task.proof), task.subject.own_head)
         correct = count_correct(out, truth)
-        correct5 = count_correct(out, truth, 5) if task.outputs > 5 else None
+        correct5 = count_correct(out, truth, 5) if task.subject.outputs > 5 else None
         drop = compare(original, correct, Budget(max_drop)) if len(original) else None
         original = original if len(original) else correct
         results.append(Result(candidate, "measured", "", cost, None, None, quality(correct, correct5), drop))

@@ -4,19 +4,19 @@ from collections import Counter
 
 import numpy as np
 
-from ..records import Candidate, Result
+from ..records import Candidate
 from ..recover.features import State
 from .store import Store
 from .task import Task
 
 
-def keep_photos(store: Store, task: Task, original: Result, candidates: list[Candidate]) -> None:
+def keep_photos(store: Store, task: Task, candidates: list[Candidate]) -> None:
     """Six at most, chosen reproducibly.
 
     Three that all get right, two that some candidate loses, one that the original gets wrong.
     """
-    crop = task.model.preprocessing.crop_ratio
-    all_of = [task.native, *candidates]
+    crop = task.subject.model.preprocessing.crop_ratio
+    all_of = [task.subject.native, *candidates]
     found = [store.arrays(f"predictions/{State(c, crop).key()}") for c in all_of]
     labels = task.data.labels[task.proof]
     original_right = found[0]["correct"]

@@ -12,6 +12,15 @@ from ..recover.features import State
 from .select import over_budget, select, verdicts
 from .store import Store
 
+NOT_OPENED = {
+    "description": "No image was opened.",
+    "fold_count": 1,
+    "licence": "",
+    "skipped": (),
+    "majority_top1": 0.0,
+}
+"""The data of a run that has not come to its images: every candidate was over a ceiling, or it was interrupted before."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -25,6 +34,7 @@ class Run:
     best: Result | None
     notes: tuple[str, ...]
     finished: bool
+    data: dict[str, Any]
 
     @property
     def artifact(self) -> Path | None:
@@ -36,6 +46,7 @@ class Run:
             "run": str(self.folder),
             "finished": self.finished,
             "settings": self.settings,
+            "data": self.data,
             "budget": self.budget.to_json(),
             "original": self.original.row(),
             "candidates": [r.row() for r in self.results],
@@ -51,21 +62,22 @@ def load_run(folder: str | Path, store: Store | None = None) -> Run:
     settings = store.settings
     budget = Budget.from_json(settings["budget"])
     native = Candidate(Preprocessing.from_json(settings["preprocessing"]).resolution)
+    data = store.get("data") or dict(NOT_OPENED)
     original = _result(store, native, Budget(budget.max_drop))
     results = [_result(store, Candidate.from_json(c), budget) for c in settings["candidates"]]
-    results = _judge(store, native, results, budget, settings["folds"])
+    results = _judge(store, native, results, budget, data["fold_count"])
     best = select(results, settings["minimize"])
     notes = [*settings["notes"]]
-    if original.quality is not None and original.quality.top1_low <= settings["majority_top1"]:
+    if original.quality is not None and original.quality.top1_low <= data["majority_top1"]:
         notes.append(
             "the original is not shown to be better than always answering the commonest class "
-            f"({settings['majority_top1']:.1f} %): a drop measured against it means little"
+            f"({data['majority_top1']:.1f} %): a drop measured against it means little"
         )
     unmeasured = sum(r.status == "waiting" for r in results)
     if unmeasured:
         notes.append(f"unfinished: {unmeasured} of {len(results)} candidates are not measured yet; the same command goes on")
     finished = store.get("finished") is not None
-    return Run(Path(folder), settings, budget, original, tuple(results), best, tuple(notes), finished)
+    return Run(Path(folder), settings, budget, original, tuple(results), best, tuple(notes), finished, data)
 
 
 def _judge(store: Store, native: Candidate, results: list[Result], budget: Budget, folds: int) -> list[Result]:

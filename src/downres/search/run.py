@@ -3,6 +3,7 @@
 import datetime
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,21 @@ from ..environment import versions
 from ..errors import DownresError
 from ..families import Model
 from ..measure.cost import measure_cost
-from ..measure.latency import interleaved
+from ..measure.latency import interleaved, random_batch
 from ..measure.quality import count_correct, quality
 from ..parse import Resolution
 from ..probe import total_stride
 from ..records import Budget, Candidate, Cost, Latency, Preprocessing, Recovery, Rung
 from ..recover.features import FeatureBank, State, logits
 from ..recover.ladder import RUNGS, Recovered, Reference, climb
+from ..runtimes import check_threads
 from .photos import keep_photos
 from .plan import STEM_SCALES, plan
 from .results import Run, load_run
 from .select import MINIMIZE, over_budget
 from .ship import reference_of, ship
-from .store import Store
-from .task import Progress, Task, prepare
+from .store import FORMAT, Store
+from .task import Progress, Subject, Task, prepare, prepare_model
 from .view import write_report
 
 
@@ -78,46 +80,44 @@ def search(
     """
     budget = Budget(max_drop, confidence, max_macs, max_memory_bytes, max_latency_ms)
     _check_choices(rungs, minimize, runtime)
-    task = prepare(
-        model, data, fit_head=fit_head, folds=folds, val_fraction=val_fraction, preprocessing=preprocessing, seed=seed,
-        progress=progress,
-    )  # fmt: skip
-    hw = task.model.preprocessing.hw
+    check_threads(threads)
     scales = STEM_SCALES if stem_scales is None else stem_scales
-    candidates, notes = plan(task.native.resolution, total_stride(task.model.module, hw), resolutions, scales, snap)  # type: ignore[arg-type]
+    for scale in scales:
+        Candidate(None, scale)  # only for its error, before anything is opened
+    subject = prepare_model(model, data, fit_head=fit_head, preprocessing=preprocessing)
+    native = subject.model.preprocessing.resolution
+    stride = total_stride(subject.model.module, subject.model.preprocessing.hw, subject.channels)
+    candidates, notes = plan(native, stride, resolutions, scales, snap)
     if not candidates:
         raise DownresError("There is no candidate to try: give resolutions below the original's with --resolution.")
 
     settings = {
-        **task.describe(),
+        "format": FORMAT,
+        **subject.describe(),
         "budget": budget.to_json(),
         "candidates": [c.to_json() for c in candidates],
         "rungs": list(rungs),
         "minimize": minimize,
         "runtime": runtime,
-        "folds": len(task.data.folds),
         "notes": notes,
         "command": command,
-        "skipped": [s.to_json() for s in task.data.skipped],
-        "licence": task.data.licence,
-        "majority_top1": 100 * float(np.bincount(task.data.labels[task.proof]).max() / len(task.proof)),
-        "data_source": {
-            "path": _place(data),
-            "folds": folds,
-            "val_fraction": val_fraction,
-        },
+        "data_source": {"path": _place(data), "folds": folds, "val_fraction": val_fraction, "seed": seed},
     }
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="downres-"))
     store = Store.open(folder, settings)
     try:
         if store.get("started") is None:
-            store.put(
-                "started", {"when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "versions": versions()}
-            )
-            store.put_arrays(
-                "split", **{f"{part}{i}": getattr(f, part) for i, f in enumerate(task.data.folds) for part in ("train", "test")}
-            )
-        _work(task, store, budget, [task.native, *candidates], rungs, runtime, threads, progress)
+            when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            store.put("started", {"when": when, "versions": versions()})
+        bank = subject.bank(folder, runtime=runtime, threads=threads, progress=progress)
+        alive = _cost_gate(subject, store, budget, [subject.native, *candidates], bank, progress)
+        alive = _latency_gate(subject, store, budget, alive, bank, progress)
+        if len(alive) > 1:  # the first is the original
+            task = prepare(subject, data, folds=folds, val_fraction=val_fraction, seed=seed, progress=progress)
+            store.same("data", task.describe())
+            _measure_all(task, store, budget, alive, rungs, bank, progress)
+        store.put("finished", True)
+        bank.forget()
         run = load_run(folder, store)
         write_report(run)
         return run
@@ -125,44 +125,49 @@ def search(
         store.close()
 
 
-def _work(
-    task: Task, store: Store, budget: Budget, candidates: list[Candidate], rungs: tuple[str, ...],
-    runtime: str, threads: int | None, progress: Progress | None,
-) -> None:  # fmt: skip
-    bank = task.bank(store.folder, runtime=runtime, threads=threads, progress=progress)
-    alive = _cost_gate(task, store, budget, candidates, bank, progress)
-    alive = _latency_gate(task, store, budget, alive, bank, progress)
+def _measure_all(
+    task: Task,
+    store: Store,
+    budget: Budget,
+    candidates: list[Candidate],
+    rungs: tuple[str, ...],
+    bank: FeatureBank,
+    progress: Progress | None,
+) -> None:
+    """Everything that needs images: quality of each candidate, the photographs of the report, the shipped model."""
+    task.fill(bank)
+    if store.get("split") is None:
+        sides = {f"{part}{i}": getattr(f, part) for i, f in enumerate(task.data.folds) for part in ("train", "test")}
+        store.put_arrays("split", **sides)
+        store.put("split", True)
     references = _references(task, bank, rungs)
-    for i, candidate in enumerate(alive):
+    for i, candidate in enumerate(candidates):
         key = f"quality/{candidate}"
         if store.get(key) is None:
-            bank.stage = f"{i + 1} of {len(alive)}, "
+            bank.stage = f"{i + 1} of {len(candidates)}, "
             store.put(key, _measure(task, store, bank, candidate, references(), budget, rungs))
         bank.release()
     run = load_run(store.folder, store)
     if store.get("photos") is None:
-        keep_photos(store, task, run.original, [r.candidate for r in run.results if r.status == "measured"])
+        keep_photos(store, task, [r.candidate for r in run.results if r.status == "measured"])
         store.put("photos", True)
-    if run.best is not None and store.get("artifact") is None:
+    if run.best is not None and run.artifact is None:
         if progress:
             progress(f"{run.best.candidate}: shipping", 0, 1)
         ship(task, store, bank, run, rungs)
-        store.put("artifact", str(run.best.candidate))
         if progress:
             progress(f"{run.best.candidate}: shipping", 1, 1)
-    store.put("finished", True)
-    bank.forget()
 
 
 def _cost_gate(
-    task: Task, store: Store, budget: Budget, candidates: list[Candidate], bank: FeatureBank, progress: Progress | None
+    subject: Subject, store: Store, budget: Budget, candidates: list[Candidate], bank: FeatureBank, progress: Progress | None
 ) -> list[Candidate]:
     """Candidates within the ceilings by cost; the first (the original) always stays. Touches no data."""
     alive = []
     for i, candidate in enumerate(candidates):
         state = State(candidate, 1.0)
         if store.get(f"cost/{candidate}") is None:
-            size = (len(task.model.preprocessing.mean), *bank.preprocessing_of(state).hw)
+            size = (subject.channels, *bank.preprocessing_of(state).hw)
             value: dict[str, Any]
             try:
                 value = {"cost": measure_cost(bank.network(state), size).to_json()}
@@ -181,16 +186,16 @@ def _cost_gate(
 
 
 def _latency_gate(
-    task: Task, store: Store, budget: Budget, candidates: list[Candidate], bank: FeatureBank, progress: Progress | None
+    subject: Subject, store: Store, budget: Budget, candidates: list[Candidate], bank: FeatureBank, progress: Progress | None
 ) -> list[Candidate]:
     """Measures all together, interleaved; stops those over the latency ceiling. Touches no data: noise has no shortcuts."""
     if store.get("latency") is None:
         runtimes, inputs = {}, {}
         for i, candidate in enumerate(candidates):
-            state = State(candidate, task.model.preprocessing.crop_ratio)
+            state = State(candidate, subject.model.preprocessing.crop_ratio)
             runtimes[str(candidate)] = bank.runtime(state)
-            shape = (1, len(task.model.preprocessing.mean), *bank.preprocessing_of(state).hw)
-            inputs[str(candidate)] = np.random.default_rng(0).standard_normal(shape, np.float32)
+            shape = (1, subject.channels, *bank.preprocessing_of(state).hw)
+            inputs[str(candidate)] = random_batch(shape)
             if progress:
                 progress("making runnable models", i + 1, len(candidates))
         measured = interleaved(runtimes, inputs, progress=progress)
@@ -223,19 +228,19 @@ def _measure(
     rungs: tuple[str, ...],
 ) -> dict[str, Any]:
     """Quality on the proof images of every fold, naive and recovered; arrays first, then the record that names them."""
-    labels, native = task.data.labels, State(candidate, task.model.preprocessing.crop_ratio)
+    labels, native = task.data.labels, State(candidate, task.subject.model.preprocessing.crop_ratio)
     naive, recovered, climbed = [], [], []
     for reference in references:
         naive.append(logits(bank.features(native, reference.fold.test), reference.head))
-        if candidate == task.native:
+        if candidate == task.subject.native:
             one = Recovered(native, reference.head, Recovery("none", native.crop_ratio, 0.0))
         else:
-            one = climb(bank, candidate, reference, labels, task.outputs, budget, rungs)
+            one = climb(bank, candidate, reference, labels, task.subject.outputs, budget, rungs)
         climbed.append(one)
         recovered.append(logits(bank.features(one.state, reference.fold.test), one.head))
     truth = labels[task.proof]
     out = np.concatenate(recovered)
-    correct, correct5 = count_correct(out, truth), count_correct(out, truth, 5) if task.outputs > 5 else None
+    correct, correct5 = count_correct(out, truth), count_correct(out, truth, 5) if task.subject.outputs > 5 else None
     before = np.concatenate(naive)
     store.put_arrays(
         f"predictions/{native.key()}",
@@ -247,7 +252,7 @@ def _measure(
         f"{part}{i}": getattr(o.head, part) for i, o in enumerate(climbed) if o.head is not None for part in ("weight", "bias")
     }
     store.put_arrays(f"heads/{native.key()}", **heads)
-    before5 = count_correct(before, truth, 5) if task.outputs > 5 else None
+    before5 = count_correct(before, truth, 5) if task.subject.outputs > 5 else None
     return {
         "quality": quality(correct, correct5).to_json(),
         "naive": quality(count_correct(before, truth), before5).to_json(),
@@ -257,7 +262,7 @@ def _measure(
 
 
 def _merge(found: list[Recovery]) -> Recovery:
-    """The recoveries of the folds as one: the dearest rung that any fold needed, the time of all, the first fold's crop."""
+    """The recoveries of the folds as one: the dearest rung that any fold needed, the time of all, the commonest crop."""
     if len(found) == 1:
         return found[0]
     order = ("none", *RUNGS)
@@ -267,7 +272,8 @@ def _merge(found: list[Recovery]) -> Recovery:
         tried.setdefault((rung.rung, "" if rung.rung == "head" and rung.top1 is not None else rung.note), []).append(rung)
     merged = sorted((_together(rungs) for rungs in tried.values()), key=lambda rung: order.index(rung.rung))
     dearest = max((one.rung for one in found), key=order.index)
-    return Recovery(dearest, found[0].crop_ratio, sum(one.seconds for one in found), tuple(merged), found[0].tuning)
+    crop = Counter(one.crop_ratio for one in found).most_common(1)[0][0]
+    return Recovery(dearest, crop, sum(one.seconds for one in found), tuple(merged), found[0].tuning)
 
 
 def _together(rungs: list[Rung]) -> Rung:

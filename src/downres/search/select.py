@@ -12,7 +12,7 @@ MINIMIZE = ("macs", "memory", "latency")
 def over_budget(cost: Cost | None, latency: Latency | None, budget: Budget) -> str:
     """Why a candidate is stopped before any image is looked at, or ''."""
     if cost and budget.max_macs and cost.macs > budget.max_macs:
-        return f"{format_quantity(cost.macs, 'MACs')} are over the {format_quantity(budget.max_macs, 'MACs')} allowed"
+        return f"{format_quantity(cost.macs)} MACs are over the {format_quantity(budget.max_macs)} allowed"
     if cost and budget.max_memory_bytes and cost.peak_activation_bytes > budget.max_memory_bytes:
         have, allowed = format_quantity(cost.peak_activation_bytes, "B"), format_quantity(budget.max_memory_bytes, "B")
         return f"{have} of peak activation memory are over the {allowed} allowed"

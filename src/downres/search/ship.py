@@ -10,6 +10,7 @@ from ..artifact import export
 from ..data import Fold
 from ..environment import versions
 from ..recover.features import FeatureBank, State
+from ..recover.head import Head
 from ..recover.ladder import Recovered, Reference, climb, make_reference
 from .results import Run
 from .store import Store
@@ -17,50 +18,57 @@ from .task import Task
 
 
 def reference_of(task: Task, bank: FeatureBank, index: int, fold: Fold, rungs: tuple[str, ...]) -> Reference:
-    if not rungs and not task.fit_new:
+    if not rungs and not task.subject.fit_new:
         # Nothing to climb: the training images need not even be looked at.
         fold = Fold(np.zeros(0, np.int64), fold.test)
     return make_reference(
-        bank, task.native_state, index, fold, len(task.data.folds), task.data.labels, task.own_head, task.outputs,
-        task.fit_new, task.seed,
+        bank, task.subject.native_state, index, fold, len(task.data.folds), task.data.labels,
+        task.subject.own_head, task.subject.outputs,
+        task.subject.fit_new, task.seed,
     )  # fmt: skip
 
 
 def ship(task: Task, store: Store, bank: FeatureBank, run: Run, rungs: tuple[str, ...]) -> None:
-    """Export the selected candidate: recovered on all training images, with what its stated quality was measured with."""
+    """Export the selected candidate.
+
+    After a single split that is the very network that was proven. After cross-fitting it is fitted once more, on all
+    images, and the tensors of each fold go with it, so that the stated quality can be measured again.
+    """
     best = run.best
-    assert best is not None
+    assert best is not None and best.recovery is not None
     folds = task.data.folds
     crossed = len(folds) > 1
-    reference = reference_of(task, bank, len(folds) if crossed else 0, task.everything() if crossed else folds[0], rungs)
-    final = climb(bank, best.candidate, reference, task.data.labels, task.outputs, run.budget, rungs)
     states = [State.from_json(s) for s in store.get(f"quality/{best.candidate}")["states"]]
-    heads = store.arrays(f"heads/{State(best.candidate, task.model.preprocessing.crop_ratio).key()}")
+    heads = store.arrays(f"heads/{State(best.candidate, task.subject.model.preprocessing.crop_ratio).key()}")
+    if crossed:
+        reference = reference_of(task, bank, len(folds), task.everything(), rungs)
+        final = climb(bank, best.candidate, reference, task.data.labels, task.subject.outputs, run.budget, rungs)
+    else:
+        head = Head(heads["weight0"], heads["bias0"]) if heads else None
+        final = Recovered(states[0], head, best.recovery)
     export(
         store.folder / "best",
         final_network(task, bank, final),
         preprocessing=bank.preprocessing_of(final.state),
         result=best,
+        recovery=final.recovery,
         original=run.original,
         classes=task.data.classes,
         source={
             "model": {
-                "spec": task.model.spec,
-                "weights": task.model.weights,
-                "num_classes": task.outputs,
-                "preprocessing": task.model.preprocessing.to_json(),
+                "spec": task.subject.model.spec,
+                "weights": task.subject.model.weights,
+                "num_classes": task.subject.outputs,
+                "preprocessing": task.subject.model.preprocessing.to_json(),
             },
             "data": {
                 **store.settings["data_source"],
-                "description": task.data.description,
-                "licence": task.data.licence,
-                "sha256": task.data.fingerprint(),
-                "fit_head": task.fit_new,
-                "seed": task.seed,
+                **store.get("data"),
+                "fit_head": task.subject.fit_new,
             },
         },
         folds=[{"crop_ratio": s.crop_ratio, "recalibrated": s.calibration is not None} for s in states] if crossed else (),
-        fold_tensors=_fold_tensors(task, bank, states, heads) if crossed else None,
+        fold_tensors=_fold_tensors(task, bank, final.state, states, heads) if crossed else None,
         versions=versions(),
     )
 
@@ -68,23 +76,26 @@ def ship(task: Task, store: Store, bank: FeatureBank, run: Run, rungs: tuple[str
 def final_network(task: Task, bank: FeatureBank, final: Recovered) -> nn.Module:
     """The torch network of a recovered candidate, head included."""
     network = copy.deepcopy(bank.network(final.state))
-    if final.head is not None and task.head is not None:
-        linear = nn.Linear(task.width, task.outputs)
+    if final.head is not None and task.subject.head is not None:
+        linear = nn.Linear(task.subject.width, task.subject.outputs)
         linear.weight.data, linear.bias.data = (
             torch.from_numpy(final.head.weight.copy()),
             torch.from_numpy(final.head.bias.copy()),
         )
-        network.set_submodule(task.head, linear)
+        network.set_submodule(task.subject.head, linear)
     return network
 
 
-def _fold_tensors(task: Task, bank: FeatureBank, states: list[State], heads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """For every fold the tensors, by their names in the state dict, in which it differs from the shipped network."""
+def _fold_tensors(
+    task: Task, bank: FeatureBank, shipped: State, states: list[State], heads: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """For every fold the tensors, by their names in the state dict, in which it may differ from the shipped network."""
     tensors: dict[str, np.ndarray] = {}
+    recalibrated = any(state.calibration is not None for state in (shipped, *states))
     for i, state in enumerate(states):
-        if task.head is not None:
-            tensors |= {f"{i}/{task.head}.{part}": heads[f"{part}{i}"] for part in ("weight", "bias")}
-        if state.calibration is not None:
+        if task.subject.head is not None:
+            tensors |= {f"{i}/{task.subject.head}.{part}": heads[f"{part}{i}"] for part in ("weight", "bias")}
+        if recalibrated:  # one fold's statistics differ, so all of them are told apart
             buffers = bank.network(state).named_buffers()
             tensors |= {f"{i}/{name}": b.numpy() for name, b in buffers if name.endswith(("running_mean", "running_var"))}
     return tensors

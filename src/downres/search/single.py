@@ -13,7 +13,7 @@ from ..records import Budget, Candidate, Preprocessing, Quality, Recovery
 from ..recover.features import State, logits
 from ..recover.ladder import RUNGS, climb
 from .ship import final_network, reference_of
-from .task import Progress, prepare
+from .task import Progress, prepare, prepare_model
 
 
 def evaluate(
@@ -31,14 +31,13 @@ def evaluate(
     progress: Progress | None = None,
 ) -> Quality:
     """Top-1 and top-5 of a model as it is on the validation images, at a resolution and crop ratio (default: its own)."""
-    task = prepare(
-        model, data, val_fraction=val_fraction, parts=("val",), preprocessing=preprocessing, seed=seed, progress=progress
-    )
-    p = task.model.preprocessing.at(resolution, crop_ratio)
-    bank = task.bank(None, runtime=runtime, threads=threads, batch_size=batch_size, progress=progress)
-    out = logits(bank.features(State(Candidate(p.resolution), p.crop_ratio), task.proof), task.own_head)
+    subject = prepare_model(model, data, preprocessing=preprocessing)
+    task = prepare(subject, data, val_fraction=val_fraction, parts=("val",), seed=seed, progress=progress)
+    p = task.subject.model.preprocessing.at(resolution, crop_ratio)
+    bank = task.fill(subject.bank(None, runtime=runtime, threads=threads, batch_size=batch_size, progress=progress))
+    out = logits(bank.features(State(Candidate(p.resolution), p.crop_ratio), task.proof), task.subject.own_head)
     truth = task.data.labels[task.proof]
-    return quality(count_correct(out, truth), count_correct(out, truth, 5) if task.outputs > 5 else None)
+    return quality(count_correct(out, truth), count_correct(out, truth, 5) if task.subject.outputs > 5 else None)
 
 
 def recover(
@@ -63,19 +62,12 @@ def recover(
     """
     if (candidate is None) == (resolution is None):
         raise DownresError("Give recover either a candidate or a resolution: for example resolution=128.")
-    task = prepare(
-        model,
-        data,
-        parts=("train", "val"),
-        val_fraction=val_fraction,
-        preprocessing=preprocessing,
-        seed=seed,
-        progress=progress,
-    )
+    subject = prepare_model(model, data, preprocessing=preprocessing)
+    task = prepare(subject, data, val_fraction=val_fraction, seed=seed, progress=progress)
     candidate = candidate or Candidate(as_resolution(resolution))  # type: ignore[arg-type]
     if candidate.resolution is None:
-        candidate = Candidate(task.native.resolution, candidate.stem_scale, candidate.stem)
-    bank = task.bank(None, runtime=runtime, threads=threads, progress=progress)
+        candidate = Candidate(task.subject.native.resolution, candidate.stem_scale, candidate.stem)
+    bank = task.fill(subject.bank(None, runtime=runtime, threads=threads, progress=progress))
     reference = reference_of(task, bank, 0, task.data.folds[0], rungs)
-    final = climb(bank, candidate, reference, task.data.labels, task.outputs, Budget(max_drop), rungs)
+    final = climb(bank, candidate, reference, task.data.labels, task.subject.outputs, Budget(max_drop), rungs)
     return final_network(task, bank, final), bank.preprocessing_of(final.state), final.recovery

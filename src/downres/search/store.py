@@ -10,6 +10,9 @@ import numpy as np
 
 from ..errors import DownresError
 
+FORMAT = 1
+"""Of run.json and measurements.jsonl; a run of another format is refused."""
+
 
 class Store:
     """`settings` (run.json), keyed JSON measurements (measurements.jsonl, append only) and arrays (*.npy)."""
@@ -21,13 +24,14 @@ class Store:
         self._log = self.folder / "measurements.jsonl"
         try:
             self.settings: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
-            if not isinstance(self.settings, dict):
+            if not isinstance(self.settings, dict) or self.settings.get("format") != FORMAT:
                 raise ValueError
         except FileNotFoundError:
             self.settings = {}
         except (OSError, ValueError):
             raise DownresError(
-                f"{self.folder} is not a readable run: its run.json is broken; give another folder with --out."
+                f"{self.folder} is not a run that this version can read (its run.json is broken or older): "
+                "give another folder with --out."
             ) from None
         if self._log.exists():
             for line in self._log.read_text(errors="replace").splitlines():
@@ -52,36 +56,36 @@ class Store:
         path = Path(folder)
         if path.exists() and not path.is_dir():
             raise DownresError(f"{path} is a file: give a folder with --out.")
-        if path.is_dir() and any(path.iterdir()) and not (path / "run.json").exists():
+        others = [p for p in path.iterdir() if p.name != ".lock" and p.suffix != ".partial"] if path.is_dir() else []
+        if others and not (path / "run.json").exists():
             raise DownresError(f"{path} holds other files and no run: give a new or empty folder with --out.")
         path.mkdir(parents=True, exist_ok=True)
-        store = cls(path)
-        settings = json.loads(json.dumps(settings))
-        if store.settings:
-            # The command is only shown: the same question may be typed in many ways.
-            other = [k for k in settings if k != "command" and settings[k] != store.settings.get(k)]
-            if other:
-                k = other[0]
-                raise DownresError(
-                    f"{path} holds a run with another {k} ({_short(store.settings.get(k))}, now {_short(settings[k])}): "
-                    "give another folder with --out, or delete that one."
-                )
-        store._lock = open(path / ".lock", "w")
+        lock = open(path / ".lock", "w")
         try:
-            fcntl.flock(store._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            store._lock.close()
+            lock.close()
             raise DownresError(
                 f"Another downres is writing to {path}: wait for it, or give another folder with --out."
             ) from None
-        if not store.settings:
-            store.settings = settings
-            write_atomically(path / "run.json", json.dumps(settings, indent=1))
-        elif store._log.exists():
-            # A cut-off last line would swallow the next entry.
-            text = store._log.read_text(errors="replace")
-            if text and not text.endswith("\n"):
-                write_atomically(store._log, text[: text.rfind("\n") + 1])
+        try:
+            store = cls(path)  # read under the lock: another process may just have finished
+            store._lock = lock
+            settings = json.loads(json.dumps(settings))
+            if store.settings:
+                # The command is only shown: the same question may be typed in many ways.
+                _refuse_other(path, store.settings, {k: v for k, v in settings.items() if k != "command"})
+            else:
+                store.settings = settings
+                write_atomically(path / "run.json", json.dumps(settings, indent=1))
+            if store._log.exists():
+                # A cut-off last line would swallow the next entry.
+                text = store._log.read_text(errors="replace")
+                if text and not text.endswith("\n"):
+                    write_atomically(store._log, text[: text.rfind("\n") + 1])
+        except BaseException:
+            lock.close()
+            raise
         return store
 
     def close(self) -> None:
@@ -102,6 +106,14 @@ class Store:
         self._values[key] = json.loads(line)["value"]
         return self._values[key]
 
+    def same(self, key: str, value: dict[str, Any]) -> None:
+        """Store what the run's measurements depend on; DownresError when the run has another value there."""
+        value = json.loads(json.dumps(value))
+        if self.get(key) is None:
+            self.put(key, value)
+        else:
+            _refuse_other(self.folder, self.get(key), value, f"{key} ")
+
     def put_arrays(self, name: str, **arrays: np.ndarray) -> None:
         file = self.folder / f"{name}.npz"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +132,16 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+def _refuse_other(folder: Path, stored: dict[str, Any], now: dict[str, Any], what: str = "") -> None:
+    other = [k for k in now if now[k] != stored.get(k)]
+    if other:
+        k = other[0]
+        raise DownresError(
+            f"{folder} holds a run with another {what}{k} ({_short(stored.get(k))}, now {_short(now[k])}): "
+            "give another folder with --out, or delete that one."
+        )
 
 
 def _short(value: Any) -> str:

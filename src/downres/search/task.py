@@ -1,4 +1,4 @@
-"""A model and its data made ready: the head found or fitted anew, everything that features depend on in one place."""
+"""A model and its data made ready for all stages, the model first: costs need no images."""
 
 import copy
 from collections.abc import Callable
@@ -8,29 +8,31 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from ..data import Dataset, Fold, open_data
+from ..data import Dataset, Fold, data_classes, open_data
 from ..errors import DownresError
 from ..families import Model, load_model
-from ..families.weights import fingerprint
 from ..probe import find_head, input_size_of
 from ..records import Candidate, Preprocessing
 from ..recover.features import FeatureBank, State
 from ..recover.head import Head
+from ..recover.ladder import split_tuning
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Task:
-    """What all stages work on. head: dotted name of the final linear layer or None; outputs: number of logits."""
+class Subject:
+    """The model of a task, before any data are opened.
+
+    head: dotted name of the final linear layer or None; width: its inputs (without a head the number of logits);
+    outputs: number of logits; fit_new: the head is a place to be filled, to be fitted on the training images first.
+    """
 
     model: Model
-    data: Dataset
     head: str | None
     width: int
     outputs: int
     fit_new: bool
-    seed: int
 
     @property
     def native(self) -> Candidate:
@@ -40,6 +42,10 @@ class Task:
     @property
     def native_state(self) -> State:
         return State(self.native, self.model.preprocessing.crop_ratio)
+
+    @property
+    def channels(self) -> int:
+        return len(self.model.preprocessing.mean)
 
     @property
     def own_head(self) -> Head | None:
@@ -52,6 +58,29 @@ class Task:
         bias = np.zeros(len(weight), np.float32) if linear.bias is None else linear.bias.detach().numpy().astype(np.float32)
         return Head(weight, bias)
 
+    def bank(self, folder: Path | None, **options) -> FeatureBank:  # type: ignore[no-untyped-def]
+        """A bank without images yet: it can export and count; `Task.fill` gives it images."""
+        return FeatureBank(self.model.module, self.head, self.width, self.model.preprocessing, folder=folder, **options)
+
+    def describe(self) -> dict:
+        """What measurements depend on, as far as the model goes."""
+        return {
+            "model": self.model.spec,
+            "weights": self.model.weights,
+            "model_sha256": self.model.fingerprint(),
+            "preprocessing": self.model.preprocessing.to_json(),
+            "fit_head": self.fit_new,
+        }
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all stages that look at images work on."""
+
+    subject: Subject
+    data: Dataset
+    seed: int
+
     @property
     def proof(self) -> np.ndarray:
         """Indices of all proof images in a fixed order: the test images of all folds."""
@@ -62,71 +91,76 @@ class Task:
         train = np.unique(np.concatenate([fold.train for fold in self.data.folds]))
         return Fold(train, np.zeros(0, np.int64))
 
-    def bank(self, folder: Path | None, **options) -> FeatureBank:  # type: ignore[no-untyped-def]
-        from ..recover.ladder import split_tuning
-
+    def fill(self, bank: FeatureBank) -> FeatureBank:
+        """Give the bank the images, and for each fold (and for everything) those that BatchNorm may be recalibrated on."""
         folds = (*self.data.folds, self.everything())
-        calibration = [split_tuning(fold, len(self.data.folds), self.seed)[0] for fold in folds]
-        shuffled = [np.random.default_rng([self.seed, 2]).permutation(indices) for indices in calibration]
-        return FeatureBank(
-            self.model.module, self.head, self.width, self.data.images, self.model.preprocessing,
-            calibration=shuffled, folder=folder, **options,
-        )  # fmt: skip
+        fitting = [split_tuning(fold, self.data.labels, len(self.data.folds), self.seed)[0] for fold in folds]
+        bank.images = self.data.images
+        bank.calibration = [np.random.default_rng([self.seed, 2]).permutation(indices) for indices in fitting]
+        return bank
 
     def describe(self) -> dict:
-        """What a measurement depends on, for the store."""
+        """What measurements depend on, as far as the images go, and what is said of them."""
         return {
-            "model": self.model.spec,
-            "weights": self.model.weights,
-            "model_sha256": fingerprint(self.model.module),
-            "preprocessing": self.model.preprocessing.to_json(),
-            "data": self.data.description,
-            "data_sha256": self.data.fingerprint(),
-            "fit_head": self.fit_new,
-            "seed": self.seed,
+            "description": self.data.description,
+            "sha256": self.data.fingerprint(),
+            "fold_count": len(self.data.folds),
+            "licence": self.data.licence,
+            "skipped": [skip.to_json() for skip in self.data.skipped],
+            "majority_top1": 100 * float(np.bincount(self.data.labels[self.proof]).max() / len(self.proof)),
         }
 
 
-def prepare(
+def prepare_model(
     model: Model | nn.Module | str,
     data: Dataset | str | Path,
     *,
     fit_head: bool = False,
-    folds: int | None = None,
-    val_fraction: float = 0.5,
-    parts: tuple[str, ...] = ("train", "val"),
     preprocessing: Preprocessing | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Task:
-    """Model and data, checked against each other. A bare `nn.Module` needs a preprocessing unless it carries its own."""
+) -> Subject:
+    """The model, its head found or replaced. Of the data only the class folders are listed, and only for a new head."""
     model = as_model(model, preprocessing)
     module = model.module
-    size = (len(model.preprocessing.mean), *model.preprocessing.hw)
-    head, width, outputs = find_head(module, size)
+    head, width, outputs = find_head(module, (len(model.preprocessing.mean), *model.preprocessing.hw))
     if fit_head:
         if head is None:
-            raise DownresError("No head can be fitted: the output of this model does not come from a linear layer.")
-        dataset = data if isinstance(data, Dataset) else open_data(data, None, parts, val_fraction, folds, seed, progress)
-        outputs = len(dataset.classes)
+            raise DownresError(
+                "No head can be fitted: the output of this model does not come from a linear layer; "
+                "give a model that has one, or weights for these classes."
+            )
+        outputs = len(data.classes if isinstance(data, Dataset) else data_classes(data))
         module = copy.deepcopy(module)
         linear = nn.Linear(width, outputs)
         nn.init.zeros_(linear.weight)  # a place to be filled; random numbers would make every run another one
         nn.init.zeros_(linear.bias)
         module.set_submodule(head, linear)
-        model = Model(
-            module, model.preprocessing, model.spec, f"{model.weights}; head fitted anew on the training images", outputs
-        )
-    else:
-        dataset = data if isinstance(data, Dataset) else open_data(data, outputs, parts, val_fraction, folds, seed, progress)
-        if int(dataset.labels.max()) >= outputs:
-            raise DownresError(
-                f"The data have labels up to {int(dataset.labels.max())}, the model has {outputs} outputs: "
-                "use fit_head to fit a new head, or other weights."
-            )
-    if len(dataset.images) == 0 or sum(len(f.test) for f in dataset.folds) == 0:
+        weights = f"{model.weights}; head fitted anew on the training images"
+        model = Model(module, model.preprocessing, model.spec, weights, outputs)
+    return Subject(model, head, width, outputs, fit_head)
+
+
+def prepare(
+    subject: Subject,
+    data: Dataset | str | Path,
+    *,
+    folds: int | None = None,
+    val_fraction: float = 0.5,
+    parts: tuple[str, ...] = ("train", "val"),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Task:
+    """The data opened (every image decoded, once) and checked against the model."""
+    if not isinstance(data, Dataset):
+        data = open_data(data, None if subject.fit_new else subject.outputs, parts, val_fraction, folds, seed, progress)
+    task = Task(subject, data, seed)
+    if len(data.images) == 0 or len(task.proof) == 0:
         raise DownresError("There are no images left to measure quality on: check the folder and the list of skipped images.")
-    return Task(model, dataset, head, width, outputs, fit_head, seed)
+    if int(data.labels.max()) >= subject.outputs:
+        raise DownresError(
+            f"The data have labels up to {int(data.labels.max())}, the model has {subject.outputs} outputs: "
+            "use fit_head to fit a new head, or other weights."
+        )
+    return task
 
 
 def as_model(model: Model | nn.Module | str, preprocessing: Preprocessing | None = None) -> Model:
@@ -139,7 +173,8 @@ def as_model(model: Model | nn.Module | str, preprocessing: Preprocessing | None
         found = preprocessing or assumed(model)
         if preprocessing is None and not getattr(model, "pretrained_cfg", None):
             found = found.at(resolution=input_size_of(model)[1:])  # type: ignore[arg-type]
-        return Model(copy.deepcopy(model).eval(), found)
+        # Measured on the CPU in single precision, wherever and however the caller keeps it.
+        return Model(copy.deepcopy(model).cpu().float().eval(), found)
     if preprocessing is not None:
         model = Model(model.module, preprocessing, model.spec, model.weights, model.num_classes)
     return model

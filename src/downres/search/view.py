@@ -43,8 +43,8 @@ def view_of(run: Run) -> ReportView:
     return ReportView(
         title="downres report",
         model=f"{model} ({settings['weights']})" if settings["weights"] else model,
-        data=settings["data"],
-        licence=settings["licence"],
+        data=run.data["description"],
+        licence=run.data["licence"],
         budget=run.budget,
         original=run.original,
         results=tuple(ordered),
@@ -55,7 +55,7 @@ def view_of(run: Run) -> ReportView:
         command=settings["command"],
         created=started["when"],
         versions=started["versions"],
-        skipped=tuple(f"{s['path']}: {s['reason']}" for s in settings["skipped"]),
+        skipped=tuple(f"{s['path']}: {s['reason']}" for s in run.data["skipped"]),
         warnings=run.notes,
     )
 
@@ -93,7 +93,7 @@ def _photos(store: Store, native: Preprocessing, run: Run) -> tuple[Photo, ...]:
 def _made(run: Run) -> dict[str, str]:
     """How every number was made, one sentence each."""
     settings, budget = run.settings, run.budget
-    folds = settings["folds"]
+    folds = run.data["fold_count"]
     compared = max((r.drop.comparisons for r in run.results if r.drop), default=1)
     proof = (
         f"Every image is a proof image once: in each of {folds} folds, heads are fitted on the other folds "
