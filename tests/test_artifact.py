@@ -1,6 +1,7 @@
 """What is shipped: complete, provable, and nothing that was changed afterwards passes for it."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
@@ -228,11 +229,24 @@ def test_other_images_are_not_taken_for_the_proof(shipped, cells):
         check(folder, data=cells.dataset(flip=np.array([0])))
 
 
-def test_changed_pixels_of_the_same_size_show_in_the_quality(shipped, cells):
-    """The fingerprint does not read pixels; the numbers do."""
+def test_changed_pixels_of_the_same_size_are_not_taken_for_the_proof(shipped, cells):
     folder, _, model = shipped
     black = type(cells)(np.zeros_like(cells.pictures), cells.labels).dataset()
-    assert found(check(folder, model=model, data=black, threads=1))["quality"] is False
+    with pytest.raises(DownresError, match="not those that the quality was measured on"):
+        check(folder, model=model, data=black)
+
+
+def test_a_quality_that_is_not_reached_is_wrong(folder, shipped):
+    """A manifest that is whole but states what the model does not do."""
+    file, (_, dataset, model) = folder / "manifest.json", shipped
+    manifest = json.loads(file.read_text())
+    manifest["result"]["quality"]["correct"] -= 5
+    text = json.dumps({**manifest, "sha256": {**manifest["sha256"], "manifest.json": ""}})
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    file.write_text(json.dumps({**manifest, "sha256": {**manifest["sha256"], "manifest.json": digest}}))
+    assert found(check(folder, model=model, data=dataset, threads=1)) == {
+        "files": True, "torch = onnxruntime": True, "quality": False,
+    }  # fmt: skip
 
 
 def test_a_network_that_computes_otherwise_is_noticed(shipped, monkeypatch):
@@ -342,8 +356,9 @@ def test_an_export_that_fails_leaves_the_old_artifact(shipped, tmp_path, monkeyp
     from downres.records import Result
 
     with pytest.raises(OSError):
+        result = Result.from_json(manifest["result"])
         artifact.export(
-            copied, model.module, preprocessing=model.preprocessing, result=Result.from_json(manifest["result"]),
+            copied, model.module, preprocessing=model.preprocessing, result=result, recovery=result.recovery,
             original=Result.from_json(manifest["original"]), classes=("a", "b"), source={},
         )  # fmt: skip
     assert {p.name: p.read_bytes() for p in copied.iterdir()} == before

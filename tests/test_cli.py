@@ -313,8 +313,9 @@ def test_class_folders_that_do_not_match_the_weights(cli, model, cells, tmp_path
     for part in ("train", "val"):
         shutil.copytree(data / part / "intact", data / part / "third")
     words = ("2 outputs", "3 class folders", "--fit-head")
-    refused(cli("search", model, "--data", data, "--out", tmp_path / "r", "--resolution", "32", *RECIPE), *words)
-    assert not (tmp_path / "r").exists()
+    command = ["--data", data, "--resolution", "32", *RECIPE]
+    refused(cli("search", model, *command, "--out", tmp_path / "r", "--runtime", "torch"), *words)
+    refused(cli("curve", model, *command), *words[:2])
 
 
 def spoil(folder):
@@ -347,10 +348,14 @@ def test_odd_pictures_are_used_or_listed_and_the_search_works(cli, model, cells,
     done = cli(*search_command(model, data, tmp_path / "run"), "--json")
     document = done.json
     assert document["finished"] and document["original"]["n"] == 80 + len(used)
-    listed = document["settings"]["skipped"]
+    listed = document["data"]["skipped"]
     assert {Path(s["path"]).name for s in listed} == skipped and all(s["reason"] for s in listed)
     shown = cli(*search_command(model, data, tmp_path / "run"))
     assert all(name in shown.err for name in skipped)
+    for i in range(8):
+        (data / "val" / "intact" / f"more{i}.jpg").write_bytes(b"")
+    many = cli(*search_command(model, data, tmp_path / "many"))
+    assert many.code == 0 and "13 images skipped" in many.err
     curve = cli("curve", model, "--data", data, "--resolution", "32", *RECIPE)
     assert curve.code == 0 and "5 images skipped" in curve.err + curve.out
     for name in used:

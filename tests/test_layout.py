@@ -37,9 +37,9 @@ def imported(file: Path) -> set[str]:
 
 
 def test_every_module_has_a_layer() -> None:
-    assert {p.stem if p.is_file() else p.name for p in SOURCE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()} == set(
-        LEVEL
-    )
+    assert {
+        p.stem if p.is_file() else p.name for p in SOURCE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+    } == set(LEVEL)
 
 
 def test_imports_run_downwards() -> None:
@@ -47,7 +47,9 @@ def test_imports_run_downwards() -> None:
     for file in SOURCE.rglob("*.py"):
         own = file.relative_to(SOURCE).parts[0].removesuffix(".py")
         wrong += [
-            f"{file.relative_to(SOURCE)} imports {other}" for other in imported(file) if other != own and LEVEL[other] >= LEVEL[own]
+            f"{file.relative_to(SOURCE)} imports {other}"
+            for other in imported(file)
+            if other != own and LEVEL[other] >= LEVEL[own]
         ]
     assert not wrong
 

@@ -17,10 +17,11 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .data import Dataset, Unreadable, batches, decode, open_data, preprocess
+from .data import Dataset, Unreadable, batches, decode, open_data, preprocess, resize_and_crop
 from .errors import DownresError
 from .families import Model, load_model
 from .measure.quality import count_correct
@@ -34,6 +35,8 @@ FORMAT = 1
 PARITY_IMAGES = 32
 TOLERANCE = 1e-3
 """Largest difference of logits between torch and onnxruntime, relative to the largest logit."""
+PIXEL_TOLERANCE = 2
+"""Largest difference, of 255 levels, between the pixels that the network gets and those of PIL's resize."""
 
 
 @dataclass(frozen=True)
@@ -184,16 +187,15 @@ def check(
     network, why_no_network = _network(folder, manifest, model)
     dataset, why_no_data = _dataset(manifest, data)
     if dataset is None:
-        return [*findings, Finding("torch = onnxruntime", None, why_no_data), Finding("quality", None, why_no_data)]
+        unseen = ("preprocessing = PIL", "torch = onnxruntime", "quality")
+        return [*findings, *(Finding(what, None, why_no_data) for what in unseen)]
     proof = np.concatenate([fold.test for fold in dataset.folds])
+    chosen = proof[:: max(1, len(proof) // PARITY_IMAGES)][:PARITY_IMAGES]
+    findings.append(_pixels(dataset, chosen, preprocessing))
     if network is None:
         findings.append(Finding("torch = onnxruntime", None, why_no_network))
     else:
-        findings.append(
-            _parity(
-                network, runtime, dataset, proof[:: max(1, len(proof) // PARITY_IMAGES)][:PARITY_IMAGES], preprocessing, threads
-            )
-        )
+        findings.append(_parity(network, runtime, dataset, chosen, preprocessing, threads))
     findings.append(_quality(folder, manifest, runtime, network, dataset, preprocessing, threads))
     return findings
 
@@ -201,31 +203,13 @@ def check(
 def _parity(
     network: nn.Module, runtime: OnnxRuntime, dataset: Dataset, chosen: np.ndarray, p: Preprocessing, threads: int | None
 ) -> Finding:
-    """Preprocessing and model in two ways: PIL with torchvision's transforms and torch, against ours and onnxruntime."""
-    from PIL import Image
-    from torchvision.transforms import v2
-
+    """The shipped file in onnxruntime against the shipped weights in torch, on preprocessed photographs."""
     torch_side = TorchRuntime(_Logits(network), threads)
-    steps = v2.Compose(
-        [
-            v2.CenterCrop(list(p.hw)),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(p.mean), list(p.std)),
-        ]
-    )
     worst = scale = 0.0
     agree = 0
     for i in chosen:
-        pixels = dataset.images[int(i)]
-        ours = runtime(preprocess(pixels, p)[None].numpy())[0]
-        picture = Image.fromarray(pixels).convert("RGB" if len(p.mean) == 3 else "L")
-        # torchvision takes a short side for a square, and has no rule that covers any other box: there the size is ours.
-        height, width = p.hw
-        size = [int(height / p.crop_ratio + 1e-6)] if height == width else list(_covering(pixels.shape[:2], p))
-        resized = v2.functional.resize(picture, size, v2.InterpolationMode(p.interpolation), antialias=True)
-        other = steps(resized)
-        theirs = torch_side(other[None].numpy())[0]
+        image = preprocess(dataset.images[int(i)], p)[None].numpy()
+        ours, theirs = runtime(image)[0], torch_side(image)[0]
         worst, scale = max(worst, float(np.abs(ours - theirs).max())), max(scale, float(np.abs(theirs).max()))
         agree += int(ours.argmax() == theirs.argmax())
     ok = worst <= TOLERANCE * max(scale, 1.0) and agree == len(chosen)
@@ -233,11 +217,32 @@ def _parity(
     return Finding("torch = onnxruntime", ok, detail)
 
 
+def _pixels(dataset: Dataset, chosen: np.ndarray, p: Preprocessing) -> Finding:
+    """The pixels that the network gets against PIL's own resize, box by box."""
+    worst, differ, total = 0, 0, 0
+    for i in chosen:
+        pixels = dataset.images[int(i)]
+        grey = pixels.ndim == 2 or pixels.shape[2] == 1 or len(p.mean) == 1
+        picture = Image.fromarray(pixels.squeeze()).convert("L" if grey else "RGB")
+        height, width = _covering(pixels.shape, p)
+        resized = picture.resize((width, height), Image.Resampling[p.interpolation.upper()])
+        top, left = (round((have - want) / 2) for have, want in zip((height, width), p.hw, strict=True))
+        theirs = np.asarray(resized.crop((left, top, left + p.hw[1], top + p.hw[0]))).astype(int)
+        ours = resize_and_crop(pixels, p).permute(1, 2, 0).numpy().astype(int)
+        apart = np.abs(ours - theirs.reshape(ours.shape))
+        worst, differ, total = max(worst, int(apart.max())), differ + int((apart > 0).sum()), total + apart.size
+    detail = (
+        f"at most {worst} of 255 levels apart, {100 * differ / total:.2g} % of the values differ, on {len(chosen)} real images"
+    )
+    return Finding("preprocessing = PIL", worst <= PIXEL_TOLERANCE, detail)
+
+
 def _covering(shape: tuple[int, ...], p: Preprocessing) -> tuple[int, int]:
-    """(height, width) that a picture is resized to before the crop: its aspect ratio, both sides covering the box."""
+    """(height, width) that a picture is resized to before the crop, computed another way than in `data.preprocess`."""
     target = [int(side / p.crop_ratio + 1e-6) for side in p.hw]
-    factor = max(target[0] / shape[0], target[1] / shape[1])
-    return max(target[0], int(shape[0] * factor + 1e-9)), max(target[1], int(shape[1] * factor + 1e-9))
+    if target[1] * shape[0] >= target[0] * shape[1]:  # the width decides
+        return max(target[0], target[1] * shape[0] // shape[1]), target[1]
+    return target[0], max(target[1], target[0] * shape[1] // shape[0])
 
 
 def _quality(
@@ -342,7 +347,7 @@ def _dataset(manifest: dict[str, Any], data: str | Path | Dataset | None) -> tup
         dataset = open_data(where, outputs, ("train", "val"), source["val_fraction"], source["folds"], source["seed"])
     if dataset.fingerprint() != source["sha256"]:
         raise DownresError(
-            "The images are not those that the quality was measured on (names, sizes, labels or split differ): "
+            "The images are not those that the quality was measured on (names, pixels, labels or split differ): "
             "name the same folder with --data."
         )
     return dataset, ""

@@ -30,7 +30,7 @@ class Bank:
         self.passes = 0
         self.looked = []
 
-    def features(self, state, indices):
+    def features(self, state, indices, *, serving=True):
         self.passes += len(indices)
         self.looked.append((state, np.asarray(indices)))
         sign = np.where(LABELS == 1, 1.0, -1.0)
@@ -55,16 +55,18 @@ def run(bank, fold=None, budget=None, rungs=("crop", "batchnorm", "head"), fit_n
 
 def test_the_tuning_images_are_a_quarter_of_the_training_images_and_no_others():
     fold = Fold(np.arange(10, 210), np.arange(10))
-    fit, tune = split_tuning(fold, 1, 0)
+    fit, tune = split_tuning(fold, LABELS, 1, 0)
     assert len(tune) == 50 and sorted([*fit, *tune]) == list(range(10, 210))
-    again = split_tuning(fold, 1, 0)
+    again = split_tuning(fold, LABELS, 1, 0)
     assert (fit == again[0]).all() and (tune == again[1]).all()
-    assert (split_tuning(fold, 1, 1)[1] != tune).any()
+    assert (split_tuning(fold, LABELS, 1, 1)[1] != tune).any()
+    assert len(set(LABELS[tune])) == len(set(LABELS[fit])) == 2
 
 
 def test_over_all_folds_together_there_are_at_most_so_many():
     fold = Fold(np.arange(100_000), np.zeros(0, np.int64))
-    assert len(split_tuning(fold, 1, 0)[1]) == TUNING_IMAGES and len(split_tuning(fold, 5, 0)[1]) == TUNING_IMAGES // 5
+    labels = np.arange(100_000) % 2
+    assert [len(split_tuning(fold, labels, k, 0)[1]) for k in (1, 5)] == [TUNING_IMAGES, TUNING_IMAGES // 5]
 
 
 def test_it_stops_where_nothing_is_lost():
@@ -120,7 +122,7 @@ def test_what_cannot_be_tried_says_why():
 def test_without_training_images_nothing_is_recovered():
     found, tried = run(Bank(wrong()), fold=Fold(np.zeros(0, np.int64), np.arange(N)))
     assert tried == ["none"] and found.recovery.rung == "none" and found.recovery.tuning is None
-    assert "no training images" in found.recovery.tried[0].note
+    assert "fewer than 4 training images" in found.recovery.tried[0].note
 
 
 @pytest.mark.parametrize("rungs", [(), ("crop",), ("batchnorm",), ("head",), ("crop", "head")])

@@ -25,7 +25,7 @@ def result(side, macs, verdict=WITHIN, *, memory=1, ms=1.0, status="measured", r
 @pytest.mark.parametrize(
     ("budget", "words"),
     [
-        (Budget(max_macs=99), "100 MACs are over the 99 MACs"),
+        (Budget(max_macs=99), "100 MACs are over the 99 allowed"),
         (Budget(max_memory_bytes=2000), "3 kB of peak activation memory are over the 2 kB"),
         (Budget(max_latency_ms=4.9), "a median of 5 ms is over the 4.9 ms"),
     ],

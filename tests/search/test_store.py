@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from downres.errors import DownresError
-from downres.search.store import Store
+from downres.search.store import FORMAT, Store
 
-SETTINGS = {"model": "m", "budget": {"max_drop": 1.0}, "seed": 0, "command": "downres search"}
+SETTINGS = {"format": FORMAT, "model": "m", "budget": {"max_drop": 1.0}, "seed": 0, "command": "c"}
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_file_instead_of_a_folder_is_refused(tmp_path):
         Store.open(tmp_path / "file", SETTINGS)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '"x"'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '"x"', '{"format": 0}'])
 def test_a_broken_run_json_is_said(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(DownresError, match="run.json is broken"):

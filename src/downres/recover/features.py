@@ -139,6 +139,9 @@ class FeatureBank:
         on a few tuning images runs in torch, which is ready at once where an export takes seconds.
         """
         trial = state.calibration is not None and not serving
+        if self.runtime_name == "torch" and state.calibration is None:
+            # One torch network serves every resolution: only what is resampled inside makes another.
+            state = State(dataclasses.replace(state.candidate, resolution=self.preprocessing.resolution), 1.0)
         if (state, trial) not in self._runtimes:
             if self.runtime_name == "torch" or self.folder is None or trial:
                 ready: OnnxRuntime | TorchRuntime = TorchRuntime(Classifier(self.network(state), self.head), self.threads)

@@ -78,6 +78,5 @@ def curve(
         drop = compare(original, correct, Budget(max_drop)) if len(original) else None
         original = original if len(original) else correct
         results.append(Result(candidate, "measured", "", cost, None, None, quality(correct, correct5), drop))
-        bank.release()
     notes += [f"{len(task.data.skipped)} images skipped"] if task.data.skipped else []
     return Curve(results[0], tuple(results[1:]), p, task.data.description, tuple(notes))
