@@ -406,7 +406,7 @@ def _print_run(run: Any, as_json: bool) -> None:
     for skipped in run.data["skipped"][:10]:
         err.print(f"Skipped {skipped['path']}: {skipped['reason']}", markup=False)
     if len(run.data["skipped"]) > 10:
-        err.print(f"… {len(settings['skipped'])} images skipped, all listed in {run.folder / 'report.html'}", markup=False)
+        err.print(f"… {len(run.data['skipped'])} images skipped, all listed in {run.folder / 'report.html'}", markup=False)
     out.print(_table([run.original, *run.results], run.original, run.best and run.best.candidate))
     out.print(words.verdict(run.original, run.results, run.best, run.budget), style="bold", markup=False)
     _print_notes(run.notes)

@@ -111,6 +111,18 @@ def test_non_square_targets_cover_and_keep_the_aspect_ratio(ratio):
         assert np.abs(ours - resized[top : top + 96, left : left + 192]).max() <= 2
 
 
+@pytest.mark.parametrize("shape", [(100, 1), (1, 100), (7, 3), (5, 400)])
+def test_slivers_in_any_memory_layout_agree_with_pil(shape):
+    p = Preprocessing(64, 1.0, "bicubic")
+    for image in (RNG.integers(0, 256, shape, dtype=np.uint8), RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)):
+        turned = image.swapaxes(0, 1).copy().swapaxes(0, 1)
+        for same in (image, turned):
+            apart = np.abs(
+                resize_and_crop(same, p).permute(1, 2, 0).numpy().squeeze().astype(int) - short_side_by_pil(image, p)
+            )
+            assert apart.max() <= 2
+
+
 def test_one_pixel_fills_the_input():
     pixels = resize_and_crop(np.array([[[10, 20, 30]]], np.uint8), Preprocessing(32, 0.875))
     assert pixels.shape == (3, 32, 32)

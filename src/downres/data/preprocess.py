@@ -28,14 +28,19 @@ def resize_and_crop(image: np.ndarray, p: Preprocessing) -> torch.Tensor:
     """
     if len(p.mean) == 1 and image.shape[2:] == (3,):
         image = np.array(Image.fromarray(image).convert("L"))
-    image = image if image.flags.writeable else image.copy()  # torch has no read-only tensors
-    pixels = torch.from_numpy(image if image.ndim == 3 else image[:, :, None]).permute(2, 0, 1)
+    if not image.flags.writeable or 1 in image.shape[:2]:
+        # torch has no read-only tensors, and reads slivers wrongly whose strides are not the plain ones.
+        image = np.array(image, order="C")
+    if image.ndim == 2 or image.shape[2] == 1:
+        pixels = torch.from_numpy(np.ascontiguousarray(image.reshape(image.shape[:2])))[None]
+    else:
+        pixels = torch.from_numpy(image).permute(2, 0, 1)
     height, width = (math.floor(side / p.crop_ratio + 1e-6) for side in p.hw)
     size = _covering_size((pixels.shape[2], pixels.shape[1]), (width, height))
     if math.prod(size) > MAX_PIXELS:
         # A sliver such as 5000 x 1 would grow to gigabytes that the crop then throws away: cut before.
         keep_width, keep_height = _needed_part((pixels.shape[2], pixels.shape[1]), (width, height))
-        pixels = v2.center_crop(pixels, [keep_height, keep_width])
+        pixels = v2.center_crop(pixels, [keep_height, keep_width]).clone()
         size = _covering_size((keep_width, keep_height), (width, height))
     resized = v2.resize(pixels, [size[1], size[0]], _FILTERS[p.interpolation], antialias=True)
     return v2.center_crop(resized, list(p.hw))
