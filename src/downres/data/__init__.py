@@ -51,6 +51,6 @@ def open_data(
     )
 
 
-def data_classes(source: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The classes of the data that a command names, without decoding an image."""
-    return CLASSES if str(source) == DEMO_DATA else class_names(source)
+def data_classes(source: str | os.PathLike[str], outputs: int | None = None) -> tuple[str, ...]:
+    """The classes of the data that a command names, checked against the network's outputs, without decoding an image."""
+    return CLASSES if str(source) == DEMO_DATA else class_names(source, outputs)

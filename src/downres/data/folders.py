@@ -138,10 +138,14 @@ def open_folder(
     return Dataset(images, labels[kept], classes, divided, tuple(skipped), f"{count}, {how}{left_out}{numbered}.")
 
 
-def class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The names of the class folders, in order, without decoding an image; raises DownresError as `open_folder` does."""
+def class_names(path: str | os.PathLike[str], outputs: int | None = None) -> tuple[str, ...]:
+    """The names of the class folders, in order, without decoding an image; raises DownresError as `open_folder` does.
+
+    outputs: of the network, which the class folders must match; None accepts any number.
+    """
     sources = _sources(Path(path).expanduser())
     names = _class_folders(sources)
+    _map_classes(names, outputs)
     for source in sources.values():
         for name in names:
             next(_image_files(source / name))

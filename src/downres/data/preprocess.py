@@ -83,7 +83,8 @@ def batches(
     """
     if batch_size < 1:
         raise DownresError(f"A batch has at least 1 image, {batch_size} is not: give for example 32.")
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="downres-preprocess")
+    # One torch thread in each worker: teams of their own would spin on the cores that the network needs.
+    pool = ThreadPoolExecutor(workers, "downres-preprocess", initializer=torch.set_num_threads, initargs=(1,))
 
     def begin(start: int) -> tuple[torch.Tensor, list[Future[None]]]:
         chosen = [int(i) for i in indices[start : start + batch_size]]

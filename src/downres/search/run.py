@@ -147,6 +147,7 @@ def _measure_all(
             bank.stage = f"{i + 1} of {len(candidates)}, "
             store.put(key, _measure(task, store, bank, candidate, references(), budget, rungs))
         bank.release()
+    bank.stage = ""
     run = load_run(store.folder, store)
     if store.get("photos") is None:
         keep_photos(store, task, [r.candidate for r in run.results if r.status == "measured"])

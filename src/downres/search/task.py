@@ -136,6 +136,8 @@ def prepare_model(
         module.set_submodule(head, linear)
         weights = f"{model.weights}; head fitted anew on the training images"
         model = Model(module, model.preprocessing, model.spec, weights, outputs)
+    elif not isinstance(data, Dataset):
+        data_classes(data, outputs)  # a wrong folder is said at once, not after the costs
     return Subject(model, head, width, outputs, fit_head)
 
 
