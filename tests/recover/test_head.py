@@ -7,7 +7,7 @@ from threadpoolctl import threadpool_limits
 
 from downres.errors import DownresError
 from downres.recover.crop import crop_options
-from downres.recover.head import STRENGTHS, Head, fit_head, why_not
+from downres.recover.head import STRENGTHS, Head, fit_head, log_loss, why_not
 
 
 def problem(classes, n=600, width=20, spread=0.5, seed=0):
@@ -116,3 +116,13 @@ def test_crop_options():
         assert all(0 < o <= 1 for o in options) and any(abs(o - 1.0) <= 0.03 or o == 1.0 for o in options)
         assert all(abs(o - native) > 0.02 for o in options[1:])
     assert 1.0 in crop_options(0.875) and 0.875 in crop_options(1.0)
+
+
+def test_log_loss_is_that_of_scikit_learn():
+    from scipy.special import softmax
+    from sklearn.metrics import log_loss as reference
+
+    rng = np.random.default_rng(3)
+    logits, labels = 5 * rng.standard_normal((50, 4)), rng.integers(0, 4, 50)
+    assert log_loss(logits, labels) == pytest.approx(reference(labels, softmax(logits, axis=1), labels=range(4)))
+    assert log_loss(logits + 1000, labels) == pytest.approx(log_loss(logits, labels))

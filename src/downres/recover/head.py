@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 
 from ..errors import DownresError
 
-STRENGTHS = (0.001, 0.01, 0.1)
+STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1)
 """Values of scikit-learn's C (inverse L2 strength, on standardised features) that are tried on tuning images."""
 
 
@@ -49,6 +49,12 @@ def fit_head(features: np.ndarray, labels: np.ndarray, outputs: int, strength: f
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     weight = weight / scale
     return Head(weight.astype(np.float32), (bias - weight @ mean).astype(np.float32))
+
+
+def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean negative log likelihood, in nats, of labels (n,) under softmax of logits (n, K)."""
+    shifted = logits - logits.max(1, keepdims=True)
+    return float((np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(labels)), labels]).mean())
 
 
 def why_not(labels: np.ndarray, outputs: int) -> str:
