@@ -12,8 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
+from downres import probe
 from downres.errors import DownresError
-from downres.measure import probe
 from downres.measure.cost import _watch, measure_cost
 from downres.probe import fake_run, find_stem, total_stride
 

@@ -13,7 +13,7 @@ DEMO_DATA = "demo:elpv"
 CLASSES = ("intact", "defective")
 
 LICENCE = (
-    "Images: ELPV dataset (Buerhop-Lutz et al. 2018, Deitsch et al. 2019), ZAE Bayern, CC BY-NC-SA 4.0: "
+    "ELPV dataset (Buerhop-Lutz et al. 2018, Deitsch et al. 2019), ZAE Bayern, CC BY-NC-SA 4.0: "
     "not for commercial use, share alike."
 )
 

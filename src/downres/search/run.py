@@ -114,7 +114,7 @@ def search(
         alive = _latency_gate(subject, store, budget, alive, bank, progress)
         if len(alive) > 1:  # the first is the original
             task = prepare(subject, data, folds=folds, val_fraction=val_fraction, seed=seed, progress=progress)
-            store.same("data", task.describe())
+            store.same("data", task.describe(), "sha256")
             _measure_all(task, store, budget, alive, rungs, bank, progress)
         store.put("finished", True)
         bank.forget()

@@ -106,13 +106,13 @@ class Store:
         self._values[key] = json.loads(line)["value"]
         return self._values[key]
 
-    def same(self, key: str, value: dict[str, Any]) -> None:
-        """Store what the run's measurements depend on; DownresError when the run has another value there."""
+    def same(self, key: str, value: dict[str, Any], identity: str) -> None:
+        """Store what the run's measurements depend on; DownresError when the run has another `identity` in it."""
         value = json.loads(json.dumps(value))
         if self.get(key) is None:
             self.put(key, value)
         else:
-            _refuse_other(self.folder, self.get(key), value, f"{key} ")
+            _refuse_other(self.folder, self.get(key), {identity: value[identity]}, f"{key} ")
 
     def put_arrays(self, name: str, **arrays: np.ndarray) -> None:
         file = self.folder / f"{name}.npz"

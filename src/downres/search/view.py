@@ -69,7 +69,11 @@ def _photos(store: Store, native: Preprocessing, run: Run) -> tuple[Photo, ...]:
     columns = [(i, Candidate.parse(str(name))) for i, name in enumerate(kept["candidates"])]
     columns = [(i, c) for i, c in columns if c.stem_scale == 1.0]
     if len(columns) > SHOWN:
-        columns = [columns[i] for i in np.unique(np.linspace(0, len(columns) - 1, SHOWN).round().astype(int))]
+        # The ends and the chosen one always, the rest evenly.
+        wanted = {0, len(columns) - 1, *(i for i, (_, c) in enumerate(columns) if run.best and c == run.best.candidate)}
+        evenly = np.linspace(0, len(columns) - 1, SHOWN).round().astype(int).tolist()
+        wanted |= set([i for i in evenly if i not in wanted][: SHOWN - len(wanted)])
+        columns = [columns[i] for i in sorted(wanted)]
     classes = [str(c) for c in kept["classes"]]
     photos = []
     for k, name in enumerate(kept["names"]):
