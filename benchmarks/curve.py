@@ -93,7 +93,7 @@ def compare(name: str, folder: Path, number: int, wait: float) -> dict:
     p = model.preprocessing
     assert p.hw[0] in RESOLUTIONS, "curve measures the model's own resolution too: the bare passes must contain it"
     with Watch() as decoding:
-        data = open_folder(folder, outputs=1000, parts=("val",))
+        data = open_folder(folder, outputs=1000, parts=("val",), val_fraction=1.0)
     everything = np.arange(len(data.images))
     inputs, preparing = {}, 0.0
     for r in RESOLUTIONS:
