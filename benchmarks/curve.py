@@ -12,8 +12,8 @@ timm    what a user does instead: for each resolution timm's create_dataset and 
 
 Not timed on any side: importing libraries and creating the model.
 Expected time: about 9 minutes on two quiet cores, several times that on busy ones (less with --images, --models, --rounds).
-Wanted: curve / bare at most 1.15. Recorded: 1.40 (resnet50, 100 images, random weights: times only) and 1.67
-(tf_efficientnet_lite0, 200 images), see README.md. Expected: timm / curve above 1, and for tf_efficientnet_lite0 with
+Wanted: curve / bare at most 1.15. Recorded, see README.md: 0.99 (resnet50, 500 images, one round), 1.20 (resnet50, 200 images)
+and 1.18 (tf_efficientnet_lite0, 500 images). Expected: timm / curve above 1, and for tf_efficientnet_lite0 with
 ImageNet weights the same number of correct images as timm, within two (asserted).
 """
 
