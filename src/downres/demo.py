@@ -27,5 +27,5 @@ def demo_model() -> Model:
 def demo(
     out: str | Path = "demo", *, max_drop: float = 2.0, progress: Callable[[str, int, int], None] | None = None, **options
 ) -> Run:  # type: ignore[no-untyped-def]
-    """`search` for a drop of at most 2 points on the 2624 photographs, with heads fitted cross-wise. Under four minutes on two cores."""
+    """`search` for a drop of at most 2 points on the 2624 photographs, with heads fitted cross-wise."""
     return search(demo_model(), DEMO_DATA, fit_head=True, max_drop=max_drop, out=out, progress=progress, **options)
