@@ -16,7 +16,7 @@ from ..environment import versions
 from ..errors import DownresError
 from ..families import Model
 from ..measure.cost import measure_cost
-from ..measure.latency import interleaved, random_batch
+from ..measure.latency import RUNTIMES, interleaved, random_batch
 from ..measure.quality import count_correct, quality
 from ..parse import Resolution
 from ..probe import total_stride
@@ -304,7 +304,7 @@ def _check_choices(rungs: tuple[str, ...], minimize: str, runtime: str) -> None:
     for value, known, what in (
         (rungs, RUNGS, "rungs"),
         ((minimize,), MINIMIZE, "minimize"),
-        ((runtime,), ("onnxruntime", "torch"), "runtime"),
+        ((runtime,), RUNTIMES, "runtime"),
     ):
         for one in value:
             if one not in known:
