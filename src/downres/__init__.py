@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from .families import Model, load_model, with_preprocessing
     from .measure.cost import CONVENTION, measure_cost
     from .measure.latency import measure_latency
-    from .records import Budget, Candidate, Change, Cost, Drop, Latency, Preprocessing, Quality, Recovery, Result, Rung
-    from .reductions import Reduction, reduce
+    from .records import Budget, Candidate, Change, Cost, Drop, Latency, Merge, Preprocessing, Quality, Recovery, Result, Rung
+    from .reduction import Reduction, reduce, token_map
     from .search import Run, costs, curve, evaluate, load_run, recover, search, write_report
 
 __all__ = [
     # the verbs
-    "reduce", "measure_cost", "measure_latency", "evaluate", "recover", "costs", "curve", "search", "demo",
+    "reduce", "token_map", "measure_cost", "measure_latency", "evaluate", "recover", "costs", "curve", "search", "demo",
     "check", "predict", "write_report",
     # models and data
     "load_model", "with_preprocessing", "Model", "open_folder", "from_arrays", "Dataset", "Images", "Fold",
     # records
-    "Candidate", "Budget", "Cost", "Latency", "Quality", "Drop", "Preprocessing", "Recovery", "Rung", "Result", "Run",
+    "Candidate", "Merge", "Budget", "Cost", "Latency", "Quality", "Drop", "Preprocessing", "Recovery", "Rung", "Result", "Run",
     "Change", "Reduction", "Finding", "Prediction", "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
 
@@ -39,9 +39,10 @@ _HOMES = {
     "measure.cost": ("CONVENTION", "measure_cost"),
     "measure.latency": ("measure_latency",),
     "records": (
-        "Budget", "Candidate", "Change", "Cost", "Drop", "Latency", "Preprocessing", "Quality", "Recovery", "Result", "Rung",
+        "Budget", "Candidate", "Change", "Cost", "Drop", "Latency", "Merge", "Preprocessing", "Quality", "Recovery",
+        "Result", "Rung",
     ),
-    "reductions": ("Reduction", "reduce"),
+    "reduction": ("Reduction", "reduce", "token_map"),
     "search": ("Run", "costs", "curve", "evaluate", "load_run", "recover", "search", "write_report"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -27,7 +27,7 @@ from .families import Model, load_model
 from .measure.quality import count_correct
 from .probe import find_head, logits_of
 from .records import Candidate, Preprocessing, Record, Recovery, Result
-from .reductions import reduce
+from .reduction import made_for, reduce
 from .runtimes.onnxruntime import OnnxRuntime, export_onnx
 from .runtimes.torch import TorchRuntime
 
@@ -308,9 +308,8 @@ def _with_weights(
 def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | str | None) -> tuple[nn.Module | None, str]:
     """The torch network of the artifact, or None and why."""
     source = manifest["source"]["model"]
-    p = Preprocessing.from_json(manifest["preprocessing"])
     if model is None:
-        if not source["spec"].startswith(("timm:", "torchvision:")):
+        if not source["spec"].startswith(("timm:", "torchvision:", "transformers:")):
             return None, "the network is from the user's own code: name it with --model path/to/file.py:function"
         model = load_model(source["spec"], pretrained=False, num_classes=source["num_classes"])
     elif isinstance(model, str):
@@ -318,11 +317,11 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
     module = copy.deepcopy(model.module if isinstance(model, Model) else model)  # the caller's keeps its weights
     candidate = Candidate.from_json(manifest["candidate"])
     native = Preprocessing.from_json(source["preprocessing"])
+    module = made_for(module, native.hw)
     head, width, outputs = find_head(module, (len(native.mean), *native.hw))
     if outputs != len(manifest["classes"]) and head is not None:
         module.set_submodule(head, nn.Linear(width, len(manifest["classes"])))
-    if candidate.stem_scale != 1.0:
-        module = reduce(module, stem_scale=candidate.stem_scale, stem=candidate.stem, input_size=(len(p.mean), *p.hw))
+    module = reduce(module, candidate, input_size=(len(native.mean), *native.hw), resize_input=False)
     try:
         module.load_state_dict(load_file(folder / "model.safetensors"))
     except RuntimeError:

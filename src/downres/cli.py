@@ -43,7 +43,6 @@ DataOption = Annotated[
 WeightsOption = Annotated[
     Path | None, typer.Option("--weights", help="A .safetensors or .pth file (read with weights_only=True).")
 ]
-ResolutionOption = Annotated[str, typer.Option("--resolution", metavar="SPEC", help="96:256:32, 96,128,160 or HxW.")]
 ResolutionsOption = Annotated[
     str | None,
     typer.Option("--resolution", metavar="SPEC", help="96:256:32, 96,128,160 or HxW; default: from the model's own down."),
@@ -59,6 +58,31 @@ StdOption = Annotated[str | None, typer.Option("--std", help="Per channel, on 0â
 InterpolationOption = Annotated[str | None, typer.Option("--interpolation", help="bilinear or bicubic.")]
 CropOption = Annotated[
     float | None, typer.Option("--crop-ratio", help="Side of the centre crop over the resized short side, above 0 to 1.")
+]
+StemScaleOption = Annotated[
+    str | None,
+    typer.Option(
+        "--stem-scale", metavar="0.75,0.5", help="Resample after the embedding by these factors; 'none' for no such variants."
+    ),
+]
+PatchSizeOption = Annotated[
+    str | None,
+    typer.Option("--patch-size", metavar="20,24", help="Patches of these sides, in pixels; 'none' for no such variants."),
+]
+MergeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--merge",
+        metavar="8,50%",
+        help="Merge tokens: 8 a block, 50% kept at the end, 8-decreasing, prune8 by attention; 'none' for no such variants.",
+    ),
+]
+CandidateOption = Annotated[
+    list[str] | None,
+    typer.Option("--candidate", metavar="TEXT", help="One more, in any combination: '168 merge4', '224 patch28'. Repeat it."),
+]
+RaggedOption = Annotated[
+    str, typer.Option("--ragged", help="Where patches do not divide the input: error, floor (cut) or pad (zeros).")
 ]
 SnapOption = Annotated[bool, typer.Option("--snap/--no-snap", help="Take resolutions to multiples of the network's stride.")]
 ValFractionOption = Annotated[
@@ -103,12 +127,11 @@ def search(
         str | None, typer.Option("--max-memory", metavar="20MB", help="Peak activation memory of one image.")
     ] = None,
     resolution: ResolutionsOption = None,
-    stem_scale: Annotated[
-        str | None,
-        typer.Option(
-            "--stem-scale", metavar="0.75,0.5", help="Resample after the stem by these factors; 'none' for no such variants."
-        ),
-    ] = None,
+    stem_scale: StemScaleOption = None,
+    patch_size: PatchSizeOption = None,
+    merge: MergeOption = None,
+    candidate: CandidateOption = None,
+    ragged: RaggedOption = "error",
     rungs: Annotated[
         str, typer.Option("--rungs", help="Of the recovery ladder, from crop,batchnorm,head; 'none' only lowers.")
     ] = "crop,batchnorm,head",
@@ -133,18 +156,17 @@ def search(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the cheapest resolution whose drop is proven to be within --max-drop, and ship the model."""
-    resolutions = parse_resolutions(resolution) if resolution else None
+    """Find the cheapest way to look at less whose drop is proven to be within --max-drop, and ship the model."""
+    axes = _axes(None, resolution, stem_scale, patch_size, merge, candidate)
     macs = parse_quantity(max_macs, "--max-macs") if max_macs else None
     memory = parse_quantity(max_memory, "--max-memory") if max_memory else None
-    scales = None if stem_scale is None else tuple(_floats(stem_scale, "--stem-scale")) if stem_scale != "none" else ()
     from .search import search as run_search
 
     loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio)
     with _progress() as progress:
         run = run_search(
             loaded, data, max_drop=max_drop, max_macs=macs, max_memory_bytes=memory, max_latency_ms=max_latency_ms,
-            resolutions=resolutions, stem_scales=scales, snap=snap,
+            **axes, ragged=ragged, snap=snap,
             rungs=tuple(r for r in rungs.split(",") if r != "none"), minimize=minimize, fit_head=fit_head, folds=folds,
             val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
             command=_command(), progress=progress,
@@ -156,7 +178,12 @@ def search(
 def curve(
     model: ModelArgument,
     data: DataOption,
-    resolution: ResolutionOption,
+    resolution: ResolutionsOption = None,
+    stem_scale: StemScaleOption = None,
+    patch_size: PatchSizeOption = None,
+    merge: MergeOption = None,
+    candidate: CandidateOption = None,
+    ragged: RaggedOption = "error",
     max_drop: Annotated[float, typer.Option("--max-drop", help="Points, for the verdict of each resolution alone.")] = 1.0,
     val_fraction: ValFractionOption = 0.5,
     weights: WeightsOption = None,
@@ -171,14 +198,14 @@ def curve(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Quality against resolution of the model as it is: no search, no recovery."""
-    resolutions = parse_resolutions(resolution)
+    """Quality against resolution, patches and tokens, with the model's own weights: no search, no recovery."""
+    axes = _axes((), resolution, stem_scale, patch_size, merge, candidate)
     from .search import curve as run_curve
 
     loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio)
     with _progress() as progress:
         found = run_curve(
-            loaded, data, resolutions, snap=snap, max_drop=max_drop, val_fraction=val_fraction,
+            loaded, data, **axes, ragged=ragged, snap=snap, max_drop=max_drop, val_fraction=val_fraction,
             runtime=runtime, threads=threads, seed=seed, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -360,6 +387,35 @@ def _load(
 
     loaded = load_model(model, weights, pretrained=pretrained)
     return with_preprocessing(loaded, resolution=natives[0], interpolation=interpolation, crop_ratio=crop_ratio, **given)
+
+
+def _axes(
+    default: tuple | None, resolution: str | None, stem_scale: str | None, patch_size: str | None, merge: str | None,
+    candidate: list[str] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What to try, as the options say it; `default` for an axis that no option speaks of, 'none' for no variant along it."""
+
+    def axis(text: str | None, read: Callable[[str], Any]) -> Any:
+        return default if text is None else () if text == "none" else read(text)
+
+    from .records import Candidate, Merge
+
+    return {
+        "resolutions": axis(resolution, parse_resolutions),
+        "stem_scales": axis(stem_scale, lambda text: _floats(text, "--stem-scale")),
+        "patch_sizes": axis(patch_size, lambda text: _integers(text, "--patch-size")),
+        "merges": axis(merge, lambda text: [Merge.parse(part) for part in text.split(",")]),
+        "candidates": [Candidate.parse(text) for text in candidate or ()],
+    }
+
+
+def _integers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DownresError(
+            f"Cannot read {text!r} for {option}: give whole numbers with commas between them, for example 20,24."
+        ) from None
 
 
 def _floats(text: str, option: str) -> list[float]:

@@ -14,6 +14,9 @@ from typing import Any, Self
 from .errors import DownresError
 from .parse import Resolution, as_hw, as_resolution, check_resolution, format_resolution
 
+RAGGED = ("error", "floor", "pad")
+"""What to do where the patches do not divide the input; see `Candidate.ragged`."""
+
 
 class Record:
     """Frozen dataclass that turns into plain JSON values and back, nested records included."""
@@ -55,18 +58,96 @@ def _typed(hint: Any, value: Any) -> Any:
     return value
 
 
+CONSTANT, DECREASING = "constant", "decreasing"
+MERGE, PRUNE = "merge", "prune"
+
+
+@dataclass(frozen=True)
+class Merge(Record):
+    """How many patch tokens to take out of a transformer's sequence, block by block. Give `r` or `keep`.
+
+    r: tokens a block, on average over the blocks. keep: fraction of the patch tokens that is left after the last block.
+    schedule: 'constant', or 'decreasing': from 2r in the first block linearly to 0 in the last (Bolya 2023, ToMe, sec. 4.1).
+    by: 'merge' joins the most similar tokens (ToMe); 'prune' fuses those that the class token attends to least into one
+    (Liang 2022, EViT).
+    """
+
+    r: int | None = None
+    keep: float | None = None
+    schedule: str = CONSTANT
+    by: str = MERGE
+
+    def __post_init__(self) -> None:
+        if (self.r is None) == (self.keep is None):
+            raise DownresError(
+                "Give either r (tokens a block) or keep (fraction left at the end): for example r=8 or keep=0.5."
+            )
+        if self.r is not None and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
+            raise DownresError(
+                f"The tokens taken out a block are a whole number of at least 1, {self.r!r} is not: give for example 8."
+            )
+        if self.keep is not None and not 0.0 < self.keep < 1.0:
+            raise DownresError(
+                f"The fraction of tokens kept is between 0 and 1, {self.keep} is not: give for example 0.5 (50%)."
+            )
+        if self.schedule not in (CONSTANT, DECREASING):
+            raise DownresError(f"The schedule is {CONSTANT} or {DECREASING}, {self.schedule!r} is neither.")
+        if self.by not in (MERGE, PRUNE):
+            raise DownresError(f"Tokens are taken out by {MERGE} or {PRUNE}, {self.by!r} is neither.")
+
+    def __str__(self) -> str:
+        amount = f"{self.r}" if self.keep is None else f"{_percent(self.keep)}%"
+        return f"{self.by}{amount}" + (f"-{self.schedule}" if self.schedule != CONSTANT else "")
+
+    @classmethod
+    def parse(cls, text: str, by: str = MERGE) -> "Merge":
+        """The inverse of `str`; the first word may be left out: `8`, `50%`, `8-decreasing`, `merge8`, `prune50%`."""
+        match = re.fullmatch(rf"({MERGE}|{PRUNE})?(\d+(?:\.\d+)?)(%)?(?:-({CONSTANT}|{DECREASING}))?", text.strip())
+        if match is None or (match[3] is None and "." in match[2]):
+            raise DownresError(
+                f"Cannot read {text!r} as tokens to {by}: give tokens a block, 8 or 8-decreasing, "
+                "or what is kept at the end, 50%."
+            )
+        how: dict[str, Any] = {"keep": float(match[2]) / 100} if match[3] else {"r": int(match[2])}
+        return cls(**how, schedule=match[4] or CONSTANT, by=match[1] or by)
+
+
+def _percent(share: float) -> str:
+    """The shortest text that divided by 100 reads back as the same share."""
+    short = f"{100 * share:g}"
+    return short if float(short) / 100 == share else repr(100 * share)
+
+
+def _number(value: float) -> str:
+    """The shortest text that reads back as the same number, without needless digits."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
+
+
 @dataclass(frozen=True)
 class Candidate(Record):
-    """How small: the input resolution and a resample of the activations after the embedding.
+    """How small: input resolution, resample after the embedding, patch size, tokens, and for cost families depth and width.
 
     resolution: side of the (square) input in pixels, or (height, width); None leaves the input alone.
-    stem_scale: factor on height and width of the activations after `stem` (1.0: none).
-    stem: name of the module after which to resample; None finds the first convolution executed.
+    ragged: what a network with patches does with a side that its patch does not divide: 'error', 'floor' (the rest at
+        the right and bottom is cut off), 'pad' (with zeros there).
+    stem_scale: factor on height and width of the activations after `stem` (1.0: none); of a transformer, of its grid of
+        patch tokens.
+    stem: name of the module after which to resample; None takes the first convolution executed, of a transformer the
+        patch embedding with its position embedding.
+    patch_size: side of the patches in pixels; the patch kernel is resized.
+    merge: tokens taken out in each block; also given as a number (8: tokens a block; 0.5: fraction kept) or as text.
+    depth, width: number of blocks, and factor on the channels: another network of the same design, to be trained.
     """
 
     resolution: Resolution | None = None
     stem_scale: float = 1.0
     stem: str | None = None
+    patch_size: int | None = None
+    merge: Merge | None = None
+    ragged: str = "error"
+    depth: int | None = None
+    width: float = 1.0
 
     def __post_init__(self) -> None:
         if self.resolution is not None:
@@ -75,29 +156,77 @@ class Candidate(Record):
             raise DownresError(f"A stem scale is above 0 and at most 1, {self.stem_scale} is not: give for example 0.5.")
         if self.stem_scale == 1.0:
             object.__setattr__(self, "stem", None)  # nothing is resampled: the same candidate wherever that would have been
+        if self.patch_size is not None and (not isinstance(self.patch_size, int) or self.patch_size < 1):
+            raise DownresError(
+                f"A patch size is a whole number of pixels above 0, {self.patch_size!r} is not: give for example 20."
+            )
+        if isinstance(self.merge, (int, float)):
+            given = {"keep": self.merge} if isinstance(self.merge, float) else {"r": self.merge}
+            object.__setattr__(self, "merge", Merge(**given))
+        elif isinstance(self.merge, str):
+            object.__setattr__(self, "merge", Merge.parse(self.merge))
+        if self.ragged not in RAGGED:
+            raise DownresError(
+                f"A side that patches do not divide is handled by {', '.join(RAGGED)}; {self.ragged!r} is none of them."
+            )
+        if self.depth is not None and (not isinstance(self.depth, int) or self.depth < 1):
+            raise DownresError(f"A depth is a whole number of blocks above 0, {self.depth!r} is not: give for example 8.")
+        if not 0.0 < self.width <= 4.0:
+            raise DownresError(f"A width is a factor above 0 and at most 4, {self.width} is not: give for example 0.5.")
 
     @property
     def hw(self) -> tuple[int, int] | None:
         """(height, width) in pixels, or None."""
         return None if self.resolution is None else as_hw(self.resolution)
 
+    @property
+    def is_input_only(self) -> bool:
+        """Whether nothing but the input gets smaller."""
+        return dataclasses.replace(self, resolution=None, ragged="error") == Candidate()
+
+    def at(self, resolution: Resolution | None) -> "Candidate":
+        """The same at another resolution."""
+        return dataclasses.replace(self, resolution=resolution)
+
     def __str__(self) -> str:
-        text = "as is" if self.resolution is None else format_resolution(self.resolution)
-        if self.stem_scale != 1.0:
-            short = f"{self.stem_scale:g}"
-            exact = short if float(short) == self.stem_scale else repr(float(self.stem_scale))
-            text += f" stem×{exact}" + (f"@{self.stem}" if self.stem else "")
-        return text
+        words = ["as is" if self.resolution is None else format_resolution(self.resolution)]
+        words += [self.ragged] if self.ragged != "error" else []
+        words += [f"stem×{_number(self.stem_scale)}" + (f"@{self.stem}" if self.stem else "")] if self.stem_scale != 1.0 else []
+        words += [f"patch{self.patch_size}"] if self.patch_size is not None else []
+        words += [str(self.merge)] if self.merge is not None else []
+        words += [f"depth{self.depth}"] if self.depth is not None else []
+        words += [f"width×{_number(self.width)}"] if self.width != 1.0 else []
+        return " ".join(words)
 
     @classmethod
     def parse(cls, text: str) -> "Candidate":
-        """The inverse of `str`: `128`, `192x384`, `300 stem×0.5`, `300 stem*0.5@layer1`."""
-        match = re.fullmatch(r"(as is|\d+(?:x\d+)?)(?: stem[×*](\d*\.?\d+(?:e-?\d+)?)(?:@(.+))?)?", text.strip())
-        if match is None:
-            raise DownresError(f"Cannot read the candidate {text!r}: give for example '128', '192x384' or '300 stem×0.5'.")
-        sides = None if match[1] == "as is" else tuple(int(s) for s in match[1].split("x"))
-        resolution = None if sides is None else (sides[0], sides[-1])
-        return cls(resolution, float(match[2] or 1.0), match[3])
+        """The inverse of `str`: `128`, `192x384`, `300 stem×0.5`, `224 patch28`, `224 merge8-decreasing`, `220 pad patch20`."""
+        first, *words = text.strip().replace("as is", "as_is").split() or [""]
+        given: dict[str, Any] = {}
+        if match := re.fullmatch(r"(\d+)(?:x(\d+))?", first):
+            given["resolution"] = (int(match[1]), int(match[2] or match[1]))
+        elif first != "as_is":
+            words.insert(0, first)
+        for word in words:
+            if match := re.fullmatch(r"stem[×*](\d*\.?\d+(?:e-?\d+)?)(?:@(.+))?", word):
+                found: dict[str, Any] = {"stem_scale": float(match[1]), "stem": match[2]}
+            elif match := re.fullmatch(r"(patch|depth)(\d+)", word):
+                found = {{"patch": "patch_size", "depth": "depth"}[match[1]]: int(match[2])}
+            elif match := re.fullmatch(r"width[×*](\d*\.?\d+)", word):
+                found = {"width": float(match[1])}
+            elif word.startswith((MERGE, PRUNE)):
+                found = {"merge": Merge.parse(word)}
+            elif word in RAGGED:
+                found = {"ragged": word}
+            else:
+                found = {}
+            if not found or found.keys() & given.keys():
+                raise DownresError(
+                    f"Cannot read the candidate {text!r} at {word!r}: give for example '128', '192x384', '300 stem×0.5', "
+                    "'224 patch28' or '224 merge8-decreasing'."
+                )
+            given |= found
+        return cls(**given)
 
 
 @dataclass(frozen=True)
@@ -286,6 +415,8 @@ class Result(Record):
             "candidate": str(self.candidate),
             "resolution": _plain(self.candidate.resolution),
             "stem_scale": self.candidate.stem_scale,
+            "patch_size": self.candidate.patch_size,
+            "merge": self.candidate.merge and str(self.candidate.merge),
             "status": self.status,
             "reason": self.reason,
             "macs": c and c.macs,

@@ -15,7 +15,7 @@ from torch import nn
 
 from downres.errors import DownresError
 from downres.records import Candidate
-from downres.reductions import Reduction, reduce
+from downres.reduction import Reduction, reduce
 
 
 class Net(nn.Module):
@@ -307,7 +307,7 @@ def test_changes(net):
 
 def test_nothing_changed_warns(net):
     for candidate in (None, Candidate(), Candidate(None, 1.0, "first")):
-        with pytest.warns(UserWarning, match="changed nothing: it looked for a resolution and a stem_scale"):
+        with pytest.warns(UserWarning, match="changed nothing: it looked for a resolution, a stem_scale below 1"):
             same = reduce(net, candidate)
         x = images(1, 3, 40, 40)
         assert torch.equal(run(same, x), run(net, x)) and same is not net and same.downres.changes == ()

@@ -3,8 +3,8 @@
 import pytest
 
 from downres.errors import DownresError
-from downres.records import Candidate
-from downres.search.plan import STEM_SCALES, default_resolutions, plan, snap
+from downres.records import Candidate, Merge
+from downres.search.plan import KEPT, STEM_SCALES, Axes, Design, default_axes, default_resolutions, make_axes, plan, snap
 
 
 @pytest.mark.parametrize(
@@ -21,29 +21,29 @@ def test_below_the_stride_nothing_would_be_left(given):
         snap(given, 32)
     for do_snap in (True, False):
         with pytest.raises(DownresError, match="start at 32 or above"):
-            plan(224, 32, [128, given], (), do_snap)
+            plan(Design(224, 32), Axes(tuple([128, given])), do_snap)
 
 
 def test_every_snapped_resolution_is_noted():
-    candidates, notes = plan(224, 32, [100, 128, 200], ())
+    candidates, notes = plan(Design(224, 32), Axes(tuple([100, 128, 200])))
     assert candidates == [Candidate(96), Candidate(128), Candidate(192)]
     assert len(notes) == 2 and "100 px snapped to 96" in notes[0] and "200 px snapped to 192" in notes[1]
 
 
 def test_two_that_snap_to_the_same_are_one():
-    candidates, notes = plan(224, 32, [97, 96, 100], ())
+    candidates, notes = plan(Design(224, 32), Axes(tuple([97, 96, 100])))
     assert candidates == [Candidate(96)] and len(notes) == 2
 
 
 def test_without_snapping_they_stay_and_the_ragged_ones_are_named():
-    candidates, notes = plan(224, 32, [100, 128, (96, 130)], (), do_snap=False)
+    candidates, notes = plan(Design(224, 32), Axes(tuple([100, 128, (96, 130)])), do_snap=False)
     assert candidates == [Candidate(100), Candidate(128), Candidate((96, 130))]
     assert len(notes) == 1 and "100, 96x130" in notes[0] and "128" not in notes[0] and "stride 32" in notes[0]
-    assert plan(224, 32, [96, 128], (), do_snap=False)[1] == []
+    assert plan(Design(224, 32), Axes(tuple([96, 128])), do_snap=False)[1] == []
 
 
 def test_the_original_is_left_alone_even_off_the_stride():
-    candidates, notes = plan(300, 32, [300, 128], ())
+    candidates, notes = plan(Design(300, 32), Axes(tuple([300, 128])))
     assert candidates == [Candidate(128)] and notes == []  # it is measured as the original anyway
 
 
@@ -74,6 +74,57 @@ def test_defaults_are_at_most_eight_smaller_multiples(native, stride):
 
 
 def test_stem_variants_come_last_at_the_native_resolution():
-    candidates, _ = plan(224, 32, [128], STEM_SCALES)
+    candidates, _ = plan(Design(224, 32), Axes((128,), STEM_SCALES))
     assert candidates == [Candidate(128), Candidate(224, 0.75), Candidate(224, 0.5)]
-    assert plan(224, 32, [], (1.0,))[0] == []  # a factor of 1 changes nothing: it is the original
+    assert plan(Design(224, 32), Axes((), (1.0,)))[0] == []  # a factor of 1 changes nothing: it is the original
+
+
+VIT = Design(224, 16, patch=16, sequence=True)
+
+
+def test_a_transformer_is_tried_along_every_axis_by_default():
+    axes = default_axes(VIT, Axes())
+    candidates, notes = plan(VIT, axes)
+    texts = [str(c) for c in candidates]
+    # 1.25, 1.5 and 2 times 16 px; patches look at the multiple of them that is nearest to 224 px
+    assert [t for t in texts if "patch" in t] == ["220 patch20", "216 patch24", "224 patch32"]
+    assert [t for t in texts if "merge" in t] == ["224 merge75%", "224 merge50%", "224 merge25%"]
+    assert [t for t in texts if "stem" in t] == ["224 stem×0.75", "224 stem×0.5"]
+    assert texts[:5] == [str(r) for r in default_resolutions(224, 16)]
+    assert len(notes) == 2 and "patches of 20 px look at 220 px" in notes[0] and "216" in notes[1]
+    assert all(c.resolution is not None for c in candidates)
+
+
+def test_a_convnet_has_neither_patches_nor_tokens_by_default():
+    axes = default_axes(Design(224, 32), Axes())
+    assert axes.patch_sizes == () and axes.merges == () and axes.stem_scales == STEM_SCALES
+
+
+def test_what_the_caller_chose_is_kept_and_an_empty_axis_left_out():
+    axes = default_axes(VIT, make_axes([128], (), [28], [8, 0.5, "4-decreasing"]))
+    candidates, _ = plan(VIT, axes)
+    assert [str(c) for c in candidates] == ["128", "224 patch28", "224 merge8", "224 merge50%", "224 merge4-decreasing"]
+    assert default_axes(VIT, make_axes(merges=())).merges == () and len(KEPT) == len(default_axes(VIT, Axes()).merges)
+
+
+def test_candidates_given_whole_are_taken_as_they_are():
+    axes = make_axes((), (), (), (), ["168 merge4", Candidate(merge=Merge(keep=0.5)), "100"])
+    candidates, notes = plan(VIT, axes)
+    assert [str(c) for c in candidates] == ["168 merge4", "224 merge50%", "100"] and notes == []
+
+
+def test_ragged_goes_to_those_that_need_it_only():
+    axes = make_axes([96, 100], (), [20, 28], (), ragged="pad")
+    candidates, _ = plan(VIT, axes, do_snap=False)
+    assert [str(c) for c in candidates] == ["96", "100 pad", "224 pad patch20", "224 patch28"]
+
+
+@pytest.mark.parametrize("wrong", [{"stem_scales": (2.0,)}, {"patch_sizes": (0,)}, {"merges": ("8x",)}, {"candidates": ("x",)}])
+def test_bad_axes_are_refused_before_anything_is_opened(wrong):
+    with pytest.raises(DownresError):
+        make_axes(**wrong)
+
+
+def test_a_patch_larger_than_the_image_is_refused():
+    with pytest.raises(DownresError, match="A patch of 90 px is larger than the image of 48 px: give a smaller patch"):
+        plan(Design(48, 8, patch=8, sequence=True), make_axes((), (), [90], ()))

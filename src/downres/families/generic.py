@@ -1,7 +1,9 @@
 """A function in a file of the user's that returns an `nn.Module`."""
 
 import contextlib
+import functools
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,11 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import DownresError
+from ..parse import format_resolution
+from ..probe import fake_run, find_stem, input_size_of
 from ..records import Preprocessing
+from . import own
+from .adapter import Adapter, Size
 
 
 def create(spec: str) -> nn.Module:
@@ -56,3 +62,51 @@ def preprocessing(model: nn.Module) -> Preprocessing:
 
         return timm.preprocessing(model, "")
     return Preprocessing(224, 0.875, "bilinear", source="assumed: ImageNet's mean and std, 224 px, crop ratio 0.875")
+
+
+def adapter(name: str, module: nn.Module) -> Adapter | None:
+    """Asked last, for a whole model in which no library's transformer was found. None for a convnet, at no cost."""
+    if not _may_be_fixed(module):
+        return None
+    return own.find(module) or Unknown(name, module)
+
+
+def _may_be_fixed(model: nn.Module) -> bool:
+    """Whether something in the model is a sign of attention or positions, which often hold one input size alone."""
+    names = (name for name, _ in [*model.named_parameters(), *model.named_buffers()])
+    return any(_SIGN_IN_NAME.search(name) for name in names) or any(
+        _SIGN_IN_CLASS.search(type(m).__name__) or not vars(m).keys().isdisjoint(own.IMAGE) for m in model.modules()
+    )
+
+
+_SIGN_IN_NAME = re.compile(r"(^|[._])(pos|rel)(_|$|\.|ition|ative)|attention_bias", re.IGNORECASE)
+_SIGN_IN_CLASS = re.compile(r"Attention|Attn|MHSA|Mixer|Transformer")
+
+
+class Unknown(Adapter):
+    """A network with attention or positions of a kind that downres does not know: it is run, and left as it is."""
+
+    sure = False
+    why_no_sequence = "it has no plain list of blocks that downres knows"
+
+    @functools.cached_property
+    def image(self) -> Size | None:  # type: ignore[override]
+        """Its size where it runs at this one, and not at twice as much."""
+        channels, height, width = input_size_of(self.module)
+        return (height, width) if self._runs(channels, height, width) and not self._runs(channels, 2 * height, 2 * width) else None
+
+    def _runs(self, *size: int) -> bool:
+        try:
+            fake_run(self.module, size, lambda _model, _x: contextlib.nullcontext())
+        except DownresError:
+            return False
+        return True
+
+    def fit(self, image: Size, patch: Size | None) -> str:
+        raise DownresError(
+            f"{type(self.module).__name__} runs at its own size alone, and downres does not know how to make it for "
+            f"{format_resolution(image)} px: give the model made for that size, or another model."
+        )
+
+    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
+        return find_stem(self.module, (input_size_of(self.module)[0], *image)), scale

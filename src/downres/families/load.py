@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -32,7 +33,10 @@ class Model:
 def load_model(
     spec: str, weights: str | Path | None = None, *, pretrained: bool = True, num_classes: int | None = None
 ) -> Model:
-    """`timm:NAME`, `torchvision:NAME` or `path/to/file.py:function`, in eval mode.
+    """`timm:NAME`, `torchvision:NAME`, `transformers:FOLDER` or `path/to/file.py:function`, in eval mode.
+
+    Of transformers, a folder made by `save_pretrained`, a `config.json`, a model type (`vit`: its default configuration, for
+    costs) or a name on the hub; image classifiers only, and code that comes with a model is never run.
 
     Args:
         weights: a .safetensors or .pth file. A library model takes its number of classes from the file.
@@ -57,11 +61,16 @@ def load_model(
             module = _create(library, spec, pretrained, num_classes)
         # `timm:vit.tag` keeps its tag in the model's own configuration; torchvision needs the name.
         preprocessing = library.preprocessing(module, name)
+    elif family == "transformers" and name:
+        return _transformers(name, weights, tensors, pretrained, num_classes)
     elif ".py:" in spec:
         module = generic.create(spec)
         preprocessing = generic.preprocessing(module)
     else:
-        raise DownresError(f"Cannot read the model {spec!r}: give timm:NAME, torchvision:NAME or path/to/file.py:function.")
+        raise DownresError(
+            f"Cannot read the model {spec!r}: give timm:NAME, torchvision:NAME or path/to/file.py:function, "
+            "or transformers:FOLDER."
+        )
     how = "the library's pretrained weights" if pretrained and family in _LIBRARIES else "as the module came"
     if tensors is not None:
         how = f"{Path(str(weights)).name}, matched {load_weights(module, tensors)}"
@@ -86,6 +95,31 @@ def with_preprocessing(
     return dataclasses.replace(model, preprocessing=dataclasses.replace(model.preprocessing, source=source, **given))  # type: ignore[arg-type]
 
 
+def _transformers(
+    name: str, weights: str | Path | None, tensors: dict[str, Any] | None, pretrained: bool, num_classes: int | None
+) -> Model:
+    """A model of a library that is loaded, and may be installed, only where it is asked for."""
+    try:
+        from . import transformers
+    except ImportError as error:
+        raise DownresError(
+            f"transformers:{name} needs the library transformers in a recent version ({error}): "
+            "pip install 'downres[transformers]'."
+        ) from None
+    if transformers.is_local(name):
+        name = str(Path(name).resolve())  # found again from wherever an artifact is checked
+    spec = f"transformers:{name}"
+    try:
+        module, how = transformers.create(name, pretrained, num_classes, tensors)
+    except DownresError:
+        raise
+    except Exception as error:
+        raise _not_fetched(spec, error) from None
+    if tensors is not None:
+        how, num_classes = f"{Path(str(weights)).name}, {how}", module.config.num_labels  # type: ignore[union-attr, assignment]
+    return Model(module.eval(), transformers.preprocessing(module, name), spec, how, num_classes)
+
+
 def _check_name(family: str, name: str, known: list[str]) -> None:
     base, _, tag = name.partition(".")
     if base not in known:
@@ -105,10 +139,12 @@ def _create(library, spec: str, pretrained: bool, num_classes: int | None) -> nn
     try:
         return library.create(name, True, num_classes)
     except Exception as error:  # the hubs raise many kinds: no network, no such weights, a broken download
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise DownresError(
-            f"The pretrained weights of {spec} could not be fetched ({reason}): give a file with --weights."
-        ) from None
+        raise _not_fetched(spec, error) from None
+
+
+def _not_fetched(spec: str, error: Exception) -> DownresError:
+    reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    return DownresError(f"The pretrained weights of {spec} could not be fetched ({reason}): give a file with --weights.")
 
 
 def _classes_of(module: nn.Module, tensors: dict) -> int | None:

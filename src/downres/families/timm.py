@@ -1,11 +1,24 @@
-"""timm: names, pretrained weights, and what `pretrained_cfg` says of the input."""
+"""timm: names, pretrained weights, what `pretrained_cfg` says of the input, and its transformers."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import timm
-from torch import nn
+import torch
+from timm.layers import PatchEmbed, resample_patch_embed
+from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
 
-from ..records import Preprocessing
+from ..errors import DownresError
+from ..probe import find_stem
+from ..records import PRUNE, Preprocessing
+from ..reductions.tokens import TokenState
+from .adapter import Adapter, KeepOutput, SetKeyword, Size, as_pair, no_mask, swap_class
+from .timm_rebuild import rebuild
+from .timm_scale import scale_vit
 
 
 def names() -> list[str]:
@@ -42,3 +55,334 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
         std=tuple(config["std"]),
         source="timm pretrained_cfg" + (f" ({'; '.join(deviations)})" if deviations else ""),
     )
+
+
+def adapter(name: str, module: nn.Module) -> Adapter | None:
+    if isinstance(module, (VisionTransformer, Eva)):
+        return Plain(name, module)
+    if isinstance(module, NaFlexVit):
+        return NaFlex(name, module)
+    if not type(module).__module__.startswith("timm.models.") or not hasattr(module, "forward_features"):
+        return None  # another library's, or a part of a model
+    if hasattr(module, "set_input_size"):
+        return Resizable(name, module)
+    return Rebuilt(name, module) if _is_of_fixed_size(module) else None
+
+
+def _is_of_fixed_size(module: nn.Module) -> bool:
+    config = getattr(module, "pretrained_cfg", None) or {}
+    fixed = getattr(module, "_traits", {}).get("fixed_input_size", config.get("fixed_input_size"))
+    return bool(fixed and config.get("architecture"))
+
+
+class Resizable(Adapter):
+    """Whatever timm resizes by `set_input_size`: Swin, SwinV2, MaxViT, BEiT, … whose tokens are no plain sequence."""
+
+    sure = False
+    why_no_sequence = "its attention needs the grid: windows, or a table of relative positions"
+
+    @property
+    def embedding(self) -> nn.Module | None:
+        return getattr(self.module, "patch_embed", None)
+
+    @property
+    def image(self) -> Size | None:  # type: ignore[override]
+        if getattr(self.module, "dynamic_img_size", False):
+            return None
+        size = getattr(self.embedding, "img_size", None) or getattr(self.module, "img_size", None)
+        return None if size is None else as_pair(size)
+
+    @property
+    def patch(self) -> Size | None:  # type: ignore[override]
+        proj = getattr(self.embedding, "proj", None)
+        if not isinstance(proj, nn.Conv2d) or hasattr(self.embedding, "backbone"):
+            return None  # no patches, or patches of a convnet's feature map
+        return as_pair(self.embedding.patch_size)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def unit(self) -> Size:
+        ratio = getattr(self.module, "partition_ratio", None)  # MaxViT: windows and grids follow only this multiple
+        if ratio is not None:
+            return ratio, ratio
+        if getattr(self.embedding, "dynamic_img_pad", False):
+            return 1, 1  # it pads by itself
+        return self.patch or (1, 1)
+
+    def fit(self, image: Size, patch: Size | None) -> str:
+        given: dict[str, Any] = {"img_size": image}
+        if patch is not None and patch != self.patch:
+            given["patch_size"] = patch
+        try:
+            self.module.set_input_size(**given)  # type: ignore[operator]
+        except (AssertionError, RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise DownresError(
+                f"{type(self.module).__name__} cannot be made for {image[0]}x{image[1]} px ({text}): give another resolution."
+            ) from error
+        return "by timm's set_input_size"
+
+    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
+        name, exact, smaller = _behind_embedding(self, image, scale)
+        if self.image is not None:
+            self.fit(smaller, None)
+            if self.embedding is not None and hasattr(self.embedding, "img_size"):
+                self.embedding.img_size = image  # type: ignore[assignment]  # it alone still sees all pixels
+        return self.inside(name), exact
+
+
+def _behind_embedding(adapter: Adapter, image: Size, scale: float) -> tuple[str, float, Size]:
+    """The first convolution, the factor that gives its map whole numbers, and the size of an image that has such a map."""
+    name = find_stem(adapter.module, (_channels(adapter.module), *image))
+    unit = adapter.patch or adapter.unit
+    if unit == (1, 1):
+        unit = as_pair(adapter.module.get_submodule(name).stride)  # type: ignore[arg-type]
+    exact = max(1, round(image[0] // unit[0] * scale)) * unit[0] / image[0]
+    return name, exact, (round(image[0] * exact), max(1, round(image[1] // unit[1] * exact)) * unit[1])
+
+
+def _channels(module: nn.Module) -> int:
+    return next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
+
+
+class Rebuilt(Adapter):
+    """Whatever timm builds for one size and cannot resize: CaiT, CoaT, GC-ViT, Hiera, LeViT, PiT, TNT, VOLO, …"""
+
+    sure = False
+    why_no_sequence = "it is no plain ViT: downres knows no list of like blocks in it"
+
+    @property
+    def image(self) -> Size:  # type: ignore[override]
+        size = getattr(getattr(self.module, "patch_embed", None), "img_size", None)
+        size = size or getattr(self.module, "_traits", {}).get("img_size") or self.module.pretrained_cfg["input_size"][1:]  # type: ignore[index, union-attr]
+        return as_pair(size)
+
+    @property
+    def patch(self) -> Size | None:  # type: ignore[override]
+        embedding = getattr(self.module, "patch_embed", None)
+        return as_pair(embedding.patch_size) if isinstance(embedding, PatchEmbed) else None
+
+    @property
+    def unit(self) -> Size:
+        return self.patch or (1, 1)
+
+    def fit(self, image: Size, patch: Size | None) -> str:
+        done = rebuild(self.module, self.image, image, patch)
+        self.module._traits = {**getattr(self.module, "_traits", {}), "img_size": image}  # type: ignore[assignment, arg-type, dict-item]
+        return done
+
+    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
+        name, exact, smaller = _behind_embedding(self, image, scale)
+        self.fit(smaller, None)
+        embedding = self.module.get_submodule(name.rpartition(".")[0])
+        if hasattr(embedding, "img_size"):
+            embedding.img_size = image  # type: ignore[assignment]  # it alone still sees all pixels
+        return self.inside(name), exact
+
+
+class Plain(Resizable):
+    """ViT, DeiT, DINOv2, SigLIP, hybrids (one class in timm), and EVA, DINOv3 (another)."""
+
+    sure = True
+
+    @property
+    def prefix(self) -> int:  # type: ignore[override]
+        return self.module.num_prefix_tokens  # type: ignore[return-value]
+
+    @property
+    def class_token(self) -> bool:  # type: ignore[override]
+        return self.module.cls_token is not None
+
+    @property
+    def unit(self) -> Size:
+        image, grid = self.image, self.embedding.grid_size  # type: ignore[union-attr]
+        if image is None or grid is None or self.patch is not None:
+            return super().unit
+        return image[0] // grid[0], image[1] // grid[1]  # of a hybrid: the stride of its convnet times its patch
+
+    def grid(self, image: Size) -> Size:
+        if getattr(self.embedding, "dynamic_img_pad", False):
+            return as_pair(self.embedding.dynamic_feat_size(image))  # type: ignore[union-attr, operator]
+        return super().grid(image)
+
+    def block_names(self) -> list[str]:
+        return [f"blocks.{i}" for i in range(len(self.module.blocks))]  # type: ignore[arg-type]
+
+    def merge(self, state: TokenState, blocks: Sequence[nn.Module]) -> None:
+        self.module.grad_checkpointing = False  # type: ignore[assignment]  # a block that runs again would find other sizes
+        for i, block in enumerate(blocks):
+            swap_class(block, _MERGING, state, i)
+            if state.by == PRUNE and any(hasattr(m, "lambda_init") for m in block.modules()):
+                raise DownresError(
+                    "Pruning goes by the attention of the class token, and differential attention subtracts one from another: "
+                    "merge instead."
+                )
+            join = isinstance(block, ParallelThingsBlock)
+            for norm, what in (("k_norm", "keys"), ("q_norm", "queries")):
+                for part in block.modules():
+                    if hasattr(part, norm) and (what == "keys" or state.by == PRUNE):
+                        first = isinstance(part, ParallelScalingBlock)
+                        getattr(part, norm).register_forward_hook(KeepOutput(state, what, tokens_first=first, join=join))
+
+    def after_pooling(self, blocks: Sequence[nn.Module], grid: Size) -> None:
+        rope = getattr(self.module, "rope", None)
+        if rope is None:
+            return
+        if getattr(rope, "feat_shape", None) is not None:
+            rope = copy.deepcopy(rope)  # the blocks before still turn on the whole grid
+            rope.update_feat_shape(list(grid))
+            found = rope.get_embed().detach()
+        else:
+            found = rope.get_embed(shape=list(grid)).detach()
+        every = list(self.module.blocks)  # type: ignore[arg-type]
+        mixed = getattr(self.module, "rope_mixed", False) or getattr(self.module, "rope_is_mixed", False)
+        for block in blocks:
+            own = found[every.index(block)] if mixed else found  # with mixed frequencies every block turns by its own
+            block.register_forward_pre_hook(SetKeyword("rope", own), with_kwargs=True)
+
+    def scale(self, depth: int | None, width: float) -> nn.Module:
+        return scale_vit(self.module, depth, width, self.name)
+
+
+class NaFlex(Plain):
+    """NaFlexViT: takes images of any size in whole patches (its way of ready-made patches is left alone)."""
+
+    image = None  # type: ignore[assignment]
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.module.embeds  # type: ignore[return-value]
+
+    @property
+    def class_token(self) -> bool:  # type: ignore[override]
+        return self.embedding.cls_token is not None
+
+    @property
+    def patch(self) -> Size:  # type: ignore[override]
+        return as_pair(self.embedding.patch_size)  # type: ignore[arg-type]
+
+    @property
+    def unit(self) -> Size:
+        return (1, 1) if self.embedding.dynamic_img_pad else self.patch
+
+    def fit(self, image: Size, patch: Size | None) -> str:
+        embeds: Any = self.embedding
+        if patch is None:
+            return "as it takes any size"
+        if embeds.norm_input is not None:
+            raise DownresError(
+                "The patch size of this NaFlexVit cannot change, because it normalises the pixels of a patch: "
+                "lower its resolution instead."
+            )
+        proj, last = embeds.proj, embeds.channels_last
+        with torch.no_grad():
+            kernel = proj.weight
+            if embeds.is_linear:  # a row holds the pixels of a patch, its channels innermost or outermost
+                kernel = kernel.unflatten(1, (*embeds.patch_size, -1) if last else (-1, *embeds.patch_size))
+                kernel = kernel.permute(0, 3, 1, 2) if last else kernel
+            kernel = resample_patch_embed(kernel, list(patch))
+            if embeds.is_linear:
+                kernel = (kernel.permute(0, 2, 3, 1) if last else kernel).flatten(1)
+                proj.in_features = kernel.shape[1]
+            else:
+                proj.kernel_size = proj.stride = patch
+            proj.weight = nn.Parameter(kernel.contiguous(), requires_grad=proj.weight.requires_grad)
+        embeds.patch_size = patch
+        return "patch kernel resampled; position embeddings follow the grid in each run"
+
+
+class _MergingBlock(Block):
+    tokens: TokenState
+    index: int
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        no_mask(attn_mask, is_causal)
+        self.tokens.enter(self.index)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=self.tokens.mask(x))))
+        x = self.tokens.shrink(self.index, x)
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return self.tokens.leave(self.index, x)
+
+
+class _MergingResPostBlock(ResPostBlock):
+    tokens: TokenState
+    index: int
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        no_mask(attn_mask, is_causal)
+        self.tokens.enter(self.index)
+        x = x + self.drop_path1(self.norm1(self.attn(x, attn_mask=self.tokens.mask(x))))
+        x = self.tokens.shrink(self.index, x)
+        x = x + self.drop_path2(self.norm2(self.mlp(x)))
+        return self.tokens.leave(self.index, x)
+
+
+class _MergingEvaBlock(EvaBlock):
+    tokens: TokenState
+    index: int
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        no_mask(attn_mask, is_causal)
+        self.tokens.enter(self.index)
+        rope = self.tokens.of_tokens(rope)
+        attended = self.attn(self.norm1(x), rope=rope, attn_mask=self.tokens.mask(x))
+        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
+        x = self.tokens.shrink(self.index, x)
+        out = self.mlp(self.norm2(x))
+        x = x + self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
+        return self.tokens.leave(self.index, x)
+
+
+class _MergingEvaBlockPostNorm(EvaBlockPostNorm):
+    tokens: TokenState
+    index: int
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        no_mask(attn_mask, is_causal)
+        self.tokens.enter(self.index)
+        rope = self.tokens.of_tokens(rope)
+        x = x + self.drop_path1(self.norm1(self.attn(x, rope=rope, attn_mask=self.tokens.mask(x))))
+        x = self.tokens.shrink(self.index, x)
+        x = x + self.drop_path2(self.norm2(self.mlp(x)))
+        return self.tokens.leave(self.index, x)
+
+
+class _MergingParallelScalingBlock(ParallelScalingBlock):
+    """Attention and MLP side by side: there is no place between them, tokens merge behind both."""
+
+    tokens: TokenState
+    index: int
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        no_mask(attn_mask, is_causal)
+        self.tokens.enter(self.index)
+        x = super().forward(x, attn_mask=self.tokens.mask(x))
+        x = self.tokens.shrink(self.index, x)
+        return self.tokens.leave(self.index, x)
+
+
+class _MergingParallelThingsBlock(ParallelThingsBlock):
+    tokens: TokenState
+    index: int
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        no_mask(attn_mask, is_causal)
+        self.tokens.enter(self.index)
+        mask, branches = self.tokens.mask(x), list(self.attns)
+        attended: list[Any] = [b.drop_path(b.ls(b.attn(b.norm(x), attn_mask=mask))) for b in branches]  # type: ignore[operator, union-attr]
+        x = self.tokens.shrink(self.index, x + sum(attended))
+        x = x + torch.stack([ffn(x) for ffn in self.ffns]).sum(dim=0)
+        return self.tokens.leave(self.index, x)
+
+
+_MERGING = {
+    Block: _MergingBlock,
+    ParallelScalingBlock: _MergingParallelScalingBlock,
+    ParallelThingsBlock: _MergingParallelThingsBlock,
+    ResPostBlock: _MergingResPostBlock,
+    EvaBlock: _MergingEvaBlock,
+    EvaBlockPostNorm: _MergingEvaBlockPostNorm,
+}

@@ -6,6 +6,7 @@ import torchvision.models as models
 from torch import nn
 
 from ..records import Preprocessing
+from .adapter import Adapter
 
 
 def names() -> list[str]:
@@ -41,3 +42,7 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
         std=tuple(transform.std),
         source="torchvision weight transforms",
     )
+
+
+def adapter(name: str, module: nn.Module) -> Adapter | None:
+    return None

@@ -1,18 +1,22 @@
 """What one forward pass costs: MACs, parameters, peak activation memory."""
 
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..probe import batched, fake_run
 from ..records import Cost
+from . import fastpath
 from .macs import does_arithmetic, macs_of, op_name
 
 CONVENTION = (
@@ -23,7 +27,9 @@ CONVENTION = (
     "number of calls. Parameters: each once, however often it is shared; buffers are not parameters. Peak activation "
     "memory: the largest sum of simultaneously live storages that are not parameters, buffers or constants of the model "
     "(views share a storage), checked after every operator, the input counted until the last operator that reads it; "
-    "workspace inside a kernel is not seen."
+    "contiguous copies that convolutions and layer norms make of their arguments are in it, other workspace inside a kernel is "
+    "not. Attention is counted as it runs: fused where the model calls a fused kernel; nn.MultiheadAttention on a CPU by its "
+    "fast path, which holds the whole matrix of weights, unless torch.backends.mha disables that."
 )
 """What the numbers of `measure_cost` mean, to be printed beside them."""
 
@@ -34,7 +40,7 @@ def measure_cost(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) 
     input_size: (channels, height, width) for a batch of one, or (batch, channels, height, width).
     Raises DownresError when the size is neither, or when the model does not run at it.
     """
-    seen = fake_run(model, input_size, _watch)
+    seen = fake_run(model, input_size, partial(_watch, fast_path=torch.backends.mha.get_fastpath_enabled()))
     parameters = list(model.parameters())
     return Cost(
         macs=seen.macs,
@@ -47,9 +53,14 @@ def measure_cost(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) 
 
 
 @contextmanager
-def _watch(_model: nn.Module, x: Tensor) -> "Iterator[_Observer]":
-    with _Observer(x) as observer:
-        yield observer
+def _watch(_model: nn.Module, x: Tensor, fast_path: bool = False) -> "Iterator[_Observer]":
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast_path and x.device.type == "cpu")  # elsewhere it is plain attention
+    try:
+        with _Observer(x) as observer:
+            yield observer
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Observer(TorchDispatchMode):
@@ -65,15 +76,16 @@ class _Observer(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # questions about a tensor, such as its device
             return func(*args, **kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            # inference_mode inside a model lets compound operators through: look at what they are made of
+        if (parts := _parts(func)) is not None:
             with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
-        self.live.before(_tensors((args, kwargs)))
+                whole = parts(*args, **kwargs)
+            if whole is not NotImplemented:
+                return whole
+        self.live.before(_tensors((args, tuple(kwargs.values()))))
         out = func(*args, **kwargs)
-        self.live.after(_tensors(out))
+        if func is torch.ops.aten.view.default and 1 in out.shape and isinstance(out, FakeTensor):
+            out = _with_strides_of_view(args[0], out)
+        self.live.after(_tensors((out,)), _copied(op_name(func), args))
         macs = macs_of(func, args, kwargs, out)
         if macs is not None:
             self.macs += macs
@@ -82,13 +94,55 @@ class _Observer(TorchDispatchMode):
         return out
 
 
+@cache
+def _parts(func: Any) -> Callable | None:
+    """What does the same by smaller operators, so that we see what a compound operator is made of."""
+    if (fused := _FUSED.get(op_name(func))) is not None:
+        return fused
+    # inference_mode inside a model lets these through
+    compound = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return func.decompose if compound else None
+
+
+_FUSED = {
+    "aten._native_multi_head_attention": fastpath.attention,
+    "aten._transformer_encoder_layer_fwd": fastpath.encoder_layer,
+}
+
+
+def _copied(name: str, args: tuple) -> int:
+    """Bytes of the contiguous copies that an operator makes of strided arguments for as long as it runs."""
+    if name == "aten.convolution":
+        image_and_kernel = args[:2]
+        # A convolution runs in channels-last layout when either is in it.
+        layouts = {suggest_memory_format(t) for t in image_and_kernel} - {torch.contiguous_format}
+        layout = layouts.pop() if layouts and args[0].dim() > 3 else torch.contiguous_format
+        return sum(_bytes(t) for t in image_and_kernel if not t.is_contiguous(memory_format=layout))
+    if name == "aten.native_layer_norm" and not args[0].is_contiguous():
+        return _bytes(args[0])
+    return 0
+
+
+def _with_strides_of_view(x: Tensor, view: Tensor) -> Tensor:
+    """Fake views of fake tensors have other strides in dimensions of 1 than real ones; layouts are guessed from them."""
+    with no_dispatch():
+        strides = torch.empty_strided(x.shape, x.stride(), device="meta").view(view.shape).stride()
+    return view if strides == view.stride() else x.as_strided(view.shape, strides, x.storage_offset())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 class LiveStorages:
     """Bytes of the storages that operators made and that nobody has dropped yet, with their peak."""
 
     def __init__(self, x: Tensor) -> None:
         self._input = x.untyped_storage()
-        self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage → bytes
-        self._given: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters, buffers, constants, the input
+        # By address; what was given stays referenced, so that no address of theirs is used again.
+        self._given = {self._input._cdata: self._input}  # the input, parameters, buffers, constants
+        self._made: dict[int, tuple[int, weakref.ref]] = {}  # bytes, and what takes them off when the storage goes
+        self._live = 0
         self._reads_input = False
         self._peak_with_input = 0
         self._peak_since = 0
@@ -102,20 +156,33 @@ class LiveStorages:
         """The arguments of an operator: what none made before was there already."""
         self._reads_input = False
         for storage in map(Tensor.untyped_storage, tensors):
-            if storage not in self._made:
-                self._given[storage] = None
+            if storage._cdata not in self._made:
+                self._given[storage._cdata] = storage
             self._reads_input |= storage._cdata == self._input._cdata
 
-    def after(self, tensors: Iterable[Tensor]) -> None:
-        """The results of the operator, its arguments still alive."""
+    def after(self, tensors: Iterable[Tensor], copied: int = 0) -> None:
+        """The results of the operator, its arguments still alive. copied: bytes that it held besides while it ran."""
         for storage in map(Tensor.untyped_storage, tensors):
-            if storage not in self._given:
-                self._made[storage] = storage.nbytes()
-        self._peak_since = max(self._peak_since, sum(self._made.values()))
+            if storage._cdata not in self._given:
+                self._dropped(storage._cdata)  # its size may have changed
+                gone = weakref.ref(storage, lambda _, key=storage._cdata: self._dropped(key))  # type: ignore[misc]
+                self._made[storage._cdata] = storage.nbytes(), gone
+                self._live += storage.nbytes()
+        self._peak_since = max(self._peak_since, self._live + copied)
         if self._reads_input:
             self._peak_with_input, self._peak_since = max(self._peak_with_input, self._peak_since), 0
 
+    def _dropped(self, key: int) -> None:
+        self._live -= self._made.pop(key, (0,))[0]
 
-def _tensors(values: Any) -> list[Tensor]:
-    """The tensors with a storage (sparse ones have none) in nested arguments."""
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.layout == torch.strided]
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors with a storage (sparse ones have none) in the arguments of an operator, some of which are lists."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided:
+                found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(value)
+    return found

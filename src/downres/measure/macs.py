@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def macs_of(op: OpOverload, args: tuple, kwargs: dict[str, Any], out: Any) -> in
     return None
 
 
+@cache
 def does_arithmetic(op: OpOverload) -> bool:
     """False for views, allocation, copies, selection and metadata, which only move or name numbers."""
     if op.is_view or torch.Tag.inplace_view in op.tags:
@@ -33,6 +35,7 @@ def does_arithmetic(op: OpOverload) -> bool:
     return name not in _MOVES_ONLY
 
 
+@cache
 def op_name(op: OpOverload) -> str:
     """Without the overload: `aten.relu_`."""
     return str(op.overloadpacket)
@@ -94,6 +97,12 @@ def _antialiased(interp_size: int) -> Formula:
     return formula
 
 
+def _recurrent(args: tuple, out: Any) -> int:
+    """One direction of one layer of an LSTM: every position of (tokens, batch, channels) meets both of its matrices."""
+    x, of_input, of_state = args[:3]
+    return x.numel() // x.shape[-1] * (of_input.numel() + of_state.numel())
+
+
 # By name, because not every operator exists in every version of torch that downres accepts.
 _FORMULAS: dict[str, Formula] = {
     **{
@@ -106,6 +115,7 @@ _FORMULAS: dict[str, Formula] = {
             "fused_attention_overrideable",
         )
     },
+    "aten.mkldnn_rnn_layer": _recurrent,
     "aten.dot": lambda args, out: args[0].numel(),
     "aten.vdot": lambda args, out: args[0].numel(),
     "aten.mv": _matrix(0),

@@ -18,7 +18,7 @@ from ..data import Images, batches
 from ..errors import DownresError
 from ..probe import logits_of
 from ..records import Candidate, Preprocessing, Record
-from ..reductions import reduce
+from ..reduction import reduce, takes_any_size
 from ..runtimes.onnxruntime import OnnxRuntime, export_onnx
 from ..runtimes.torch import TorchRuntime
 from .batchnorm import recalibrate_batchnorm
@@ -101,7 +101,7 @@ class FeatureBank:
         progress: Progress | None = None,
     ) -> None:
         self.model, self.head, self.width = model, head, width
-        self.preprocessing = preprocessing
+        self.preprocessing, self.any_size = preprocessing, takes_any_size(model)
         self.images: Images | None = None
         self.calibration: list[np.ndarray] = []
         self.folder, self.runtime_name, self.threads, self.batch_size = folder, runtime, threads, batch_size
@@ -118,11 +118,10 @@ class FeatureBank:
     def network(self, state: State) -> nn.Module:
         """The network of a state with its original head: takes the small input, returns what the original returns."""
         if state not in self._networks:
-            candidate = state.candidate
             network = self.model
-            if candidate.stem_scale != 1.0:
-                size = (len(self.preprocessing.mean), *(candidate.hw or self.preprocessing.hw))
-                network = reduce(network, stem_scale=candidate.stem_scale, stem=candidate.stem, input_size=size)
+            if not self._is_original(state.candidate):
+                size = (len(self.preprocessing.mean), *self.preprocessing.hw)
+                network = reduce(network, state.candidate, input_size=size, resize_input=False)
             if state.calibration is not None:
                 chosen = self.calibration[state.calibration][: state.calibration_images]
                 self.passes += len(chosen)
@@ -132,6 +131,12 @@ class FeatureBank:
             self._networks = {state: network}  # one at a time: candidates come one after the other
         return self._networks[state]
 
+    def _is_original(self, candidate: Candidate) -> bool:
+        """Whether the original's own network serves this candidate: its own resolution, or it takes any."""
+        if candidate == Candidate(candidate.resolution):
+            return self.any_size or candidate.resolution == self.preprocessing.resolution
+        return False
+
     def runtime(self, state: State, serving: bool = True) -> OnnxRuntime | TorchRuntime:
         """The state's network ready to run; for onnxruntime exported once to the run's folder.
 
@@ -140,8 +145,9 @@ class FeatureBank:
         """
         trial = state.calibration is not None and not serving
         if self.runtime_name == "torch" and state.calibration is None:
-            # One torch network serves every resolution: only what is resampled inside makes another.
-            state = State(dataclasses.replace(state.candidate, resolution=self.preprocessing.resolution), 1.0)
+            # The crop happens before the network; and one that takes any size is the same one at every resolution.
+            same = state.candidate.at(self.preprocessing.resolution) if self._is_original(state.candidate) else state.candidate
+            state = State(same, 1.0)
         if (state, trial) not in self._runtimes:
             if self.runtime_name == "torch" or self.folder is None or trial:
                 ready: OnnxRuntime | TorchRuntime = TorchRuntime(Classifier(self.network(state), self.head), self.threads)

@@ -1,5 +1,1 @@
-"""Ways to look at fewer pixels."""
-
-from .reduce import Reduction, reduce
-
-__all__ = ["Reduction", "reduce"]
+"""Ways to look at fewer pixels and tokens: tensor functions, and the hooks that run them inside a model."""

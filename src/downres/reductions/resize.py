@@ -1,5 +1,6 @@
 """Resampling of images and activations: pure tensor functions, and the two hooks that `reduce` installs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,17 @@ def scaled_size(shape: tuple[int, int], scale: float) -> tuple[int, int]:
 # add no key to the state dict, and are traced by torch.compile and torch.export like any other code.
 
 
+def on_image(args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
+    """The arguments of a model with its image, the first (B, C, H, W) tensor among them, changed."""
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor) and value.ndim == 4:
+            return (*args[:i], change(value), *args[i + 1 :]), kwargs
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor) and value.ndim == 4:
+            return args, {**kwargs, key: change(value)}
+    raise DownresError("The reduced model got no image tensor: its input must be of shape (batch, channels, height, width).")
+
+
 class ResizeInput:
     """Forward pre-hook: resizes the first (B, C, H, W) tensor among the arguments."""
 
@@ -51,19 +63,25 @@ class ResizeInput:
         self.resolution, self.interpolation = resolution, interpolation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        for i, value in enumerate(args):
-            if isinstance(value, Tensor) and value.ndim == 4:
-                return (*args[:i], self._small(value), *args[i + 1 :]), kwargs
-        for key, value in kwargs.items():
-            if isinstance(value, Tensor) and value.ndim == 4:
-                return args, {**kwargs, key: self._small(value)}
-        raise DownresError(
-            "The reduced model got no image tensor: its input must be of shape (batch, channels, height, width)."
-        )
+        return on_image(args, kwargs, self._small)
 
     def _small(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         return resample(x, input_size((height, width), self.resolution), self.interpolation)
+
+
+class FitInput:
+    """Forward pre-hook: cuts or zero-pads the image tensor at the right and bottom, for patches that do not divide it."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return on_image(args, kwargs, self._fitted)
+
+    def _fitted(self, x: Tensor) -> Tensor:
+        (height, width), (h, w) = x.shape[-2:], self.size
+        return F.pad(x, (0, w - width, 0, h - height))  # negative padding cuts
 
 
 class ResampleOutput:

@@ -29,6 +29,26 @@ def png_data_uri(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def mosaic(image: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The image (height, width, 3) uint8 as a network with merged tokens has it: every group of patches in its mean colour.
+
+    groups: (rows, columns), equal numbers are one token (`downres.token_map`). Edges of groups are darkened.
+    """
+    height, width = image.shape[:2]
+    rows, columns = groups.shape
+    at = np.ix_(np.arange(height) * rows // height, np.arange(width) * columns // width)
+    each = groups[at]
+    numbers, flat = np.unique(each, return_inverse=True)
+    flat = flat.reshape(-1)
+    counts = np.bincount(flat, minlength=len(numbers))
+    means = np.stack([np.bincount(flat, image[..., c].reshape(-1), len(numbers)) / counts for c in range(3)], axis=1)
+    seen = means[flat].reshape(height, width, 3)
+    edge = np.zeros((height, width), bool)
+    edge[:, 1:] |= each[:, 1:] != each[:, :-1]
+    edge[1:] |= each[1:] != each[:-1]
+    return np.where(edge[..., None], 0.6 * seen, seen).round().astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class Axis:
     """One cost that can stand on the horizontal axis: button, title, unit, and the value of a result in that unit."""

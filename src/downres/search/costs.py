@@ -1,60 +1,144 @@
-"""Costs of a model at several resolutions: no data, no weights, no arithmetic."""
+"""Costs of families of candidates: no data, no weights, no arithmetic."""
 
+import copy
+import itertools
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..families import Model
 from ..measure.cost import CONVENTION, measure_cost
 from ..parse import Resolution
-from ..probe import total_stride
-from ..records import Candidate, Cost
-from ..reductions import reduce
-from .plan import plan
-from .task import as_model
+from ..records import PRUNE, Candidate, Cost, Merge
+from ..reduction import reduce
+from ..report.families_picture import ORIGINAL, Row, write_families
+from .plan import Design, default_resolutions, make_axes, plan
+from .task import as_model, design_of
+
+GIVEN = "given"
+"""The family of candidates that came whole, in any combination."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The original first. Each candidate's cost is that of the network fed images of its resolution."""
+    """The original first, then family by family. Each candidate's cost is that of the network fed images of its resolution."""
 
     model: str
-    costs: tuple[tuple[Candidate, Cost], ...]
+    rows: tuple[Row, ...]
     batch_size: int
     convention: str
     notes: tuple[str, ...]
 
     @property
     def original(self) -> Cost:
-        return self.costs[0][1]
+        return self.rows[0].cost
 
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.model,
             "batch_size": self.batch_size,
             "convention": self.convention,
-            "costs": [{**candidate.to_json(), **cost.to_json()} for candidate, cost in self.costs],
+            "costs": [{"family": row.family, **row.candidate.to_json(), **row.cost.to_json()} for row in self.rows],
             "notes": list(self.notes),
         }
 
+    def write_picture(self, path: str | os.PathLike[str]) -> Path:
+        """The families as one self-contained HTML page: MACs against peak activation memory. Returns the path."""
+        return write_families(self.rows, path, self.model or "the model", self.batch_size, self.convention)
+
 
 def costs(
-    model: Model | nn.Module | str, resolutions: list[Resolution] | None = None, *, batch_size: int = 1, stem_scale: float = 1.0
+    model: Model | nn.Module | str,
+    resolutions: Sequence[Resolution] | None = None,
+    *,
+    stem_scales: Sequence[float] | None = (),
+    patch_sizes: Sequence[int] | None = (),
+    merges: Sequence[Merge | int | float | str] | None = (),
+    depths: Sequence[int] | None = (),
+    widths: Sequence[float] | None = (),
+    candidates: Sequence[Candidate | str] = (),
+    ragged: str = "error",
+    batch_size: int = 1,
 ) -> Costs:
-    """Cost at the model's own resolution and at each of `resolutions` (default: from its own down), taken as given.
+    """Cost at the model's own resolution and of families of candidates, each along its own axis; no weights are needed.
 
-    Raises DownresError when the network does not run at one of them.
+    Args:
+        resolutions: taken as given, not snapped; None: from the model's own down; () leaves them out.
+        stem_scales, patch_sizes, merges: as in `search`, at the model's own resolution (of patches, at their nearest
+            multiple to it); None and () leave them out.
+        depths, widths: model scaling, numbers of blocks and factors on the channels; see `Candidate`.
+        candidates: more, in any combination: `Candidate`s or their text, '168 merge4'.
+        ragged: what patches do where they do not divide the input: 'error', 'floor' (cut) or 'pad'.
+        batch_size: images in one pass.
+
+    Raises DownresError when a candidate cannot be made of this network or does not run.
     """
     model = as_model(model)
-    p = model.preprocessing
-    stride = total_stride(model.module, p.hw, len(p.mean))
-    candidates, notes = plan(p.resolution, stride, resolutions, (), do_snap=False)
-    network = model.module
-    if stem_scale != 1.0:
-        network = reduce(network, stem_scale=stem_scale, input_size=(len(p.mean), *p.hw))
-    found = [(Candidate(p.resolution), measure_cost(model.module, (batch_size, len(p.mean), *p.hw)))]
-    for candidate in [Candidate(p.resolution), *candidates] if stem_scale != 1.0 else candidates:
-        size = (batch_size, len(p.mean), *(candidate.hw or p.hw))
-        found.append((Candidate(candidate.resolution, stem_scale), measure_cost(network, size)))
-    return Costs(model.spec, tuple(found), batch_size, CONVENTION, tuple(notes))
+    native, design = Candidate(model.preprocessing.resolution), design_of(model)
+    chosen = default_resolutions(design.native, design.stride) if resolutions is None else resolutions
+    inputs, notes = plan(design, make_axes(chosen, (), (), (), ragged=ragged), do_snap=False)
+    inside = make_axes((), stem_scales or (), patch_sizes or (), merges or (), candidates, ragged)
+    others, more = plan(design, inside, do_snap=ragged == "error")
+    planned = {candidate: "resolution" for candidate in inputs}
+    whole = {c if c.resolution is not None else c.at(design.native) for c in inside.candidates}
+    planned |= {c: GIVEN if c in whole else _family(c, design) for c in others if c not in planned}
+    scaled = [Candidate(depth=depth) for depth in depths or ()] + [Candidate(width=width) for width in widths or ()]
+    planned |= {c.at(design.native): _family(c, design) for c in scaled if c != Candidate()}
+    measure = _Measuring(model, batch_size)
+    rows = [Row(ORIGINAL, native, measure(native)), *(Row(family, c, measure(c)) for c, family in planned.items())]
+    return Costs(model.spec, tuple(rows), batch_size, CONVENTION, tuple(dict.fromkeys([*notes, *more])))
+
+
+def _family(candidate: Candidate, design: Design) -> str:
+    """What a candidate of one axis changes."""
+    if candidate.depth is not None or candidate.width != 1.0:
+        return "width" if candidate.depth is None else "depth"
+    if candidate.merge is not None:
+        return "pruning" if candidate.merge.by == PRUNE else "merging"
+    if candidate.patch_size is not None:
+        return "patch size"
+    return "pooling" if design.sequence else "stem"
+
+
+class _Measuring:
+    """Costs of candidates of one model, whose weights are copied for none of them."""
+
+    def __init__(self, model: Model, batch_size: int) -> None:
+        self.model, self.batch_size = model, batch_size
+        self.channels, self.native = len(model.preprocessing.mean), model.preprocessing.hw
+
+    def __call__(self, candidate: Candidate) -> Cost:
+        size = self.batch_size, self.channels, *(candidate.hw or self.native)
+        if candidate == Candidate(self.model.preprocessing.resolution):
+            return measure_cost(self.model.module, size)
+        try:
+            return measure_cost(_hollow(self._reduced(self.weightless, candidate), "cpu"), size)
+        except Exception:  # something looked at numbers that are not there; the real one says what else is wrong
+            return measure_cost(self._reduced(self.model.module, candidate), size)
+
+    @cached_property
+    def weightless(self) -> nn.Module:
+        return _hollow(self.model.module, "meta")
+
+    def _reduced(self, network: nn.Module, candidate: Candidate) -> nn.Module:
+        return reduce(network, candidate, input_size=(self.channels, *self.native), resize_input=False)
+
+
+def _hollow(network: nn.Module, device: str) -> nn.Module:
+    """A copy whose parameters and buffers have no numbers; on 'cpu' they only claim to be there (they are fake)."""
+    tensors = list(itertools.chain(network.parameters(), network.buffers()))
+    with FakeTensorMode() if device == "cpu" else nullcontext():
+        hollow: list[Tensor] = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) for t in tensors]
+    known = {
+        id(t): nn.Parameter(h, t.requires_grad) if isinstance(t, nn.Parameter) else h
+        for t, h in zip(tensors, hollow, strict=True)
+    }
+    return copy.deepcopy(network, known)  # type: ignore[arg-type]

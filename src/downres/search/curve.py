@@ -1,26 +1,27 @@
-"""Quality against resolution: the model as it is, at each resolution, no search and no recovery."""
+"""Quality against resolution, patches and tokens: the model with its own weights, no search and no recovery."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
 from ..data import Dataset
+from ..errors import DownresError
 from ..families import Model
 from ..measure.cost import measure_cost
 from ..measure.quality import compare, count_correct, quality
 from ..parse import Resolution
-from ..probe import total_stride
-from ..records import Budget, Preprocessing, Result
+from ..records import Budget, Candidate, Merge, Preprocessing, Result
 from ..recover.features import State, logits
-from .plan import plan
+from .plan import check_trained, make_axes, plan
 from .task import Progress, prepare, prepare_model
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """The original first, then a result for each resolution in the order asked for; every drop is a plain comparison."""
+    """The original first, then a result for each candidate in the order asked for; every drop is a plain comparison."""
 
     original: Result
     results: tuple[Result, ...]
@@ -41,8 +42,13 @@ class Curve:
 def curve(
     model: Model | nn.Module | str,
     data: Dataset | str | Path,
-    resolutions: list[Resolution],
+    resolutions: Sequence[Resolution] = (),
     *,
+    stem_scales: Sequence[float] = (),
+    patch_sizes: Sequence[int] = (),
+    merges: Sequence[Merge | int | float | str] = (),
+    candidates: Sequence[Candidate | str] = (),
+    ragged: str = "error",
     snap: bool = True,
     max_drop: float = 1.0,
     val_fraction: float = 1.0,
@@ -53,25 +59,38 @@ def curve(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Curve:
-    """Top-1 of `model` at its own resolution and at each of `resolutions`, on the same images, decoded once.
+    """Top-1 of `model` at its own resolution and as each candidate, on the same images, decoded once.
+
+    What is tried is given as in `search`: `resolutions`, `stem_scales`, `patch_sizes`, `merges`, `candidates`; nothing by
+    default. A candidate that the network cannot be reduced to comes back as 'stopped', with the reason.
 
     Nothing is fitted, so every image of an undivided folder may be looked at; a `val_fraction` below 1 keeps to the
     images that `search` would prove on.
 
-    The verdict says of each resolution alone whether its drop is within `max_drop` points; whoever picks one of many
+    The verdict says of each candidate alone whether its drop is within `max_drop` points; whoever picks one of many
     by it should use `search`, which pays for the number of looks.
     """
+    axes = make_axes(resolutions, stem_scales, patch_sizes, merges, candidates, ragged)
     subject = prepare_model(model, data, preprocessing=preprocessing)
+    planned, notes = plan(subject.design(), axes, snap)
+    check_trained(planned)
+    if not planned:
+        raise DownresError("There is nothing to try: give for example resolutions below the original's, 96:256:32.")
     task = prepare(subject, data, val_fraction=val_fraction, parts=("val",), seed=seed, progress=progress)
     p = task.subject.model.preprocessing
-    candidates, notes = plan(p.resolution, total_stride(task.subject.model.module, p.hw, len(p.mean)), resolutions, (), snap)
     bank = task.fill(subject.bank(None, runtime=runtime, threads=threads, batch_size=batch_size, progress=progress))
     truth = task.data.labels[task.proof]
     results: list[Result] = []
     original = np.zeros(0, bool)
-    for candidate in [task.subject.native, *candidates]:
+    for candidate in [task.subject.native, *planned]:
         state = State(candidate, p.crop_ratio)
-        cost = measure_cost(bank.network(state), (len(p.mean), *bank.preprocessing_of(state).hw))
+        try:
+            cost = measure_cost(bank.network(state), (len(p.mean), *bank.preprocessing_of(state).hw))
+        except DownresError as error:
+            if not results:
+                raise
+            results.append(Result(candidate, "stopped", str(error)))
+            continue
         out = logits(bank.features(state, task.proof), task.subject.own_head)
         correct = count_correct(out, truth)
         correct5 = count_correct(out, truth, 5) if task.subject.outputs > 5 else None

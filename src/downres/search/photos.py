@@ -3,15 +3,18 @@
 from collections import Counter
 
 import numpy as np
+import torch
 
+from ..data import preprocess
 from ..records import Candidate
-from ..recover.features import State
+from ..recover.features import FeatureBank, State
+from ..reduction import token_map
 from .store import Store
 from .task import Task
 
 
-def keep_photos(store: Store, task: Task, candidates: list[Candidate]) -> None:
-    """Six at most, chosen reproducibly.
+def keep_photos(store: Store, task: Task, candidates: list[Candidate], bank: FeatureBank) -> None:
+    """Six at most, chosen reproducibly; for candidates that merge tokens also which patches of each went together.
 
     Three that all get right, two that some candidate loses, one that the original gets wrong.
     """
@@ -43,4 +46,9 @@ def keep_photos(store: Store, task: Task, candidates: list[Candidate]) -> None:
     }
     for k, i in enumerate(chosen):
         arrays[f"image{k}"] = np.asarray(task.data.images[int(task.proof[i])])
+    for i, candidate in enumerate(all_of):
+        if candidate.merge is not None:
+            state = State(candidate, crop)
+            pixels = [preprocess(task.data.images[int(task.proof[k])], bank.preprocessing_of(state)) for k in chosen]
+            arrays[f"map{i}"] = token_map(bank.network(state), torch.stack(pixels)).numpy().astype(np.int32)
     store.put_arrays("photos", **arrays)

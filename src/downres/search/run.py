@@ -4,7 +4,7 @@ import datetime
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ from ..measure.cost import measure_cost
 from ..measure.latency import RUNTIMES, interleaved, random_batch
 from ..measure.quality import count_correct, quality
 from ..parse import Resolution
-from ..probe import total_stride
-from ..records import Budget, Candidate, Cost, Latency, Preprocessing, Recovery, Rung
+from ..records import Budget, Candidate, Cost, Latency, Merge, Preprocessing, Recovery, Rung
 from ..recover.features import FeatureBank, State, logits
 from ..recover.ladder import RUNGS, Recovered, Reference, climb
 from ..runtimes import check_threads
 from .photos import keep_photos
-from .plan import STEM_SCALES, plan
+from .plan import check_trained, default_axes, make_axes, plan
 from .results import Run, load_run
 from .select import MINIMIZE, over_budget
 from .ship import reference_of, ship
@@ -42,8 +41,12 @@ def search(
     max_macs: int | None = None,
     max_memory_bytes: int | None = None,
     max_latency_ms: float | None = None,
-    resolutions: list[Resolution] | None = None,
-    stem_scales: tuple[float, ...] | None = None,
+    resolutions: Sequence[Resolution] | None = None,
+    stem_scales: Sequence[float] | None = None,
+    patch_sizes: Sequence[int] | None = None,
+    merges: Sequence[Merge | int | float | str] | None = None,
+    candidates: Sequence[Candidate | str] = (),
+    ragged: str = "error",
     snap: bool = True,
     rungs: tuple[str, ...] = RUNGS,
     minimize: str = "macs",
@@ -59,14 +62,17 @@ def search(
     command: str = "",
     progress: Progress | None = None,
 ) -> Run:
-    """Find the cheapest input resolution whose drop in top-1 is proven to be within `max_drop` points, and ship it.
+    """Find the cheapest way to look at less whose drop in top-1 is proven to be within `max_drop` points, and ship it.
 
     Args:
         model: `timm:NAME`, `torchvision:NAME`, `file.py:function`, a loaded Model, or an `nn.Module`.
         data: folder with train/ and val/, one folder of class folders, ImageNet's layout, or a Dataset.
         max_drop: points of top-1, proven with `confidence` for all candidates together.
         max_macs, max_memory_bytes, max_latency_ms: ceilings; what is over one is stopped before data are touched.
-        resolutions, stem_scales: what to try; default from the network's own resolution down.
+        resolutions, stem_scales, patch_sizes, merges: what to try, each along its own axis; None takes the network's default
+            (from its own resolution down; patches and merging for transformers), () leaves an axis out.
+        candidates: more to try as they are, in any combination: `Candidate`s or their text, '168 merge4'.
+        ragged: what patches do where they do not divide the input: 'error', 'floor' (cut) or 'pad'.
         snap: take resolutions to multiples of the network's stride.
         rungs: of the recovery ladder, from 'crop', 'batchnorm', 'head'; () only lowers the input.
         minimize: what 'cheapest' means: 'macs', 'memory' or 'latency'.
@@ -81,21 +87,19 @@ def search(
     budget = Budget(max_drop, confidence, max_macs, max_memory_bytes, max_latency_ms)
     _check_choices(rungs, minimize, runtime)
     check_threads(threads)
-    scales = STEM_SCALES if stem_scales is None else stem_scales
-    for scale in scales:
-        Candidate(None, scale)  # only for its error, before anything is opened
+    axes = make_axes(resolutions, stem_scales, patch_sizes, merges, candidates, ragged)
     subject = prepare_model(model, data, fit_head=fit_head, preprocessing=preprocessing)
-    native = subject.model.preprocessing.resolution
-    stride = total_stride(subject.model.module, subject.model.preprocessing.hw, subject.channels)
-    candidates, notes = plan(native, stride, resolutions, scales, snap)
-    if not candidates:
+    design = subject.design()
+    planned, notes = plan(design, default_axes(design, axes), snap)
+    check_trained(planned)
+    if not planned:
         raise DownresError("There is no candidate to try: give resolutions below the original's with --resolution.")
 
     settings = {
         "format": FORMAT,
         **subject.describe(),
         "budget": budget.to_json(),
-        "candidates": [c.to_json() for c in candidates],
+        "candidates": [c.to_json() for c in planned],
         "rungs": list(rungs),
         "minimize": minimize,
         "runtime": runtime,
@@ -110,7 +114,7 @@ def search(
             when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             store.put("started", {"when": when, "versions": versions()})
         bank = subject.bank(folder, runtime=runtime, threads=threads, progress=progress)
-        alive = _cost_gate(subject, store, budget, [subject.native, *candidates], bank, progress)
+        alive = _cost_gate(subject, store, budget, [subject.native, *planned], bank, progress)
         alive = _latency_gate(subject, store, budget, alive, bank, progress)
         if len(alive) > 1:  # the first is the original
             task = prepare(subject, data, folds=folds, val_fraction=val_fraction, seed=seed, progress=progress)
@@ -150,7 +154,7 @@ def _measure_all(
     bank.stage = ""
     run = load_run(store.folder, store)
     if store.get("photos") is None:
-        keep_photos(store, task, [r.candidate for r in run.results if r.status == "measured"])
+        keep_photos(store, task, [r.candidate for r in run.results if r.status == "measured"], bank)
         store.put("photos", True)
     if run.best is not None and run.artifact is None:
         if progress:

@@ -66,7 +66,7 @@ def recover(
     task = prepare(subject, data, val_fraction=val_fraction, seed=seed, progress=progress)
     candidate = candidate or Candidate(as_resolution(resolution))  # type: ignore[arg-type]
     if candidate.resolution is None:
-        candidate = Candidate(task.subject.native.resolution, candidate.stem_scale, candidate.stem)
+        candidate = candidate.at(task.subject.native.resolution)
     bank = task.fill(subject.bank(None, runtime=runtime, threads=threads, progress=progress))
     reference = reference_of(task, bank, 0, task.data.folds[0], rungs)
     final = climb(bank, candidate, reference, task.data.labels, task.subject.outputs, Budget(max_drop), rungs)

@@ -1,6 +1,7 @@
 """A model and its data made ready for all stages, the model first: costs need no images."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ from torch import nn
 from ..data import Dataset, Fold, data_classes, open_data
 from ..errors import DownresError
 from ..families import Model, load_model
-from ..probe import find_head, input_size_of
+from ..families.adapter import find_adapter
+from ..probe import find_head, input_size_of, total_stride
 from ..records import Candidate, Preprocessing
 from ..recover.features import FeatureBank, State
 from ..recover.head import Head
 from ..recover.ladder import split_tuning
+from ..reduction import made_for
+from .plan import Design
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,6 +46,9 @@ class Subject:
     @property
     def native_state(self) -> State:
         return State(self.native, self.model.preprocessing.crop_ratio)
+
+    def design(self) -> Design:
+        return design_of(self.model)
 
     @property
     def channels(self) -> int:
@@ -166,7 +173,7 @@ def prepare(
 
 
 def as_model(model: Model | nn.Module | str, preprocessing: Preprocessing | None = None) -> Model:
-    """A specification, a bare module or a loaded model as a loaded model."""
+    """A specification, a bare module or a loaded model as a loaded model, made for the resolution that it is used at."""
     if isinstance(model, str):
         model = load_model(model)
     if isinstance(model, nn.Module):
@@ -176,7 +183,20 @@ def as_model(model: Model | nn.Module | str, preprocessing: Preprocessing | None
         if preprocessing is None and not getattr(model, "pretrained_cfg", None):
             found = found.at(resolution=input_size_of(model)[1:])  # type: ignore[arg-type]
         # Measured on the CPU in single precision, wherever and however the caller keeps it.
-        return Model(copy.deepcopy(model).cpu().float().eval(), found)
-    if preprocessing is not None:
+        model = Model(copy.deepcopy(model).cpu().float().eval(), found)
+    elif preprocessing is not None:
         model = Model(model.module, preprocessing, model.spec, model.weights, model.num_classes)
-    return model
+    module = made_for(model.module, model.preprocessing.hw)
+    return model if module is model.module else dataclasses.replace(model, module=module)
+
+
+def design_of(model: Model) -> Design:
+    """What a plan of candidates needs to know of the model."""
+    p, adapter = model.preprocessing, find_adapter(model.module)
+    patch = adapter.patch[0] if adapter is not None and adapter.patch is not None else None
+    return Design(
+        p.resolution,
+        total_stride(model.module, p.hw, len(p.mean)),
+        patch,
+        adapter is not None and bool(adapter.block_names()),
+    )

@@ -8,7 +8,7 @@ from ..artifact import read_manifest
 from ..data import resize_and_crop
 from ..measure.cost import CONVENTION
 from ..records import Candidate, Preprocessing
-from ..report import Photo, ReportView, View, words
+from ..report import Photo, ReportView, View, pictures, words
 from ..report import write_report as write_page
 from .results import Run, load_run
 from .select import expense
@@ -65,9 +65,9 @@ def _photos(store: Store, native: Preprocessing, run: Run) -> tuple[Photo, ...]:
         return ()
     kept = store.arrays("photos")
     crops = {str(r.candidate): r.recovery.crop_ratio for r in run.results if r.recovery is not None}
-    # A stem variant sees the same pixels as the original: one row of input variants tells it all.
+    # What else shrinks inside the network sees the same pixels as the original: input variants and merged tokens tell it all.
     columns = [(i, Candidate.parse(str(name))) for i, name in enumerate(kept["candidates"])]
-    columns = [(i, c) for i, c in columns if c.stem_scale == 1.0]
+    columns = [(i, c) for i, c in columns if c.is_input_only or f"map{i}" in kept]
     if len(columns) > SHOWN:
         # The ends and the chosen one always, the rest evenly.
         wanted = {0, len(columns) - 1, *(i for i, (_, c) in enumerate(columns) if run.best and c == run.best.candidate)}
@@ -81,10 +81,13 @@ def _photos(store: Store, native: Preprocessing, run: Run) -> tuple[Photo, ...]:
         for i, candidate in columns:
             p = native.at(candidate.resolution, crops.get(str(candidate), native.crop_ratio))
             seen = resize_and_crop(kept[f"image{k}"], p).permute(1, 2, 0).numpy()
+            seen = np.ascontiguousarray(np.broadcast_to(seen, (*seen.shape[:2], 3)))
+            if f"map{i}" in kept:
+                seen = pictures.mosaic(seen, kept[f"map{i}"][k])
             views.append(
                 View(
                     label=words.label(candidate),
-                    image=np.ascontiguousarray(np.broadcast_to(seen, (*seen.shape[:2], 3))),
+                    image=seen,
                     prediction=classes[int(kept["predicted"][i, k])],
                     confidence=float(kept["confidence"][i, k]),
                     correct=bool(kept["correct"][i, k]),

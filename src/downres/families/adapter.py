@@ -1,0 +1,194 @@
+"""What `reduce` asks of a transformer, whatever library it is from: its patches, its grid, its blocks."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DownresError
+from ..records import PRUNE
+from ..reductions.tokens import TokenState
+
+Size = tuple[int, int]
+"""(height, width)"""
+
+
+class Adapter:
+    """One transformer inside a model and what can be done with it. Changes `module` in place: give it a copy.
+
+    Attributes:
+        name: dotted name of the transformer inside the model, '' for the model itself.
+        image: (height, width) in pixels that it is made for; None where it takes any size as it is.
+        patch: (height, width) in pixels of a patch, None where there is no resizable patch embedding.
+        prefix: class, distillation and register tokens in front of the patch tokens.
+        class_token: whether the first of them is a class token.
+    """
+
+    image: Size | None = None
+    patch: Size | None = None
+    prefix: int = 0
+    class_token: bool = False
+    resamples_itself: bool = False
+    """Takes any size (`image` is None) by resampling its position embeddings in every forward pass; `fit` does it once."""
+    why_no_sequence = "its tokens are no plain sequence"
+    """Ends the sentence 'cannot merge or pool tokens: …' where `blocks` is empty."""
+    sure = True
+    """False where only a run can tell whether a reduced model works: `reduce` then makes one."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+
+    def inside(self, name: str) -> str:
+        """The dotted name, in the model, of a part of the transformer."""
+        return f"{self.name}.{name}" if self.name else name
+
+    @property
+    def unit(self) -> Size:
+        """Multiples, in pixels, that height and width must be of."""
+        return self.patch or (1, 1)
+
+    def grid(self, image: Size) -> Size:
+        """(rows, columns) of patch tokens that it makes of an image."""
+        return image[0] // self.unit[0], image[1] // self.unit[1]
+
+    def fit(self, image: Size, patch: Size | None) -> str:
+        """Make it for images of another size, and for patches of another size unless None; says what was done, in words.
+
+        Position embeddings are resampled in float32 from the original's grid, prefix tokens apart; the patch kernel is
+        resized by pseudo-inverse (FlexiViT, Beyer et al. 2023). Raises DownresError with the reason when it cannot be.
+        """
+        raise NotImplementedError
+
+    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
+        """Keep the embedding for `image`, and make all that follows it for a map about `scale` times as large.
+
+        For networks without a plain sequence of tokens. Returns the name, inside the model, of the module after which the
+        map is to be resampled, and the exact factor. Raises DownresError with the reason when it cannot be.
+        """
+        raise DownresError(
+            f"The activations of {type(self.module).__name__} cannot be resampled ({self.why_no_sequence}): "
+            "lower its resolution instead."
+        )
+
+    def block_names(self) -> list[str]:
+        """Names, inside `module`, of the blocks between which the sequence of tokens may change its length; may be empty."""
+        return []
+
+    def blocks(self) -> list[nn.Module]:
+        found = [self.module.get_submodule(name) for name in self.block_names()]
+        if not found:
+            raise DownresError(
+                f"The tokens of {type(self.module).__name__} can be neither merged nor pooled ({self.why_no_sequence}): "
+                "lower its resolution instead."
+            )
+        return found
+
+    def merge(self, state: TokenState, blocks: Sequence[nn.Module]) -> None:
+        """Make these blocks hand their tokens to `state` between attention and MLP. Raises DownresError where it cannot."""
+        raise NotImplementedError
+
+    def after_pooling(self, blocks: Sequence[nn.Module], grid: Size) -> None:
+        """What the blocks that follow a pooling need to know of the smaller grid (rotary embeddings)."""
+
+    def scale(self, depth: int | None, width: float) -> nn.Module:
+        """Another network of the same design with `depth` blocks and `width` times the channels; weights drawn anew."""
+        raise DownresError(
+            f"The depth and width of {type(self.module).__name__} cannot be scaled here: make the smaller network yourself."
+        )
+
+
+class KeepOutput:
+    """Forward hook on what computes an attention's keys or queries: hands them to the state that the blocks share.
+
+    heads: number of heads where the output is (B, tokens, heads·D); None where it is (B, heads, tokens, D) already.
+    tokens_first: the output is (B, tokens, heads, D).
+    join: the block has several attentions: their heads are put side by side.
+    """
+
+    def __init__(
+        self, state: TokenState, what: str, heads: int | None = None, tokens_first: bool = False, join: bool = False
+    ) -> None:
+        self.state, self.what, self.heads, self.tokens_first, self.join = state, what, heads, tokens_first, join
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.heads is not None:
+            output = output.unflatten(-1, (self.heads, -1))
+        if self.heads is not None or self.tokens_first:
+            output = output.transpose(1, 2)
+        if self.join and (before := getattr(self.state, self.what)) is not None:
+            output = torch.cat([before, output], dim=1)
+        setattr(self.state, self.what, output)
+
+
+class SetKeyword:
+    """Forward pre-hook: the module gets this value under this name, whatever the caller gave."""
+
+    def __init__(self, key: str, value: Any) -> None:
+        self.key, self.value = key, value
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, {**kwargs, self.key: self.value}
+
+
+def packed_attention(attention: nn.MultiheadAttention, x: Tensor, state: TokenState) -> Tensor:
+    """Self-attention of torch's own module with the mask of the merged tokens: (B, tokens, C) → the same.
+
+    The module itself hands out no keys, and its fast path takes no additive mask.
+    """
+    packed = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    queries, keys, values = packed.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    state.keys, state.queries = keys, queries if state.by == PRUNE else None
+    dropout = attention.dropout if attention.training else 0.0
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=state.mask(x), dropout_p=dropout)
+    return attention.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def no_mask(*masks: object) -> None:
+    """For the blocks that merge: whatever masks or flags the caller gives besides the tokens must be empty."""
+    if any(mask is not None and mask is not False for mask in masks):
+        raise DownresError(
+            "A model with merged tokens takes no attention mask, whose tokens are no longer its own: leave the mask out, "
+            "or reduce without merging."
+        )
+
+
+def swap_class(block: nn.Module, classes: dict[type, type], state: TokenState, index: int) -> None:
+    """Give a block the merging `forward` of its kind. Its class changes, its submodules and state dict do not."""
+    kind = classes.get(type(block))
+    if kind is None:
+        known = ", ".join(c.__name__ for c in classes)
+        raise DownresError(
+            f"The tokens of blocks of kind {type(block).__name__} cannot be merged (known kinds: {known}): "
+            "pool them with stem_scale or lower the resolution instead."
+        )
+    block.__class__ = kind
+    block.tokens, block.index = state, index  # type: ignore[assignment]
+
+
+def find_adapter(model: nn.Module) -> Adapter | None:
+    """The first transformer in `model` (itself, or anywhere inside a user's own module) that a family knows.
+
+    None for a convnet.
+    """
+    from . import generic, timm, torchvision
+
+    families = [timm, torchvision]
+    if "transformers.modeling_utils" in sys.modules:  # none of its models can exist before; importing it takes seconds
+        with contextlib.suppress(ImportError):  # an old version that something else needs
+            from . import transformers_vit
+
+            families.append(transformers_vit)
+    for name, module in model.named_modules():
+        for family in families:
+            if (found := family.adapter(name, module)) is not None:
+                return found
+    return generic.adapter("", model)
+
+
+def as_pair(size: int | Sequence[int] | torch.Size) -> Size:
+    """One number or two as (height, width)."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

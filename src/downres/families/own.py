@@ -1,0 +1,390 @@
+"""A vision transformer of the user's own, as most write it since timm, DINO and MAE: known by its parts, not by its class.
+
+A convolution whose kernel is its stride cuts the patches, a parameter with 'pos' in its name is added to the tokens, and a
+list of equal blocks follows. What cannot be read off the parts is learned from one run without numbers.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc, resample_patch_embed
+from torch import Tensor, nn
+
+from ..errors import DownresError
+from ..parse import format_resolution
+from ..probe import fake_run, input_size_of
+from ..records import PRUNE
+from ..reductions.resize import resample
+from ..reductions.tokens import TokenState
+from .adapter import Adapter, Size, as_pair, no_mask, packed_attention, swap_class
+
+IMAGE = ("img_size", "image_size", "input_size", "input_resolution", "img_dim")
+PATCH = ("patch_size", "patch_dim")
+GRID = ("grid_size", "grid", "patches_resolution", "feat_size", "patch_shape", "num_patches_hw")
+COUNT = ("num_patches", "n_patches", "seq_length", "seq_len", "sequence_length", "num_tokens", "num_positions", "num_embeddings")
+"""Names that attributes of this meaning usually have; one is changed only where it holds the old value."""
+CLASS_TOKENS = ("cls_token", "class_token", "cls", "class_embedding", "cls_embedding")
+
+
+def find(model: nn.Module) -> "OwnViT | None":
+    """The transformer in `model`, or None where the parts are missing or a run does not show a plain sequence."""
+    conv = next((name for name, m in model.named_modules() if _cuts_patches(m)), None)
+    lists = {name: [f"{name}.{child}" if name else child for child, _ in m.named_children()] for name, m in _lists(model)}
+    if conv is None or not lists:
+        return None
+    for size in _sizes(model, conv):
+        try:
+            seen = _look(model, conv, lists, size)
+        except DownresError:
+            continue
+        blocks = next((names for names in lists.values() if seen.tokens_through(names) >= max(1, math.prod(seen.grid))), None)
+        return OwnViT(model, conv, blocks, size, seen) if blocks else None
+    return None
+
+
+def _cuts_patches(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == module.stride
+        and min(module.kernel_size) > 1
+        and module.padding in ((0, 0), "valid")
+        and module.groups == 1
+    )
+
+
+def _lists(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Lists of at least two modules of one class."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1 and len({type(m) for m in module}) == 1:
+            yield name, module
+
+
+def _sizes(model: nn.Module, conv: str) -> Iterator[tuple[int, ...]]:
+    """(channels, height, width) that the model may be made for, the likeliest first."""
+    patch = model.get_submodule(conv)
+    assert isinstance(patch, nn.Conv2d)
+    channels, found = patch.in_channels, []
+    for module in model.modules():
+        for key in IMAGE:
+            if (size := _pair(vars(module).get(key))) is not None:
+                found.append(size)
+    if getattr(model, "pretrained_cfg", None):
+        found.append(input_size_of(model)[1:])
+    for _, position in _positions(model):
+        many = position.shape[-2] if position.ndim < 4 else position.shape[-1] ** 2
+        # A square grid, with up to eight class and register tokens besides.
+        sides = [math.isqrt(many - more) for more in range(9) if many > more and math.isqrt(many - more) ** 2 == many - more]
+        found += [(side * patch.kernel_size[0], side * patch.kernel_size[1]) for side in sides]
+    found.append(input_size_of(model)[1:])
+    yield from dict.fromkeys((channels, *size) for size in found)
+
+
+def _pair(value: Any) -> Size | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value, value
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value):
+        return value[0], value[1]
+    return None
+
+
+def _positions(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Names and values of what may be position embeddings; those that are looked up by index come as (N, C)."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, t) for name, t in tensors if "pos" in name.lower() and t.is_floating_point() and 2 <= t.ndim <= 4]
+
+
+@dataclass
+class _Seen:
+    """What a run shows: the size of the image at the patch convolution, of its map, and the tokens into every block."""
+
+    image: Size = (0, 0)
+    grid: Size = (0, 0)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def tokens_through(self, names: Sequence[str]) -> int:
+        """Tokens that go in and come out of all these blocks alike, 0 where they do not."""
+        counts = {self.tokens.get(name, 0) for name in names}
+        return counts.pop() if len(counts) == 1 else 0
+
+
+def _look(model: nn.Module, conv: str, lists: dict[str, list[str]], size: tuple[int, ...]) -> _Seen:
+    """Raises DownresError where the model does not run at this size."""
+
+    @contextmanager
+    def watch(copied: nn.Module, x: Tensor) -> Iterator[_Seen]:
+        seen = _Seen()
+
+        def patches(_module: nn.Module, args: tuple, output: Tensor) -> None:
+            height, width = args[0].shape[-2:]
+            rows, columns = output.shape[-2:]
+            seen.image, seen.grid = (height, width), (rows, columns)
+
+        def sequence(name: str) -> Any:
+            def note(_module: nn.Module, args: tuple, output: object) -> None:
+                first = args[0] if args else None
+                if isinstance(first, Tensor) and isinstance(output, Tensor) and first.ndim == 3 and first.shape == output.shape:
+                    seen.tokens[name] = first.shape[1]
+
+            return note
+
+        copied.get_submodule(conv).register_forward_hook(patches)
+        for name in {name for names in lists.values() for name in names}:
+            copied.get_submodule(name).register_forward_hook(sequence(name))
+        yield seen
+
+    return fake_run(model, size, watch)
+
+
+class OwnViT(Adapter):
+    """Changes `module`, the user's whole model, of which the transformer is a part."""
+
+    sure = False
+
+    def __init__(self, model: nn.Module, conv: str, blocks: list[str], size: tuple[int, ...], seen: _Seen) -> None:
+        super().__init__("", model)
+        self._conv, self._blocks, self._size, self._seen = conv, blocks, size, seen
+        self.prefix = seen.tokens_through(blocks) - math.prod(seen.grid)
+        self.class_token = self.prefix > 0 and any(
+            name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters()
+        )
+        self._any_size: bool | None = None
+
+    @property
+    def _projection(self) -> nn.Conv2d:
+        conv = self.module.get_submodule(self._conv)
+        assert isinstance(conv, nn.Conv2d)
+        return conv
+
+    @property
+    def image(self) -> Size | None:  # type: ignore[override]
+        if self._any_size is None:
+            unit, (channels, height, width) = self._projection.kernel_size, self._size
+            try:
+                other = self._run((channels, height + 2 * unit[0], width + unit[1]))
+                self._any_size = other.tokens_through(self._blocks) == math.prod(other.grid) + self.prefix
+            except DownresError:
+                self._any_size = False
+        return None if self._any_size else self._seen.image
+
+    def _run(self, size: tuple[int, ...]) -> _Seen:
+        return _look(self.module, self._conv, {"": self._blocks}, size)
+
+    @property
+    def patch(self) -> Size | None:  # type: ignore[override]
+        return as_pair(self._projection.kernel_size)
+
+    def block_names(self) -> list[str]:
+        return self._blocks
+
+    def fit(self, image: Size, patch: Size | None) -> str:
+        old, new = self._seen.grid, (image[0] // (patch or self.unit)[0], image[1] // (patch or self.unit)[1])
+        before, any_size = self._seen.image, self.image is None
+        kernel = as_pair(self._projection.kernel_size)
+        if patch is not None and patch != kernel:
+            _resize_kernel(self._projection, patch)
+            self._rename(PATCH, kernel, patch)
+        if not any_size:
+            for name, position in _positions(self.module):
+                self._place(name, position, old, new)
+            self._rename(IMAGE, before, image)
+            self._rename(GRID, old, new)
+            self._recount(math.prod(old), math.prod(new))
+        self._size = (self._size[0], *image)
+        try:
+            self._seen = self._run(self._size)
+        except DownresError as error:
+            reason = (str(error.__cause__ or error).strip().splitlines() or ["it does not run"])[0].rstrip(".")
+            raise self._impossible(image, reason) from error
+        found = self._seen.tokens_through(self._blocks)
+        if self._seen.grid != new or found != math.prod(new) + self.prefix:
+            raise self._impossible(image, f"its blocks then see {found} tokens of {math.prod(new) + self.prefix}")
+        return "position embedding and patch kernel resampled"
+
+    def _impossible(self, image: Size, reason: str) -> DownresError:
+        return DownresError(
+            f"{type(self.module).__name__} cannot be made for {format_resolution(image)} px ({reason}): give another resolution."
+        )
+
+    def _place(self, name: str, position: Tensor, old: Size, new: Size) -> None:
+        """Resample one position embedding of the old grid, if it is one."""
+        many, tokens = math.prod(old), position.shape[-2]
+        grid = list(new)
+        with torch.no_grad():
+            if position.ndim == 4 and tuple(position.shape[2:]) == old:
+                found = resample(position, new, "bicubic")
+            elif position.ndim == 4 and tuple(position.shape[1:3]) == old:
+                found = resample_abs_pos_embed_nhwc(position, grid)
+            elif position.ndim < 4 and math.prod(position.shape[:-2]) == 1 and tokens in (many, many + self.prefix):
+                rows = position.reshape(1, tokens, -1)
+                found = resample_abs_pos_embed(rows, grid, old_size=list(old), num_prefix_tokens=tokens - many)
+                found = found.reshape(*position.shape[:-2], -1, position.shape[-1])
+            else:
+                return
+        owner, _, key = name.rpartition(".")
+        _put(self.module.get_submodule(owner), key, found)
+
+    def _rename(self, keys: tuple[str, ...], old: Size, new: Size) -> None:
+        """Attributes with one of these names and the old size get the new one, in the form that they had."""
+        for module in self.module.modules():
+            for key in keys:
+                value = vars(module).get(key)
+                if _pair(value) == old:
+                    form = tuple if isinstance(value, int) else type(value)
+                    setattr(module, key, new[0] if isinstance(value, int) and new[0] == new[1] else form(new))
+
+    def _recount(self, old: int, new: int) -> None:
+        """The same for numbers of tokens, with and without the prefix, and for indices of positions that are looked up."""
+        for module in self.module.modules():
+            for key in COUNT:
+                if (value := vars(module).get(key)) in (old, old + self.prefix) and isinstance(value, int):
+                    setattr(module, key, value - old + new)
+            for key, value in list(module._buffers.items()):
+                if "pos" in key and value is not None and value.dtype == torch.long and value.numel() in (old, old + self.prefix):
+                    many = value.numel() - old + new
+                    module._buffers[key] = torch.arange(many, device=value.device).expand(*value.shape[:-1], many).clone()
+
+    def merge(self, state: TokenState, blocks: Sequence[nn.Module]) -> None:
+        for i, block in enumerate(blocks):
+            if _is_block(block):
+                _verify(block)
+                swap_class(block, {type(block): _MergingBlock}, state, i)
+                continue
+            if type(block) is nn.TransformerEncoderLayer:
+                _check_packed(block)
+            swap_class(block, {nn.TransformerEncoderLayer: _MergingEncoderLayer}, state, i)
+
+
+def _put(module: nn.Module, key: str, value: Tensor) -> None:
+    """Replace a parameter or buffer by one of another shape."""
+    before = module._parameters.get(key)
+    if before is not None:
+        module._parameters[key] = nn.Parameter(value, requires_grad=before.requires_grad)
+    else:
+        module._buffers[key] = value
+
+
+def _resize_kernel(conv: nn.Conv2d, patch: Size) -> None:
+    """The patch kernel by pseudo-inverse (FlexiViT), in place."""
+    with torch.no_grad():
+        _put(conv, "weight", resample_patch_embed(conv.weight, list(patch)))
+    conv.kernel_size = conv.stride = patch
+
+
+# Blocks: norm1, attn (qkv, proj, num_heads), norm2, mlp, and what may stand between.
+
+
+def _is_block(block: nn.Module) -> bool:
+    attention = getattr(block, "attn", None)
+    return all(isinstance(getattr(block, part, None), nn.Module) for part in ("norm1", "norm2", "mlp")) and (
+        isinstance(getattr(attention, "qkv", None), nn.Linear)
+        and isinstance(getattr(attention, "proj", None), nn.Linear)
+        and isinstance(getattr(attention, "num_heads", None), int)
+    )
+
+
+def _attend(attention: Any, x: Tensor, state: TokenState) -> Tensor:
+    """(B, tokens, C) → the same: multi-head attention with the mask of the merged tokens."""
+    packed = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))
+    queries, keys, values = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    if isinstance(getattr(attention, "q_norm", None), nn.Module):
+        queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    state.keys, state.queries = keys, queries if state.by == PRUNE else None
+    dropout = getattr(attention, "attn_drop", 0.0)
+    dropout = float(getattr(dropout, "p", dropout)) if attention.training else 0.0
+    scale = getattr(attention, "scale", None)
+    mixed = F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=state.mask(x),
+        dropout_p=dropout,
+        scale=scale if isinstance(scale, float) else None,
+    )
+    out = attention.proj(mixed.transpose(1, 2).flatten(2))
+    drop = getattr(attention, "proj_drop", None)
+    return drop(out) if isinstance(drop, nn.Module) else out
+
+
+def _branch(block: nn.Module, out: Tensor, which: int) -> Tensor:
+    """Layer scale and stochastic depth of the first (attention) or second (MLP) residual branch."""
+    for key in (f"ls{which}", f"gamma_{which}", f"gamma{which}"):
+        part = getattr(block, key, None)
+        if part is not None:
+            out = part(out) if isinstance(part, nn.Module) else part * out
+    drop = getattr(block, f"drop_path{which}", getattr(block, "drop_path", None))
+    return drop(out) if isinstance(drop, nn.Module) else out
+
+
+class _MergingBlock(nn.Module):
+    tokens: TokenState
+    index: int
+
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        no_mask(*others, *named.values())
+        block: Any = self
+        self.tokens.enter(self.index)
+        x = x + _branch(self, _attend(block.attn, block.norm1(x), self.tokens), 1)
+        x = self.tokens.shrink(self.index, x)
+        x = x + _branch(self, block.mlp(block.norm2(x)), 2)
+        return self.tokens.leave(self.index, x)
+
+
+class _MergingEncoderLayer(nn.TransformerEncoderLayer):
+    tokens: TokenState
+    index: int
+
+    def forward(self, src: Tensor, *others: Any, **named: Any) -> Tensor:
+        no_mask(*others, *named.values())
+        self.tokens.enter(self.index)
+        if self.norm_first:
+            x = src + self.dropout1(packed_attention(self.self_attn, self.norm1(src), self.tokens))
+            x = self.tokens.shrink(self.index, x)
+            x = x + self._ff_block(self.norm2(x))
+        else:
+            x = self.norm1(src + self.dropout1(packed_attention(self.self_attn, src, self.tokens)))
+            x = self.tokens.shrink(self.index, x)
+            x = self.norm2(x + self._ff_block(x))
+        return self.tokens.leave(self.index, x)
+
+
+def _verify(block: nn.Module) -> None:
+    """Whether the merging block computes what the user's does, on random tokens of two lengths, in double precision.
+
+    Relative positions, other orders of the parts and whatever else a block may do are noticed here.
+    """
+    original = copy.deepcopy(block).cpu().double().eval()
+    rewritten = copy.deepcopy(original)
+    generator = torch.Generator().manual_seed(0)
+    width = rewritten.attn.qkv.in_features  # type: ignore[union-attr]
+    swap_class(rewritten, {type(rewritten): _MergingBlock}, TokenState((0, 0), 0, ""), 0)
+    difference = "its result is another"
+    try:
+        with torch.no_grad():
+            for length in (7, 12):
+                x = torch.randn(2, length, width, generator=generator, dtype=torch.float64)
+                # Differences that layer scale makes small are seen on what the block adds, not on the sum.
+                if not torch.allclose(rewritten(x) - x, original(x) - x, rtol=1e-6, atol=1e-12):
+                    break
+            else:
+                return
+    except Exception as error:  # whatever the user's block raises for a length that it is not made for
+        difference = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    raise DownresError(
+        f"The tokens of blocks of kind {type(block).__name__} cannot be merged: what downres makes of norm1, attn, norm2 and mlp "
+        f"does not compute what the block does ({difference}); pool them with stem_scale or lower the resolution instead."
+    )
+
+
+def _check_packed(layer: nn.TransformerEncoderLayer) -> None:
+    attention = layer.self_attn
+    if not (attention.batch_first and attention._qkv_same_embed_dim) or attention.bias_k is not None or attention.add_zero_attn:
+        raise DownresError(
+            "The tokens of nn.TransformerEncoderLayer can be merged with batch_first=True and plain self-attention alone, "
+            "this one has other options: make it so, or lower the resolution instead."
+        )

@@ -1,0 +1,157 @@
+"""A timm network of fixed size that timm itself cannot resize, made for another size all the same.
+
+timm builds the network afresh at both sizes; what differs between the two (grids, index tables, position embeddings) is
+what has to change in the user's network. Everything else of it stays: weights, head, hooks, dtype.
+"""
+
+import math
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
+from torch import Tensor, nn
+
+from ..errors import DownresError
+from ..parse import format_resolution
+from .adapter import Size
+
+_SIMPLE = (int, float, str, bool, tuple, list, type(None))
+_RUNTIME = ("training", "num_classes", "pretrained_cfg", "default_cfg", "pretrained_model_args")
+
+
+def rebuild(module: Any, old: Size, new: Size, patch: Size | None = None) -> str:
+    """Make `module` for images of the size `new` where it is for `old`, in place; says what was done, in words.
+
+    patch: another patch size, None where it stays.
+    Raises DownresError where timm does not make it at that size, or where weights other than positions depend on the size.
+    """
+    before = dict(_fresh(module, old, {}).named_modules())
+    after = dict(_fresh(module, new, {} if patch is None else {"patch_size": patch[0]}).named_modules())
+    own = dict(module.named_modules())
+    if before.keys() != after.keys() or any(type(before[name]) is not type(after[name]) for name in before):
+        raise _impossible(module, new, "it has other layers at that size")
+    grids = _pairs(before, after)
+    resampled = 0
+    for name in before:
+        for kind in ("_parameters", "_buffers"):
+            for key, small in getattr(after[name], kind).items():
+                like = getattr(before[name], kind)[key]
+                if small is None or (small.shape == like.shape and (kind == "_parameters" or torch.equal(small, like))):
+                    continue
+                mine = getattr(own.get(name), kind, {}).get(key)
+                if mine is None or mine.shape != like.shape:
+                    raise _impossible(module, new, f"{name}.{key} is not as timm makes it")
+                if kind == "_buffers":
+                    found = small.to(mine.device)
+                    found = found.to(mine.dtype) if mine.is_floating_point() else found
+                else:
+                    with torch.no_grad():
+                        values = _resampled(key, mine, before[name], after[name], small, grids)
+                    if values is None:
+                        raise _impossible(module, new, f"{_dotted(name, key)} holds weights for each of a fixed number of tokens")
+                    found = nn.Parameter(values, requires_grad=mine.requires_grad)
+                    resampled += 1
+                getattr(own[name], kind)[key] = found
+        for key, value in vars(after[name]).items():
+            plain = isinstance(value, _SIMPLE) and not key.startswith("_") and key not in _RUNTIME
+            if plain and name in own and value != vars(before[name]).get(key):
+                setattr(own[name], key, value)
+    return f"as timm builds it for that size, {resampled} position tables resampled"
+
+
+def _fresh(module: Any, size: Size, changed: dict[str, Any]) -> nn.Module:
+    """The same network with new weights, for images of this size."""
+    name = module.pretrained_cfg["architecture"]
+    given = {k: v for k, v in getattr(module, "_model_args", {}).items() if not k.endswith("_rate")}
+    try:
+        return timm.create_model(name, pretrained=False, **{**given, "img_size": size, **changed})
+    except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # what constructors object with
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise _impossible(module, size, f"timm does not build it: {reason}") from error
+
+
+def _impossible(module: nn.Module, size: Size, reason: str) -> DownresError:
+    return DownresError(
+        f"{type(module).__name__} cannot be made for {format_resolution(size)} px ({reason}): "
+        "give another resolution or another model."
+    )
+
+
+def _dotted(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _pairs(before: dict[str, nn.Module], after: dict[str, nn.Module]) -> list[tuple[Size, Size]]:
+    """The grids that the two networks note of themselves, where they differ."""
+    found = []
+    for name in before:
+        for key, value in vars(before[name]).items():
+            other = vars(after[name]).get(key)
+            if _is_pair(value) and _is_pair(other) and tuple(value) != tuple(other):
+                found.append((tuple(value), tuple(other)))
+    return list(dict.fromkeys(found))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value)
+
+
+def _resampled(
+    key: str, mine: Tensor, before: Any, after: Any, like: Tensor, grids: list[tuple[Size, Size]]
+) -> Tensor | None:
+    """A table of positions for the other size, in float32 and antialiased; None where it is no such table."""
+    old, new = mine.shape, like.shape
+    if key == "weight" and mine.ndim == 4 and old[:2] == new[:2] and before.kernel_size == before.stride:
+        return resample_patch_embed(mine, list(new[2:]))
+    if mine.ndim != like.ndim or not any(word in key for word in ("pos", "rel", "bias_table", "attention_biases")):
+        return None
+    if "relative_position_bias_table" in key:
+        return resize_rel_pos_bias_table(mine, after.window_size, tuple(new), old_window_size=before.window_size)
+    if key == "attention_biases":  # LeViT: (heads, rows·columns) of distances
+        return _flat(mine, -1, _resolution(before), _resolution(after))
+    if mine.ndim == 4 and old[1] == new[1] and old[3] == new[3] and _square(old[2]) and _square(new[2]):  # NesT
+        sides = math.isqrt(old[2]), math.isqrt(new[2])
+        return _flat(mine, 2, (sides[0],) * 2, (sides[1],) * 2)
+    if mine.ndim == 3:  # (1, prefix + rows·columns, channels)
+        pairs = [*grids, *(((i, i), (j, j)) for i in (math.isqrt(old[1]),) for j in (math.isqrt(new[1]),))]
+        for (h, w), (rows, columns) in pairs:
+            prefix = old[1] - h * w
+            if 0 <= prefix <= 2 and prefix == new[1] - rows * columns:
+                return resample_abs_pos_embed(mine, [rows, columns], old_size=[h, w], num_prefix_tokens=prefix)
+        return None
+    found = mine.float()
+    for axis, (n, m) in enumerate(zip(old, new, strict=True)):
+        found = found if n == m else _axis(found, axis, m)
+    return found.to(mine.dtype)
+
+
+def _resolution(attention: Any) -> Size:
+    size = attention.resolution
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _square(n: int) -> bool:
+    return math.isqrt(n) ** 2 == n
+
+
+def _flat(table: Tensor, axis: int, old: Size, new: Size) -> Tensor | None:
+    """A table with rows and columns in one axis."""
+    axis %= table.ndim
+    if math.prod(old) != table.shape[axis]:
+        return None
+    found = table.float().unflatten(axis, old)
+    for i in (0, 1):
+        found = _axis(found, axis + i, new[i])
+    return found.flatten(axis, axis + 1).to(table.dtype)
+
+
+def _axis(table: Tensor, axis: int, size: int) -> Tensor:
+    """Cubic, antialiased, along one axis; two of them make what `interpolate` does in two dimensions."""
+    if table.shape[axis] == size:
+        return table
+    moved = table.movedim(axis, -1)
+    rows = moved.reshape(1, 1, -1, moved.shape[-1])
+    found = F.interpolate(rows, size=(rows.shape[2], size), mode="bicubic", antialias=True)
+    return found.reshape(*moved.shape[:-1], size).movedim(-1, axis)

@@ -1,0 +1,252 @@
+"""transformers: image classifiers from a folder, a configuration or the hub, and what their image processor says of the input.
+
+Imported only where it is asked for: the library takes seconds.
+"""
+
+import contextlib
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+from transformers.utils import logging
+
+from ..errors import DownresError
+from ..parse import format_resolution
+from ..records import Preprocessing
+from .adapter import as_pair, find_adapter
+from .transformers_vit import adapter as adapter
+from .weights import read_checkpoint
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
+"""Numbers of PIL's filters, as image processors store them."""
+
+
+def names() -> list[str]:
+    """The model types that have an image classifier."""
+    return list(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+
+
+def is_local(name: str) -> bool:
+    """Whether the name is that of a folder or file; a model type stays one beside a folder of the same name."""
+    return name not in names() and Path(name).exists()
+
+
+def create(
+    name: str, pretrained: bool, num_classes: int | None, tensors: dict[str, Tensor] | None = None
+) -> tuple[nn.Module, str]:
+    """An image classifier in float32, and in words where its weights are from. Code that comes with a model is never run.
+
+    name: a folder with config.json and weights, a config.json, a model type, or a repository on the hub.
+    tensors: a checkpoint in the names of this or an older version of the library; the number of classes follows it.
+    Raises DownresError for an unknown or broken model, without network, and for weights that are missing or do not fit.
+    """
+    config = _configuration(name)
+    if num_classes is not None and num_classes != config.num_labels:
+        config.num_labels = num_classes
+    if tensors is not None:
+        return _loaded(name, None, config, tensors, follow=True)
+    if not pretrained:
+        with _quiet():
+            module = AutoModelForImageClassification.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        return module, "as the module came"
+    if name in names() or Path(name).is_file():
+        raise DownresError(
+            f"transformers:{name} is a configuration without weights: give a folder that has both, or a file with --weights."
+        )
+    if is_local(name) and (file := next((Path(name) / w for w in _WEIGHTS if (Path(name) / w).exists()), None)):
+        return _loaded(name, None, config, read_checkpoint(file), follow=False)
+    return _loaded(name, name, config, None, follow=False)
+
+
+def _configuration(name: str) -> Any:
+    """The configuration, of a type that has an image classifier."""
+    with _quiet():
+        if name in names():
+            return AutoConfig.for_model(name)
+        path = Path(name)
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise DownresError(f"The folder {name} has no config.json: give one that save_pretrained of transformers has made.")
+        if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise _unknown(name)
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # broken files, unknown types, and all that a hub can raise
+            if path.exists():
+                what, then = "cannot be read", "correct its config.json"
+            else:
+                what, then = "could not be fetched, and there is no such folder", "give a folder with its config.json"
+            raise DownresError(f"The configuration of transformers:{name} {what} ({_reason(error)}): {then}.") from None
+    if config.model_type not in names():
+        raise _unknown(config.model_type)
+    return config
+
+
+def _unknown(kind: str) -> DownresError:
+    near = difflib.get_close_matches(kind.lower(), names(), n=3, cutoff=0.5)
+    hint = (
+        f"did you mean {', '.join(near)}?"
+        if near
+        else "give a folder with config.json, a hub name org/name, or for example vit."
+    )
+    return DownresError(f"transformers has no image classifier {kind!r}, and there is no such folder: {hint}")
+
+
+def _loaded(
+    name: str, where: str | None, config: Any, tensors: dict[str, Tensor] | None, follow: bool
+) -> tuple[nn.Module, str]:
+    """Through from_pretrained, which knows the names that older versions stored. follow: the classes of the file decide."""
+    with _quiet():
+        with torch.device("meta"):
+            kind = type(AutoModelForImageClassification.from_config(config, trust_remote_code=False))
+        try:
+            module, seen = kind.from_pretrained(
+                where,
+                config=config,
+                state_dict=tensors,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            if where is None or is_local(name):
+                raise DownresError(
+                    f"The weights of transformers:{name} cannot be loaded ({_reason(error)}): "
+                    "save them again with save_pretrained."
+                ) from None
+            raise
+    heads = {theirs[0] for key, theirs, ours in seen["mismatched_keys"] if theirs[1:] == ours[1:] and _of_head(key)}
+    if follow and len(heads) == 1:
+        config.num_labels = heads.pop()
+        return _loaded(name, where, config, tensors, follow=False)
+    for key, theirs, ours in sorted(seen["mismatched_keys"]):
+        if follow or not _of_head(key):
+            raise DownresError(
+                f"The weights have shape {tuple(theirs)} at {key}, the network {tuple(ours)}: the file belongs to another size."
+            )
+    # A mask token is for training alone, and older files lack it.
+    missing = sorted(k for k in seen["missing_keys"] if "mask_token" not in k)
+    more = [k for k in sorted(seen["unexpected_keys"]) if _is_next_layer(k, module)]
+    if more or any(not _of_head(k) for k in missing):
+        first = next((k for k in missing if not _of_head(k)), None)
+        what = f"{first} is not in the file" if first else f"{more[0]} in the file has no place in it"
+        raise DownresError(
+            f"The weights are for another network than transformers:{name} ({what}): "
+            "check that file and configuration belong together."
+        )
+    redrawn = missing or seen["mismatched_keys"]
+    return module, "the pretrained weights" + (", no head among them: drawn anew, to be fitted" if redrawn else "")
+
+
+def _of_head(key: str) -> bool:
+    return "classifier" in key
+
+
+def _is_next_layer(key: str, module: nn.Module) -> bool:
+    """`vit.layers.12.…` in a file for a network that ends at `vit.layers.11`; other extras (text towers, poolers) may be."""
+    numbered = re.match(r"(.*?\.)\d+\.", key)
+    return numbered is not None and any(re.match(re.escape(numbered[1]) + r"\d+\.", ours) for ours in module.state_dict())
+
+
+def preprocessing(model: nn.Module, name: str) -> Preprocessing:
+    """What the image processor beside the model says; without one ImageNet's usual numbers, marked as assumed."""
+    config: Any = model.config
+    stated = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
+    found = find_adapter(model)
+    fixed = None if found is None else found.image  # a network of fixed size takes no other, whatever the processor says
+    processor = _processor(name)
+    if processor is None:
+        size = fixed or as_pair(stated or 224)
+        said = f"assumed: ImageNet's mean and std, crop ratio 0.875; {format_resolution(size)} px by the configuration"
+        channels = getattr(config, "num_channels", 3)
+        if channels != 3:
+            return Preprocessing(size, 0.875, mean=(0.5,) * channels, std=(0.5,) * channels, source=said)
+        return Preprocessing(size, 0.875, source=said)
+    size, crop_ratio, notes = _geometry(processor, fixed or as_pair(stated or 224))
+    if fixed is not None and size != fixed:
+        notes.append(f"size {format_resolution(size)} not followed: the network takes {format_resolution(fixed)}")
+        size = fixed
+    interpolation = _INTERPOLATIONS.get(int(processor.resample or 0), "")
+    if not interpolation:
+        notes.append(f"filter {processor.resample} not followed: bicubic")
+    if getattr(processor, "do_flip_channel_order", False):
+        notes.append("channels in the order BGR not followed: RGB")
+    # Ours divides by 255 and then normalises; theirs multiplies by a factor of its own.
+    factor = 255 * processor.rescale_factor if processor.do_rescale else 255.0
+    factor = 1.0 if abs(factor - 1) < 1e-6 else factor
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+    return Preprocessing(
+        size,
+        crop_ratio,
+        interpolation or "bicubic",
+        tuple(m / factor for m in mean),
+        tuple(s / factor for s in std),
+        "transformers image processor" + (f" ({'; '.join(notes)})" if notes else ""),
+    )
+
+
+def _processor(name: str) -> Any:
+    """The image processor stored beside the model, None when there is none."""
+    path = Path(name)
+    folder = path.parent if path.is_file() else path
+    if name in names() or (is_local(name) and not any((folder / p).is_file() for p in _PROCESSORS)):
+        return None
+    try:
+        with _quiet():
+            return AutoImageProcessor.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:
+        if not is_local(name):  # many repositories have none
+            return None
+        raise DownresError(
+            f"The image processor in {folder} cannot be read ({_reason(error)}): correct its {_PROCESSORS[0]}."
+        ) from None
+
+
+def _geometry(processor: Any, otherwise: tuple[int, int]) -> tuple[tuple[int, int], float, list[str]]:
+    """(height, width) that the network gets, the crop ratio, and what is done differently from there."""
+    notes: list[str] = []
+    size, crop = processor.size, processor.crop_size if getattr(processor, "do_center_crop", False) else None
+    share = getattr(processor, "crop_pct", None) or 1.0
+    shown = otherwise if crop is None else (crop.height, crop.width)
+    if not processor.do_resize or size is None:
+        return shown, 1.0, notes
+    if size.height and size.width:
+        short = min(size.height, size.width)
+        shown = (size.height, size.width) if crop is None else shown
+        notes.append("resized without keeping the aspect ratio there, by the short side here")
+    else:
+        short = size.shortest_edge or min(otherwise)
+        shown = (short, short) if crop is None else shown
+        if crop is None and (share == 1.0 or short >= 384):  # ConvNeXt's processor: no crop from 384 on
+            share = 1.0
+            notes.append("not cropped there, to the centre square here")
+    ratio = min(shown) / (short / share)
+    if ratio > 1:
+        notes.append(f"crop larger than the image ({ratio:.3g}) not followed: 1")
+    return shown, min(ratio, 1.0), notes
+
+
+def _reason(error: Exception) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+    return text[:120].rstrip(". ")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The library reports its progress on standard error; what matters of it is said in an error or in `Model.weights`."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,458 @@
+"""The vision transformers of the transformers library: made for other sizes and patches, with fewer tokens block by block."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
+from torch import Tensor, nn
+from transformers.models.beit.modeling_beit import BeitEmbeddings, BeitModel, BeitRelativePositionBias
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings, CLIPVisionModel
+from transformers.models.deit.modeling_deit import DeiTEmbeddings, DeiTLayer, DeiTModel
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings, Dinov2Layer, Dinov2Model
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
+    Dinov2WithRegistersEmbeddings,
+    Dinov2WithRegistersLayer,
+    Dinov2WithRegistersModel,
+)
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer, DINOv3ViTModel
+from transformers.models.segformer.modeling_segformer import SegformerModel
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings, SiglipVisionModel
+from transformers.models.swin.modeling_swin import SwinModel, SwinRelativePositionBias
+from transformers.models.swinv2.modeling_swinv2 import Swinv2Model
+from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer, ViTModel
+
+from ..errors import DownresError
+from ..parse import format_resolution
+from ..records import PRUNE
+from ..reductions.resize import scaled_size
+from ..reductions.tokens import TokenState
+from .adapter import Adapter, KeepOutput, SetKeyword, Size, as_pair, swap_class
+
+_ADDITIVE = ("eager", "sdpa")
+"""Attention implementations of the library to which a float mask can be added; the flash and flex ones take none."""
+
+
+def adapter(name: str, module: nn.Module) -> Adapter | None:
+    for kind, classes in _KINDS.items():
+        if isinstance(module, classes):
+            return kind(name, module)
+    return None
+
+
+class _Patches(Adapter):
+    """What the families share: one convolution that makes patches, and perhaps learned positions of their grid.
+
+    `fit` always starts from the tensors found here, so that nothing is resampled twice.
+    """
+
+    module: Any
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
+        self.embeddings: Any = self.module.embeddings
+        self.config: Any = module.config
+        path, self.convolution = next((n, m) for n, m in self.embeddings.named_modules() if isinstance(m, nn.Conv2d))
+        self.convolution_name = self.inside(f"embeddings.{path}")
+        self.kernel = self.convolution.weight
+        table = getattr(self.embeddings, "position_embedding", None)  # SigLIP and CLIP look positions up in an nn.Embedding
+        learned = getattr(self.embeddings, "position_embeddings", None) if table is None else table.weight
+        self.positions = None if learned is None else learned.detach().reshape(1, -1, learned.shape[-1])
+        self.original_grid = self.grid(self._made_for)
+
+    @property
+    def _made_for(self) -> Size:
+        return as_pair(self.config.image_size)
+
+    @property
+    def image(self) -> Size | None:  # type: ignore[override]
+        return self._made_for
+
+    @property
+    def patch(self) -> Size:  # type: ignore[override]
+        return as_pair(self.config.patch_size)
+
+    def _refit(self, image: Size, patch: Size, grid: Size) -> None:
+        """Kernel for `patch`, positions for `grid`, and every attribute that states a size. The config is the copy's own."""
+        if patch != tuple(self.kernel.shape[-2:]):
+            weight = resample_patch_embed(self.kernel.detach(), list(patch))
+        else:
+            weight = self.kernel.detach()
+        self.convolution.weight = nn.Parameter(weight, self.kernel.requires_grad)
+        self.convolution.kernel_size = self.convolution.stride = patch
+        if self.positions is not None:
+            extra = self.positions.shape[1] - self.original_grid[0] * self.original_grid[1]
+            self._set_positions(resample_abs_pos_embed(self.positions, list(grid), list(self.original_grid), extra))
+        count = grid[0] * grid[1]
+        stated = {"image_size": image, "patch_size": patch, "num_patches": count, "grid_size": grid, "patch_grid": grid}
+        inner = getattr(self.embeddings, "patch_embeddings", None)
+        for owner in (self.config, self.embeddings, inner):
+            for key, value in stated.items():
+                if hasattr(owner, key):
+                    # One number stays one number: the library divides by some of them.
+                    short = isinstance(getattr(owner, key), int) and isinstance(value, tuple) and value[0] == value[1]
+                    setattr(owner, key, value[0] if short else value)  # type: ignore[index]
+
+    def _set_positions(self, positions: Tensor) -> None:
+        """positions: (1, prefix + N, C)."""
+        table = getattr(self.embeddings, "position_embedding", None)
+        if table is None:
+            learned = self.embeddings.position_embeddings
+            self.embeddings.position_embeddings = nn.Parameter(positions, learned.requires_grad)
+            return
+        table.weight = nn.Parameter(positions[0], table.weight.requires_grad)
+        table.num_embeddings = self.embeddings.num_positions = positions.shape[1]
+        self.embeddings.position_ids = torch.arange(positions.shape[1], device=positions.device)[None]
+
+    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
+        self._refit(image, self.patch, scaled_size(self.grid(image), scale))
+        return self.convolution_name, scale
+
+
+class Plain(_Patches):
+    """ViT, DeiT, DINOv2 with and without registers, the image towers of SigLIP and CLIP, and DINOv3."""
+
+    @property
+    def resamples_itself(self) -> bool:  # type: ignore[override]
+        return isinstance(self.embeddings, (Dinov2Embeddings, Dinov2WithRegistersEmbeddings)) and self.image is None
+
+    @property
+    def image(self) -> Size | None:  # type: ignore[override]
+        if isinstance(self.module, DINOv3ViTModel):  # rotary
+            return None
+        if isinstance(self.module, (Dinov2Model, Dinov2WithRegistersModel)) and not isinstance(self.embeddings, _Fitted):
+            return None
+        return self._made_for
+
+    @property
+    def prefix(self) -> int:  # type: ignore[override]
+        if isinstance(self.module, SiglipVisionModel):
+            return 0
+        if isinstance(self.module, DeiTModel):
+            return 2
+        return 1 + getattr(self.config, "num_register_tokens", 0)
+
+    @property
+    def class_token(self) -> bool:  # type: ignore[override]
+        return self.prefix > 0
+
+    def fit(self, image: Size, patch: Size | None) -> str:
+        patch = patch or self.patch
+        self._refit(image, patch, (image[0] // patch[0], image[1] // patch[1]))
+        if self.positions is None:
+            return "rotary embeddings follow"
+        self.embeddings.__class__ = _FITTED.get(type(self.embeddings), type(self.embeddings))
+        self.embeddings.fitted = image
+        return "position embeddings resampled once (float32, bicubic, antialiased)"
+
+    def block_names(self) -> list[str]:
+        return [name for name, m in self.module.named_modules() if isinstance(m, tuple(_MERGING))]
+
+    def merge(self, state: TokenState, blocks: Sequence[nn.Module]) -> None:
+        implementation = self.config._attn_implementation
+        if implementation not in _ADDITIVE:
+            raise DownresError(
+                f"Merged tokens count by their size through an attention mask, which {implementation!r} attention does not "
+                f"take: call set_attn_implementation('sdpa') on the {type(self.module).__name__} first."
+            )
+        for i, block in enumerate(blocks):
+            swap_class(block, _MERGING, state, i)
+            attention: Any = block.self_attn if hasattr(block, "self_attn") else block.attention
+            heads = self.config.num_attention_heads
+            attention.k_proj.register_forward_hook(KeepOutput(state, "keys", heads))
+            if state.by == PRUNE:
+                attention.q_proj.register_forward_hook(KeepOutput(state, "queries", heads))
+
+    def after_pooling(self, blocks: Sequence[nn.Module], grid: Size) -> None:
+        if not isinstance(self.module, DINOv3ViTModel):
+            return
+        size = [side * unit for side, unit in zip(grid, self.patch, strict=True)]
+        rope = copy.deepcopy(self.module.rope_embeddings).eval()  # in training it moves the positions at random
+        turns = rope(self.kernel.new_empty(1, 1, *size))
+        for block in blocks:
+            block.register_forward_pre_hook(SetKeyword("position_embeddings", turns), with_kwargs=True)
+
+    def scale(self, depth: int | None, width: float) -> nn.Module:
+        if width != 1.0:
+            raise DownresError(
+                f"The width of a {type(self.module).__name__} cannot change without the head behind it: give the narrower "
+                "network as transformers:path/to/config.json."
+            )
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = depth
+        pooler = {"add_pooling_layer": self.module.pooler is not None} if hasattr(self.module, "pooler") else {}
+        fresh = type(self.module)._from_config(config, dtype=self.kernel.dtype, **pooler)
+        return fresh.to(self.kernel.device).train(self.module.training)
+
+
+class Windowed(_Patches):
+    """Swin and SwinV2: attention in windows of the grid. The library builds the windows from the size in the configuration."""
+
+    why_no_sequence = "its attention works in windows of the grid"
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
+        found = [m for m in module.modules() if isinstance(m, SwinRelativePositionBias)]
+        self.tables = {m: m.relative_position_bias_table for m in found}
+
+    def fit(self, image: Size, patch: Size | None) -> str:
+        patch = patch or self.patch
+        grid = image[0] // patch[0], image[1] // patch[1]
+        self._refit(image, patch, grid)
+        return f"windows of {', '.join(map(str, self._fit_windows(grid)))} tokens a side, stage by stage"
+
+    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
+        found = super().fit_behind_embedding(image, scale)
+        self._fit_windows(scaled_size(self.grid(image), scale))
+        return found
+
+    def _fit_windows(self, grid: Size) -> list[int]:
+        """The side of the windows of each stage, for `grid` patch tokens in the first; later stages halve it, rounding up."""
+        sides, window = [], self.config.window_size
+        for stage in self.module.encoder.layers:
+            for i, block in enumerate(stage.blocks):
+                block.input_resolution = grid
+                shift = 0 if i % 2 == 0 else window // 2
+                if isinstance(self.module, Swinv2Model):
+                    _resize_window_v2(block, window, shift)
+                else:
+                    block.window_size = min(window, *grid)
+                    block.shift_size = 0 if min(grid) <= window else shift
+                    self._cut_bias(block.attention.relative_position_bias, block.window_size)
+            if hasattr(stage.downsample, "input_resolution"):
+                stage.downsample.input_resolution = grid
+            sides.append(stage.blocks[0].window_size)
+            grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+        return sides
+
+    def _cut_bias(self, bias: Any, side: int) -> None:
+        """Swin cuts its windows to a small grid while it runs, and then fails on the bias of the whole window: cut that too.
+
+        The offsets that are left keep the bias that they had; nothing is interpolated.
+        """
+        table, whole = self.tables[bias], self.config.window_size
+        inner = slice(whole - side, whole + side - 1)
+        cut = table.detach().unflatten(0, (2 * whole - 1, 2 * whole - 1))[inner, inner].flatten(0, 1)
+        bias.relative_position_bias_table = nn.Parameter(cut.clone(), table.requires_grad)
+        bias.window_size, bias.window_area = (side, side), side * side
+        bias.relative_position_index = bias._create_relative_position_index().view(-1).to(table.device)
+
+
+def _resize_window_v2(block: Any, window: int, shift: int) -> None:
+    """SwinV2 computes the bias from coordinates: the same for the offsets that are left if their unit stays the same."""
+    (side, _), (block.shift_size, _) = block._compute_window_shift((window, window), (shift, shift))
+    block.window_size, attention = side, block.attention.self
+    if side == attention.window_size[0]:
+        return
+    if attention.pretrained_window_size[0] == 0:
+        attention.pretrained_window_size = attention.window_size
+    attention.window_size = (side, side)
+    device = attention.relative_coords_table.device
+    table, index = attention.create_coords_table_and_index()
+    attention.relative_coords_table, attention.relative_position_index = table.to(device), index.to(device)
+
+
+class Relative(_Patches):
+    """BEiT: tables of relative positions of the whole grid, which the library resamples in every forward pass."""
+
+    why_no_sequence = "its attention adds a bias for every pair of places in the grid"
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
+        found = [m for m in module.modules() if isinstance(m, BeitRelativePositionBias)]
+        self.tables = [(m, m.relative_position_bias_table, m.window_size) for m in found]
+
+    def fit(self, image: Size, patch: Size | None) -> str:
+        patch = patch or self.patch
+        self._fit_tables(image, patch, (image[0] // patch[0], image[1] // patch[1]))
+        return "tables of relative positions and position embeddings resampled once"
+
+    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
+        self._fit_tables(image, self.patch, scaled_size(self.grid(image), scale))
+        return self.convolution_name, scale
+
+    def _fit_tables(self, image: Size, patch: Size, grid: Size) -> None:
+        self._refit(image, patch, grid)
+        self.embeddings.__class__, self.embeddings.fitted = _FittedBeit, image
+        for bias, table, window in self.tables:
+            shape = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, table.shape[1]
+            resized = resize_rel_pos_bias_table(table.detach(), grid, shape, old_window_size=window)
+            bias.relative_position_bias_table = nn.Parameter(resized, table.requires_grad)
+            bias.window_size, bias.num_relative_distance = grid, shape[0]
+            bias.__class__ = _FittedBias
+            bias.register_buffer(
+                "index", _FittedBias.generate_relative_position_index.__wrapped__(grid).to(table.device), False
+            )
+        for block in self.module.layers:
+            block.patch_size = self.config.patch_size
+
+
+class Pyramid(Adapter):
+    """SegFormer: overlapping patches, no position embeddings, any input size; a convnet as far as sizes go."""
+
+    why_no_sequence = "its attention makes keys by a convolution over the grid"
+
+    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
+        return self.inside("stages.0.patch_embeddings.proj"), scale
+
+
+# --- embeddings that were made for one size -----------------------------------------------------------------------
+
+
+class _Fitted:
+    """Embeddings whose positions `fit` resampled: neither again in every forward pass, nor taken for those of a square."""
+
+    fitted: Size
+
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        if (height, width) != self.fitted:
+            raise DownresError(
+                f"This model was made for images of {format_resolution(self.fitted)} px, it got {height}x{width}: "
+                "resize them, or reduce the original for that size."
+            )
+        table = getattr(self, "position_embedding", None)
+        return self.position_embeddings if table is None else table.weight[None]  # type: ignore[attr-defined]
+
+
+class _FittedFixed(_Fitted):
+    """Those that compare the input with one square size unless they are asked to interpolate."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **{**kwargs, "interpolate_pos_encoding": True})  # type: ignore[misc]
+
+
+class _FittedViT(_FittedFixed, ViTEmbeddings): ...
+
+
+class _FittedDeiT(_FittedFixed, DeiTEmbeddings): ...
+
+
+class _FittedSiglip(_FittedFixed, SiglipVisionEmbeddings): ...
+
+
+class _FittedCLIP(_FittedFixed, CLIPVisionEmbeddings): ...
+
+
+class _FittedDinov2(_Fitted, Dinov2Embeddings): ...
+
+
+class _FittedDinov2WithRegisters(_Fitted, Dinov2WithRegistersEmbeddings): ...
+
+
+class _FittedBeit(_Fitted, BeitEmbeddings): ...
+
+
+class _FittedBias(BeitRelativePositionBias):
+    index: Tensor
+
+    def forward(self, window_size: Size, interpolate_pos_encoding: bool = False, dim_size: int | None = None) -> Tensor:
+        """(1, heads, tokens, tokens), whatever window is asked for."""
+        return self.relative_position_bias_table[self.index].permute(2, 0, 1)[None]
+
+
+# --- layers that hand their tokens on -----------------------------------------------------------------------------
+
+
+class _Merging:
+    tokens: TokenState
+    index: int
+
+    def _enter(self, x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        if attention_mask is not None:
+            raise DownresError("A model with merged tokens takes no attention mask: its tokens are no longer the mask's.")
+        self.tokens.enter(self.index)
+        return self.tokens.mask(x)
+
+
+class _MergingViT(_Merging):
+    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        x, mask = hidden_states, self._enter(hidden_states, attention_mask)
+        x = x + self.dropout(self.attention(self.layernorm_before(x), mask, **kwargs)[0])
+        x = self.tokens.shrink(self.index, x)
+        x = x + self.dropout(self.mlp(self.layernorm_after(x)))
+        return self.tokens.leave(self.index, x)
+
+
+class _MergingDINO(_Merging):
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        x, mask = hidden_states, self._enter(hidden_states, attention_mask)
+        if position_embeddings is not None:
+            kwargs["position_embeddings"] = tuple(map(self.tokens.of_tokens, position_embeddings))
+        attended, _ = self.attention(self.norm1(x), attention_mask=mask, **kwargs)
+        x = x + self.drop_path(self.layer_scale1(attended))
+        x = self.tokens.shrink(self.index, x)
+        x = x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
+        return self.tokens.leave(self.index, x)
+
+
+class _MergingCLIP(_Merging):
+    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        x, mask = hidden_states, self._enter(hidden_states, attention_mask)
+        x = x + self.self_attn(hidden_states=self.layer_norm1(x), attention_mask=mask, **kwargs)[0]
+        x = self.tokens.shrink(self.index, x)
+        x = x + self.mlp(self.layer_norm2(x))
+        return self.tokens.leave(self.index, x)
+
+
+# Subclasses of the library's own: what it records of its layers, it records by their class.
+
+
+class _MergingViTLayer(_MergingViT, ViTLayer): ...
+
+
+class _MergingDeiTLayer(_MergingViT, DeiTLayer): ...
+
+
+class _MergingDinov2Layer(_MergingDINO, Dinov2Layer): ...
+
+
+class _MergingDinov2WithRegistersLayer(_MergingDINO, Dinov2WithRegistersLayer): ...
+
+
+class _MergingDINOv3Layer(_MergingDINO, DINOv3ViTLayer): ...
+
+
+class _MergingSiglipLayer(_MergingCLIP, SiglipEncoderLayer): ...
+
+
+class _MergingCLIPLayer(_MergingCLIP, CLIPEncoderLayer): ...
+
+
+_MERGING: dict[type, type] = {
+    ViTLayer: _MergingViTLayer,
+    DeiTLayer: _MergingDeiTLayer,
+    Dinov2Layer: _MergingDinov2Layer,
+    Dinov2WithRegistersLayer: _MergingDinov2WithRegistersLayer,
+    DINOv3ViTLayer: _MergingDINOv3Layer,
+    SiglipEncoderLayer: _MergingSiglipLayer,
+    CLIPEncoderLayer: _MergingCLIPLayer,
+}
+_FITTED: dict[type, type] = {
+    ViTEmbeddings: _FittedViT,
+    DeiTEmbeddings: _FittedDeiT,
+    SiglipVisionEmbeddings: _FittedSiglip,
+    CLIPVisionEmbeddings: _FittedCLIP,
+    Dinov2Embeddings: _FittedDinov2,
+    Dinov2WithRegistersEmbeddings: _FittedDinov2WithRegisters,
+}
+_KINDS: dict[type[Adapter], tuple[type, ...]] = {
+    Plain: (
+        ViTModel,
+        DeiTModel,
+        Dinov2Model,
+        Dinov2WithRegistersModel,
+        DINOv3ViTModel,
+        SiglipVisionModel,
+        CLIPVisionModel,
+    ),
+    Windowed: (SwinModel, Swinv2Model),
+    Relative: (BeitModel,),
+    Pyramid: (SegformerModel,),
+}

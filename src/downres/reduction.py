@@ -1,0 +1,329 @@
+"""`reduce`: a new model that looks at fewer pixels or tokens, with the inputs and outputs of the original."""
+
+import contextlib
+import copy
+import difflib
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DownresError
+from .families.adapter import Adapter, Size, find_adapter
+from .parse import Resolution, format_resolution
+from .probe import fake_run, find_stem, input_size_of, total_stride
+from .records import MERGE, PRUNE, Candidate, Change, Merge, Record
+from .reductions.resize import FitInput, ResampleOutput, ResizeInput, input_size
+from .reductions.tokens import PoolTokens, TokenState, UnpoolTokens, removals
+
+
+@dataclass(frozen=True)
+class Reduction(Record):
+    """What `reduce` did to a model; kept on the reduced model as `model.downres`."""
+
+    candidate: Candidate
+    changes: tuple[Change, ...]
+
+
+def reduce(
+    model: nn.Module,
+    candidate: Candidate | None = None,
+    *,
+    resolution: Resolution | None = None,
+    stem_scale: float = 1.0,
+    stem: str | None = None,
+    patch_size: int | None = None,
+    merge: Merge | int | float | str | None = None,
+    ragged: str = "error",
+    depth: int | None = None,
+    width: float = 1.0,
+    interpolation: str = "bilinear",
+    input_size: tuple[int, ...] | None = None,
+    resize_input: bool = True,
+) -> nn.Module:
+    """A copy of `model` that works on fewer pixels or tokens; `model` itself is not touched.
+
+    Drop-in: takes the same inputs at any size, returns outputs of the same shape. The copy goes through copy.deepcopy,
+    torch.compile and torch.export; its state dict keeps its keys (of a resized transformer the position embeddings and the
+    patch kernel have other shapes). What was changed is on the result as `reduced.downres.changes`; a call that changes
+    nothing warns.
+
+    Args:
+        candidate: what to reduce; or give its fields as keywords.
+        resolution: the input is resized to this before the embedding: short side in pixels with the aspect ratio
+            kept, or (height, width). A network of fixed size (most transformers) is made for it: position embeddings and
+            tables are resampled from the original's.
+        stem_scale: factor on height and width of the activations after the embedding (Morlier et al. 2025, sec. III); of a
+            transformer on its grid of patch tokens, which gets its size back after the last block.
+        stem: dotted name of the module after which to resample; found by running the model once when None, of a
+            transformer the patch embedding with its position embedding.
+        patch_size: side of the patches in pixels; the patch kernel is resized by pseudo-inverse (FlexiViT, Beyer et al. 2023).
+        merge: tokens to merge or prune in every block: see `Merge`; 8 is a number a block, 0.5 a fraction kept, '8-decreasing',
+            'prune8'. After the last block every patch gets its token, so that whatever follows sees the whole grid.
+        ragged: what to do with a side that the patches do not divide: 'error', 'floor' (cut) or 'pad'.
+        depth, width: another network of the same design, weights drawn anew: for costs, or to be trained.
+        interpolation: 'bilinear' or 'bicubic', always antialiased.
+        input_size: (C, H, W) that the original is used at; default: the model's own configuration, else 3×224×224.
+        resize_input: False leaves the resize out: the reduced model then takes inputs of the candidate's resolution.
+
+    Raises:
+        DownresError: no such module, no patches or tokens to work on, sizes that do not fit, the model was reduced before;
+            and by the result when it runs, if the module returns no feature map.
+    """
+    given = Candidate(resolution, stem_scale, stem, patch_size, merge, ragged, depth, width)  # type: ignore[arg-type]
+    if candidate is None:
+        candidate = given
+    elif given != Candidate():
+        raise DownresError("Give reduce either a candidate or its fields (resolution, stem_scale, merge, …), not both.")
+    if interpolation not in ("bilinear", "bicubic"):
+        raise DownresError(f"The interpolation is bilinear or bicubic, {interpolation!r} is neither.")
+    if isinstance(before := getattr(model, "downres", None), Reduction):
+        raise DownresError(f"This model was reduced before ({before.candidate}): reduce the original instead.")
+    work = _Work(copy.deepcopy(model), candidate, interpolation, tuple(input_size or input_size_of(model)))
+    work.scale()
+    work.geometry(resize_input)
+    work.pool()
+    work.merge()
+    work.check()
+    if not work.changes and resize_input:
+        warnings.warn(
+            "reduce changed nothing: it looked for a resolution, a stem_scale below 1, a patch_size and a merge, "
+            "and the candidate has none.",
+            stacklevel=2,
+        )
+    work.small.downres = Reduction(candidate, tuple(work.changes))  # type: ignore[assignment]
+    return work.small
+
+
+def takes_any_size(model: nn.Module) -> bool:
+    """Whether one and the same network serves every input resolution: a convnet does, most transformers do not."""
+    adapter = find_adapter(model)
+    return adapter is None or adapter.image is None
+
+
+def made_for(model: nn.Module, image: Size) -> nn.Module:
+    """The model itself where it takes images of (height, width), else a copy of it that is made for them.
+
+    It counts as an original, not as reduced: the network that is used at a resolution other than it was built for.
+    """
+    adapter = find_adapter(model)
+    if adapter is None or adapter.image in (None, tuple(image)):
+        return model
+    model = reduce(model, resolution=image, resize_input=False)
+    del model.downres
+    return model
+
+
+def token_map(model: nn.Module, x: Tensor) -> Tensor:
+    """Which patches of each image a reduced model merged: (B, rows, columns) int64, equal numbers went into one token.
+
+    model: made by `reduce` with `merge`. x: what the model takes. Raises DownresError when it merges nothing.
+    """
+    tokens = (getattr(module, "tokens", None) for module in model.modules())
+    state = next((found for found in tokens if isinstance(found, TokenState)), None)
+    if state is None:
+        raise DownresError("This model merges no tokens: give one made by reduce(model, merge=8).")
+    state.keep_map = True
+    try:
+        with torch.no_grad():
+            model(x)
+        assert state.map is not None and state.grid is not None
+        return state.map.unflatten(1, state.grid)
+    finally:
+        state.keep_map, state.map = False, None
+
+
+class _Work:
+    """One call of `reduce`: the copy, what is known of it, and the changes so far."""
+
+    def __init__(self, small: nn.Module, candidate: Candidate, interpolation: str, native: tuple[int, ...]) -> None:
+        self.small, self.candidate, self.interpolation, self.native = small, candidate, interpolation, native
+        self.changes: list[Change] = []
+        self.adapter = find_adapter(small)
+        self.pooled: PoolTokens | None = None
+        self.first = 0  # block that merging starts at
+
+    def note(self, kind: str, module: str, detail: str) -> None:
+        self.changes.append(Change(kind, module, detail))
+
+    def need_adapter(self, what: str) -> Adapter:
+        if self.adapter is None:
+            kind = type(self.small).__name__
+            raise DownresError(
+                f"{what} needs a vision transformer with patches, {kind} has none that downres knows: lower its resolution, "
+                "or resample after its stem with stem_scale."
+            )
+        return self.adapter
+
+    def scale(self) -> None:
+        """Depth and width: another network."""
+        c = self.candidate
+        if c.depth is None and c.width == 1.0:
+            return
+        adapter = self.need_adapter("Scaling depth and width")
+        self.small = _replaced(self.small, adapter.name, adapter.scale(c.depth, c.width))
+        self.adapter = find_adapter(self.small)
+        what = ([f"{c.depth} blocks"] if c.depth else []) + ([f"channels ×{c.width:g}"] if c.width != 1.0 else [])
+        self.note("model scaling", adapter.name, f"{', '.join(what)}; weights drawn anew, to be trained")
+
+    def geometry(self, resize_input: bool) -> None:
+        """Image and patch size."""
+        c, adapter = self.candidate, self.adapter
+        patch = None if c.patch_size is None else (c.patch_size, c.patch_size)
+        if patch is not None:
+            adapter = self.need_adapter("Another patch size")
+            if adapter.patch is None:
+                raise DownresError(
+                    f"The patch size of {type(adapter.module).__name__} cannot change: it has no patch embedding of one "
+                    "convolution; lower its resolution instead."
+                )
+        self.image = self.target = target = self._target()
+        flexible = adapter is None or (adapter.image is None and adapter.patch is None)  # takes whatever comes
+        if c.resolution is not None and resize_input:
+            # A network of fixed size has one input; others keep the aspect ratio of what comes.
+            exact = adapter is not None and not flexible and (adapter.image is not None or not c.is_input_only)
+            size: Resolution = target if exact else c.resolution
+            self.small.register_forward_pre_hook(ResizeInput(size, self.interpolation), with_kwargs=True)
+            side = "short side" if isinstance(size, int) else "height x width"
+            self.note("input resize", "", f"{side} {format_resolution(size)} px, {self.interpolation}, antialiased")
+        if adapter is None or flexible:
+            if c.ragged != "error":
+                self.image = self._fit_input(target, (total_stride(self.small, target, self.native[0]),) * 2)
+            return
+        if patch is not None and (patch[0] > target[0] or patch[1] > target[1]):
+            raise DownresError(
+                f"A patch of {c.patch_size} px is larger than the image of {format_resolution(target)} px: "
+                "give a smaller patch or a higher resolution."
+            )
+        image = target
+        if adapter.image is not None or c != Candidate():
+            unit = adapter.unit if patch is None else patch
+            image = self._fit_input(target, unit)
+        if (adapter.image is not None and image != adapter.image) or (patch is not None and patch != adapter.patch):
+            before = _geometry(adapter)
+            how = adapter.fit(image, patch)
+            self.note("input size", adapter.name, f"{before} → {_geometry(adapter)}, {how}")
+        self.image = image
+
+    def _target(self) -> Size:
+        """The size in pixels of what the network will see."""
+        image = (self.adapter.image if self.adapter else None) or self.native[-2:]
+        height, width = image[0], image[1]
+        resolution = self.candidate.resolution
+        return (height, width) if resolution is None else input_size((height, width), resolution)
+
+    def _fit_input(self, target: Size, unit: Size) -> Size:
+        """The size that the patches make of `target`, with the hook that cuts or pads to it."""
+        floor = (target[0] // unit[0] * unit[0], target[1] // unit[1] * unit[1])
+        if floor == target:
+            return target
+        if self.candidate.ragged == "error":
+            raise DownresError(
+                f"{format_resolution(target)} px is not a multiple of {format_resolution(unit)}, which the network divides its "
+                "input by: give a multiple, or choose ragged='floor' (cut the rest off) or 'pad' (zeros)."
+            )
+        pad = self.candidate.ragged == "pad"
+        height, width = (side + u * pad if side < t else side for side, u, t in zip(floor, unit, target, strict=True))
+        size = (height, width)
+        if min(size) == 0:
+            raise DownresError(
+                f"Nothing is left of {format_resolution(target)} px in steps of {format_resolution(unit)}: "
+                "pad, or give more pixels."
+            )
+        self.small.register_forward_pre_hook(FitInput(size), with_kwargs=True)
+        how = "padded with zeros at the right and bottom" if pad else "cut at the right and bottom"
+        self.note("ragged input", "", f"{format_resolution(target)} px {how} to {format_resolution(size)}")
+        return size
+
+    def pool(self) -> None:
+        """Resample after the embedding: a feature map, or the grid of a sequence of tokens."""
+        c, adapter = self.candidate, self.adapter
+        if c.stem_scale == 1.0:
+            return
+        names = adapter.block_names() if adapter else []
+        where = None if c.stem is None or adapter is None else c.stem.removeprefix(adapter.inside(""))
+        if adapter is None or not names or not (where is None or where in names):
+            name, scale = c.stem, c.stem_scale
+            if name is None and adapter is not None:
+                name, scale = adapter.fit_behind_embedding(self.image, scale)
+            name = name or find_stem(self.small, self.native)
+            _named(self.small, name).register_forward_hook(ResampleOutput(name, scale, self.interpolation))
+            self.note("activation resample", name, f"height and width ×{scale:.3g}, {self.interpolation}, antialiased")
+            return
+        self.first = 0 if where is None else names.index(where) + 1
+        blocks = adapter.blocks()
+        if self.first == len(blocks):
+            raise DownresError(f"{c.stem} is the last block: nothing would be saved; name an earlier one with stem=….")
+        grid = adapter.grid(self.image)
+        self.pooled = PoolTokens(grid, c.stem_scale, adapter.prefix, self.interpolation)
+        blocks[self.first].register_forward_pre_hook(self.pooled, with_kwargs=True)
+        adapter.after_pooling(blocks[self.first :], self.pooled.size)
+        at = c.stem or f"{adapter.inside(names[0])} (its input)"
+        sizes = f"{format_resolution(grid)} → {format_resolution(self.pooled.size)} patch tokens"
+        self.note("token pooling", at, f"{sizes}, {self.interpolation}, antialiased; upsampled after the last block")
+
+    def merge(self) -> None:
+        """Fewer tokens from block to block."""
+        c = self.candidate
+        if c.merge is not None:
+            adapter = self.need_adapter("Merging tokens")
+            blocks = adapter.blocks()[self.first :]
+            if c.merge.by == PRUNE and not adapter.class_token:
+                raise DownresError(
+                    f"Pruning goes by the attention of a class token, {type(adapter.module).__name__} has none: merge instead "
+                    f"({str(c.merge).replace(PRUNE, MERGE)})."
+                )
+            grid = self.pooled.size if self.pooled else adapter.grid(self.image)
+            takes = removals(c.merge, grid[0] * grid[1], len(blocks))
+            state = TokenState(takes, adapter.prefix, c.merge.by, grid)
+            adapter.merge(state, blocks)
+            left = [grid[0] * grid[1]]
+            for r in takes:
+                left.append(left[-1] - r)
+            what, how = "token merging", "most similar tokens merged"
+            if c.merge.by == PRUNE:
+                what, how = "token pruning", "tokens least attended to fused"
+            self.note(
+                what,
+                f"{adapter.inside(adapter.block_names()[self.first])} and on",
+                f"{how}, patch tokens {' → '.join(map(str, left))}; every patch gets its token after the last block",
+            )
+        if self.pooled is not None:
+            assert self.adapter is not None
+            self.adapter.blocks()[-1].register_forward_hook(UnpoolTokens(self.pooled))
+
+    def check(self) -> None:
+        """Where only a run can tell whether the reduced model works, make one: better now than when it serves."""
+        if self.adapter is None or self.adapter.sure or self.candidate == Candidate():
+            return
+        try:
+            fake_run(self.small, (self.native[0], *self.target), lambda _model, _x: contextlib.nullcontext())
+        except DownresError as error:
+            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error.__cause__).__name__])[0].rstrip(".")
+            raise DownresError(
+                f"{type(self.adapter.module).__name__} cannot be made for '{self.candidate}' (it fails with: {reason}): "
+                "give another resolution or another reduction."
+            ) from error
+
+
+def _geometry(adapter: Adapter) -> str:
+    words = [f"{format_resolution(adapter.image)} px"] if adapter.image else []
+    words += [f"patches of {format_resolution(adapter.patch)} px"] if adapter.patch else []
+    return " in ".join(words)
+
+
+def _replaced(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    if name == "":
+        return new
+    model.set_submodule(name, new)
+    return model
+
+
+def _named(model: nn.Module, name: str) -> nn.Module:
+    modules = dict(model.named_modules())
+    if name not in modules or name == "":
+        near = difflib.get_close_matches(name, modules, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"its first modules are {', '.join(list(modules)[1:6])}."
+        raise DownresError(f"The model has no module {name!r}: {hint}")
+    return modules[name]

@@ -1,0 +1,270 @@
+"""Fewer tokens: matching, merging, pruning and pooling of a transformer's sequence. Pure tensor functions and their state.
+
+A sequence is (B, prefix + N, C): class, distillation and register tokens in front, then N patch tokens. The prefix is never
+touched. Sources: Bolya et al. 2023, "Token Merging: Your ViT But Faster" (ToMe, arXiv 2210.09461), sections 3 and 4.1;
+Liang et al. 2022, "Not All Patches are What You Need" (EViT, arXiv 2202.07800), section 3.2, for pruning.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DownresError
+from ..records import DECREASING, MERGE, PRUNE, Merge
+from .resize import resample, scaled_size
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which tokens of a sequence become one. Tokens and places count the whole sequence, the prefix included.
+
+    stays: (B, tokens - r) the token of the longer sequence that stands at each place of the shorter one.
+    goes: (B, r) the tokens that leave. target: (B, r) the place in the shorter sequence that each of them is averaged into.
+    weight: (B, tokens) with how much a token counts in its group, times its size; None: by size alone.
+    """
+
+    stays: Tensor
+    goes: Tensor
+    target: Tensor
+    weight: Tensor | None = None
+
+
+def removals(merge: Merge, tokens: int, blocks: int) -> tuple[int, ...]:
+    """Patch tokens to take out in each block, for a sequence of `tokens` patch tokens.
+
+    A block can merge at most half of the tokens that it has (each of one half joins one of the other), or prune all but
+    two. Raises DownresError when nothing would be left, or what is to be kept cannot be reached.
+    """
+    if merge.r is not None:
+        wanted = [merge.r] * blocks
+        if merge.schedule == DECREASING:
+            wanted = [int(2 * merge.r - 2 * merge.r * i / max(1, blocks - 1)) for i in range(blocks)]
+        if sum(wanted) >= tokens:
+            most = (tokens - 1) // blocks
+            raise DownresError(
+                f"{merge} would take {sum(wanted)} tokens out of {tokens} in {blocks} blocks: "
+                + (f"give at most {most} a block." if most else "this image has too few tokens to take any out.")
+            )
+    else:
+        assert merge.keep is not None
+        total = tokens - max(1, round(tokens * merge.keep))
+        shares = [2 * (blocks - i) - 1 for i in range(blocks)] if merge.schedule == DECREASING else [1] * blocks
+        ends = [round(total * sum(shares[: i + 1]) / sum(shares)) for i in range(blocks)]
+        wanted = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    left, found = tokens, []
+    for r in wanted:
+        r = min(r, left // 2 if merge.by == MERGE else max(0, left - 2))
+        found.append(r)
+        left -= r
+    if merge.keep is not None and sum(found) < sum(wanted):
+        raise DownresError(
+            f"{merge} cannot be reached: merging at most halves the tokens of a block, so of {tokens} tokens {left} would be "
+            "left; keep more, or choose the constant schedule."
+        )
+    return tuple(found)
+
+
+def match_similar(metric: Tensor, r: int, prefix: int) -> Groups:
+    """Bipartite soft matching (ToMe, sec. 3): the r most similar pairs between alternate tokens.
+
+    metric: (B, prefix + N, D), what similarity (cosine) is measured on: the attention's keys, averaged over heads. r: at most
+    half of N, rounded down.
+    """
+    batch, tokens = metric.shape[:2]
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    # Alternate by the place in the whole sequence, as the paper does: behind a class token the first patch is an odd token.
+    even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
+    best, partner = (metric[:, even::2] @ metric[:, odd::2].transpose(1, 2)).max(dim=-1)
+    ranked = best.argsort(dim=-1, descending=True)
+    goes, rest = ranked[:, :r], ranked[:, r:]
+    if prefix:
+        rest = rest.sort(dim=-1).values  # the order of the image, which the next block alternates on
+    front = torch.arange(prefix, device=metric.device).expand(batch, -1)
+    receivers = torch.arange(odd, tokens, 2, device=metric.device).expand(batch, -1)
+    stays = torch.cat([front, even + 2 * rest, receivers], dim=1)
+    return Groups(stays, even + 2 * goes, partner.gather(1, goes) + prefix + rest.shape[1])
+
+
+def match_unattended(queries: Tensor, keys: Tensor, r: int, prefix: int) -> Groups:
+    """The r + 1 patch tokens that the class token attends to least become one, at the end (EViT, sec. 3.2).
+
+    They are averaged by that attention, a mean over heads; EViT's sum would shrink with every token taken out. The class
+    token is the first one. queries, keys: (B, heads, prefix + N, D), not yet scaled.
+    """
+    logits = (queries[:, :, :1] @ keys.transpose(-1, -2)) * queries.shape[-1] ** -0.5
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    attention = logits.softmax(dim=-1, dtype=exact).mean(dim=1)[:, 0].clamp_min(torch.finfo(exact).tiny)  # shares of none
+    batch, tokens = attention.shape
+    ranked = attention[:, prefix:].argsort(dim=-1, descending=True) + prefix
+    kept = tokens - prefix - r - 1
+    front = torch.arange(prefix, device=keys.device).expand(batch, -1)
+    stays = torch.cat([front, ranked[:, :kept].sort(dim=-1).values, ranked[:, kept : kept + 1]], dim=1)
+    goes = ranked[:, kept + 1 :]
+    return Groups(stays, goes, torch.full_like(goes, tokens - r - 1), attention)
+
+
+def apply_groups(x: Tensor, size: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Average the tokens of each group, weighted by their sizes: (B, tokens, C), (B, tokens) → r fewer of each."""
+    new_size = _add(size, groups)
+    share, total = size, new_size
+    if groups.weight is not None:
+        share = size * groups.weight
+        total = _add(share, groups)
+    # A receiver moves towards each token that joins it by that one's share; all others are copied, once, as they are.
+    found = rows(x, groups.stays)
+    part = share.gather(1, groups.goes) / total.gather(1, groups.target)
+    steps = (rows(x, groups.goes) - rows(found, groups.target)) * part[..., None].to(x.dtype)
+    found.flatten(0, 1).index_add_(0, _flat(groups.target, found).flatten(), steps.flatten(0, 1))
+    return found, new_size
+
+
+def _add(values: Tensor, groups: Groups) -> Tensor:
+    """(B, tokens) → (B, tokens - r): sums over the groups."""
+    return values.gather(1, groups.stays).scatter_add_(1, groups.target, values.gather(1, groups.goes))
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """(B, tokens, C), (B, places) → (B, places, C): the tokens at these places.
+
+    What `gather` does, but copying whole tokens where that one looks up every number: several times faster on a CPU.
+    """
+    return F.embedding(_flat(index, x), x.flatten(0, 1))
+
+
+def _flat(index: Tensor, x: Tensor) -> Tensor:
+    """Places in each sequence of x → places in all its sequences one behind the other."""
+    return index + torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+
+
+def follow(groups: Groups) -> Tensor:
+    """(B, tokens): the place that each token of the longer sequence has, or was averaged into, in the shorter one."""
+    batch, left = groups.stays.shape
+    places = torch.arange(left, device=groups.stays.device).expand(batch, -1)
+    found = groups.stays.new_empty(batch, left + groups.goes.shape[1])
+    return found.scatter_(1, groups.stays, places).scatter_(1, groups.goes, groups.target)
+
+
+class TokenState:
+    """What travels beside the tokens through one forward pass: sizes, and where every patch went.
+
+    One object is shared by all blocks of a model, so that the model runs one batch at a time. A block calls `enter`, `mask`,
+    `shrink` and `leave` in this order; what computes its keys (B, heads, tokens, D), and for pruning its queries, leaves
+    them in `keys` and `queries` on the way. It is no module: it adds nothing to the state dict and is copied with the model.
+    """
+
+    def __init__(self, removals: tuple[int, ...], prefix: int, by: str, grid: tuple[int, int] | None = None) -> None:
+        self.removals, self.prefix, self.by, self.grid = removals, prefix, by, grid
+        self.keep_map = False
+        self.map: Tensor | None = None
+        self._reset()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenState, (self.removals, self.prefix, self.by, self.grid)  # a copy carries nothing of a forward pass
+
+    def _reset(self) -> None:
+        self.next = 0  # block
+        self.rotates = False
+        self.size: Tensor | None = None
+        self.source: Tensor | None = None
+        self.place: Tensor | None = None
+        self.queries: Tensor | None = None
+        self.keys: Tensor | None = None
+
+    def enter(self, block: int) -> None:
+        """Raises DownresError when blocks do not run one after the other: their tokens would be taken for others."""
+        if block == 0:
+            self._reset()
+        elif block != self.next:
+            raise DownresError(
+                f"A model with fewer tokens from block to block runs its blocks in order, block {block} came where {self.next} "
+                "was due: turn gradient checkpointing off, and give each thread a copy of the model."
+            )
+        self.next = block + 1
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """Proportional attention (ToMe, eq. 1): the logarithm of the sizes, (B, 1, 1, tokens), to be added to the logits."""
+        return None if self.size is None else self.size.log().to(like.dtype)[:, None, None, :]
+
+    def of_tokens(self, rotary: Tensor | None) -> Tensor | None:
+        """Rotary embeddings of the tokens that are left: a merged token turns as the one that received the others did.
+
+        rotary: of the whole grid, (N, D) or one for each head, (heads, N, D). Returns (B, 1 or heads, tokens, D). A block
+        that rotates calls it every time: from the first call on, the places are kept.
+        """
+        self.rotates = rotary is not None
+        if rotary is None or self.place is None:
+            return rotary
+        return rotary[self.place].unsqueeze(1) if rotary.ndim == 2 else rotary[:, self.place].transpose(0, 1)
+
+    def shrink(self, block: int, x: Tensor) -> Tensor:
+        """(B, tokens, C) between attention and MLP → fewer tokens."""
+        r, keys, queries = self.removals[block], self.keys, self.queries
+        self.keys = self.queries = None
+        if r == 0:
+            return x
+        assert keys is not None
+        if self.by == PRUNE:
+            assert queries is not None
+            groups = match_unattended(queries, keys, r, self.prefix)
+        else:
+            groups = match_similar(keys.mean(dim=1), r, self.prefix)
+        size = self.size
+        if size is None:  # counts, and their logarithms, are exact to 2048 in half precision, to 256 in bfloat16
+            size = torch.ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        x, self.size = apply_groups(x, size, groups)
+        places = follow(groups)
+        self.source = places if self.source is None else places.gather(1, self.source)
+        if self.rotates:
+            patches = groups.stays[:, self.prefix :] - self.prefix
+            self.place = patches if self.place is None else self.place.gather(1, patches)
+        return x
+
+    def leave(self, block: int, x: Tensor) -> Tensor:
+        """After the last block every patch gets the token that it went into, so that whatever follows sees the whole grid:
+        a mean over patches is weighted by size, a dense head finds its grid, a class token is what it was."""
+        if block != len(self.removals) - 1:
+            return x
+        source = self.source
+        self._reset()
+        if source is None:
+            return x
+        self.map = source[:, self.prefix :] - self.prefix if self.keep_map else None
+        return rows(x, source)
+
+
+def pool_grid(x: Tensor, grid: tuple[int, int], size: tuple[int, int], prefix: int, interpolation: str = "bilinear") -> Tensor:
+    """(B, prefix + h·w, C) → (B, prefix + h'·w', C): the grid of patch tokens resampled like a feature map, antialiased."""
+    if grid == size:
+        return x
+    patches = x[:, prefix:].transpose(1, 2).unflatten(2, grid)
+    return torch.cat([x[:, :prefix], resample(patches, size, interpolation).flatten(2).transpose(1, 2)], dim=1)
+
+
+class PoolTokens:
+    """Forward pre-hook of a block: pools the grid of patch tokens that comes in (the paper's stem resample, for a sequence)."""
+
+    def __init__(self, grid: tuple[int, int], scale: float, prefix: int, interpolation: str) -> None:
+        self.grid, self.size = grid, scaled_size(grid, scale)
+        self.prefix, self.interpolation = prefix, interpolation
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if not args:  # some callers name it
+            key = next(k for k, v in kwargs.items() if isinstance(v, Tensor) and v.ndim == 3)
+            return args, {**kwargs, key: pool_grid(kwargs[key], self.grid, self.size, self.prefix, self.interpolation)}
+        return (pool_grid(args[0], self.grid, self.size, self.prefix, self.interpolation), *args[1:]), kwargs
+
+
+class UnpoolTokens:
+    """Forward hook of the last block: gives the grid of patch tokens its size back, so that dense heads find it."""
+
+    def __init__(self, pooled: PoolTokens) -> None:
+        self.pooled = pooled
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        p = self.pooled
+        if isinstance(output, tuple):
+            return (pool_grid(output[0], p.size, p.grid, p.prefix, p.interpolation), *output[1:])
+        return pool_grid(output, p.size, p.grid, p.prefix, p.interpolation)
