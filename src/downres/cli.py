@@ -200,6 +200,8 @@ def curve(
 ) -> None:
     """Quality against resolution, patches and tokens, with the model's own weights: no search, no recovery."""
     axes = _axes((), resolution, stem_scale, patch_size, merge, candidate)
+    if not any(axes.values()):  # said at once, not after the weights are loaded
+        raise DownresError("A curve needs something to try: give --resolution 96:256:32, --merge 8,50% or --patch-size 20,28.")
     from .search import curve as run_curve
 
     loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio)
@@ -220,27 +222,45 @@ def curve(
 def cost(
     model: ModelArgument,
     resolution: ResolutionsOption = None,
+    stem_scale: StemScaleOption = None,
+    patch_size: PatchSizeOption = None,
+    merge: MergeOption = None,
+    depth: Annotated[str | None, typer.Option("--depth", metavar="10,8,6", help="Numbers of blocks: model scaling.")] = None,
+    width: Annotated[
+        str | None, typer.Option("--width", metavar="0.5,0.67", help="Factors on the channels: model scaling.")
+    ] = None,
+    candidate: CandidateOption = None,
+    ragged: RaggedOption = "error",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images in one pass.")] = 1,
-    stem_scale: Annotated[float, typer.Option("--stem-scale", help="Resample after the stem by this factor.")] = 1.0,
     weights: WeightsOption = None,
     native_resolution: NativeOption = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE.html", help="Draw the families: MACs against memory.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """MACs, parameters and peak activation memory at each resolution; needs no data and no weights."""
-    resolutions = parse_resolutions(resolution) if resolution else None
+    """MACs, parameters and peak activation memory of families of candidates; needs no data and no weights."""
+    axes = _axes((), resolution, stem_scale, patch_size, merge, candidate)
+    if resolution is None and not any(axes.values()) and not depth and not width:
+        axes["resolutions"] = None  # nothing asked for: from the model's own down
+    axes |= {"depths": _integers(depth, "--depth") if depth else (), "widths": _floats(width, "--width") if width else ()}
     from .search import costs
 
     loaded = _load(model, weights, native_resolution, pretrained=False)
-    found = costs(loaded, resolutions, batch_size=batch_size, stem_scale=stem_scale)
+    found = costs(loaded, **axes, ragged=ragged, batch_size=batch_size)
+    page = found.write_picture(picture) if picture else None
     if as_json:
-        _print_json(found.to_json())
+        _print_json({**found.to_json(), **({"picture": str(page)} if page else {})})
         return
+    from .report import words
+
     table = Table(box=None, pad_edge=False)
-    for name in ("resolution", "MACs", "of original", "params", "param bytes", "peak activations", "not counted"):
-        table.add_column(name, justify="left" if name in ("resolution", "not counted") else "right")
-    for candidate, one in found.costs:
+    for name in ("family", "candidate", "MACs", "of original", "params", "param bytes", "peak activations", "not counted"):
+        table.add_column(name, justify="left" if name in ("family", "candidate", "not counted") else "right", no_wrap=True)
+    for row in found.rows:
+        one = row.cost
         table.add_row(
-            str(candidate), format_quantity(one.macs), f"{100 * one.macs / found.original.macs:.1f} %",
+            row.family, words.label(row.candidate), format_quantity(one.macs), f"{100 * one.macs / found.original.macs:.1f} %",
             format_quantity(one.params), format_quantity(one.param_bytes, "B"), format_quantity(one.peak_activation_bytes, "B"),
             f"{sum(one.uncounted.values())} ops of {len(one.uncounted)} kinds",
         )  # fmt: skip
@@ -249,6 +269,8 @@ def cost(
     kinds = ", ".join(f"{name.removeprefix('aten.')} ×{n}" for name, n in found.original.uncounted.items())
     out.print(f"Not counted at {format_resolution(loaded.preprocessing.resolution)}: {kinds or 'nothing'}.", style="dim")
     _print_notes(found.notes)
+    if page:
+        out.print(f"Picture: {page}", soft_wrap=True)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DownresError
-from .families.adapter import Adapter, Size, find_adapter
+from .families.adapter import Adapter, Size, find_adapter, said
 from .parse import Resolution, format_resolution
 from .probe import fake_run, find_stem, input_size_of, total_stride
 from .records import MERGE, PRUNE, Candidate, Change, Merge, Record
@@ -175,11 +175,12 @@ class _Work:
             adapter = self.need_adapter("Another patch size")
             if adapter.patch is None:
                 raise DownresError(
-                    f"The patch size of {type(adapter.module).__name__} cannot change: it has no patch embedding of one "
-                    "convolution; lower its resolution instead."
+                    f"The patch size of {type(adapter.module).__name__} cannot change: downres knows no patch embedding in it "
+                    "that can be resampled; lower its resolution instead."
                 )
         self.image = self.target = target = self._target()
-        flexible = adapter is None or (adapter.image is None and adapter.patch is None)  # takes whatever comes
+        # A convnet, or a transformer without a sequence of tokens, that takes whatever comes.
+        flexible = adapter is None or (adapter.image is None and patch is None and not adapter.block_names())
         if c.resolution is not None and resize_input:
             # A network of fixed size has one input; others keep the aspect ratio of what comes.
             exact = adapter is not None and not flexible and (adapter.image is not None or not c.is_input_only)
@@ -300,10 +301,10 @@ class _Work:
         try:
             fake_run(self.small, (self.native[0], *self.target), lambda _model, _x: contextlib.nullcontext())
         except DownresError as error:
-            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error.__cause__).__name__])[0].rstrip(".")
+            then = "name another module with stem=…" if self.candidate.stem_scale != 1.0 else "give another reduction"
             raise DownresError(
-                f"{type(self.adapter.module).__name__} cannot be made for '{self.candidate}' (it fails with: {reason}): "
-                "give another resolution or another reduction."
+                f"{type(self.adapter.module).__name__} cannot be made for '{self.candidate}' "
+                f"(it fails with: {said(error.__cause__ or error)}): {then} or another resolution."
             ) from error
 
 

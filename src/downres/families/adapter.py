@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DownresError
+from ..parse import format_resolution
 from ..records import PRUNE
 from ..reductions.tokens import TokenState
 
@@ -99,6 +101,22 @@ class Adapter:
         raise DownresError(
             f"The depth and width of {type(self.module).__name__} cannot be scaled here: make the smaller network yourself."
         )
+
+
+def said(error: BaseException) -> str:
+    """The first line of what was raised; of an assertion without words, the line of code that made it."""
+    if lines := str(error).strip().splitlines():
+        return lines[0].rstrip(".")
+    code = [frame.line for frame in traceback.extract_tb(error.__traceback__) if frame.line and "/torch/" not in frame.filename]
+    return code[-1] if code else type(error).__name__
+
+
+def impossible(
+    module: nn.Module, image: Size, reason: str | BaseException, then: str = "give another resolution"
+) -> DownresError:
+    """To be raised where a network does not follow the size of its image. reason: in words, or what its library raised."""
+    reason = reason if isinstance(reason, str) else said(reason)
+    return DownresError(f"{type(module).__name__} cannot be made for {format_resolution(image)} px ({reason}): {then}.")
 
 
 class KeepOutput:

@@ -93,7 +93,8 @@ class Unknown(Adapter):
     def image(self) -> Size | None:  # type: ignore[override]
         """Its size where it runs at this one, and not at twice as much."""
         channels, height, width = input_size_of(self.module)
-        return (height, width) if self._runs(channels, height, width) and not self._runs(channels, 2 * height, 2 * width) else None
+        any_size = self._runs(channels, 2 * height, 2 * width) or not self._runs(channels, height, width)
+        return None if any_size else (height, width)
 
     def _runs(self, *size: int) -> bool:
         try:

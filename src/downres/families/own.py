@@ -17,17 +17,16 @@ from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc, res
 from torch import Tensor, nn
 
 from ..errors import DownresError
-from ..parse import format_resolution
 from ..probe import fake_run, input_size_of
 from ..records import PRUNE
 from ..reductions.resize import resample
 from ..reductions.tokens import TokenState
-from .adapter import Adapter, Size, as_pair, no_mask, packed_attention, swap_class
+from .adapter import Adapter, Size, as_pair, impossible, no_mask, packed_attention, swap_class
 
 IMAGE = ("img_size", "image_size", "input_size", "input_resolution", "img_dim")
 PATCH = ("patch_size", "patch_dim")
 GRID = ("grid_size", "grid", "patches_resolution", "feat_size", "patch_shape", "num_patches_hw")
-COUNT = ("num_patches", "n_patches", "seq_length", "seq_len", "sequence_length", "num_tokens", "num_positions", "num_embeddings")
+TOKENS = ("num_patches", "n_patches", "num_tokens", "num_positions", "num_embeddings", "seq_length", "seq_len")
 """Names that attributes of this meaning usually have; one is changed only where it holds the old value."""
 CLASS_TOKENS = ("cls_token", "class_token", "cls", "class_embedding", "cls_embedding")
 
@@ -199,17 +198,11 @@ class OwnViT(Adapter):
         try:
             self._seen = self._run(self._size)
         except DownresError as error:
-            reason = (str(error.__cause__ or error).strip().splitlines() or ["it does not run"])[0].rstrip(".")
-            raise self._impossible(image, reason) from error
+            raise impossible(self.module, image, error.__cause__ or error) from error
         found = self._seen.tokens_through(self._blocks)
         if self._seen.grid != new or found != math.prod(new) + self.prefix:
-            raise self._impossible(image, f"its blocks then see {found} tokens of {math.prod(new) + self.prefix}")
+            raise impossible(self.module, image, f"its blocks then see {found} tokens of {math.prod(new) + self.prefix}")
         return "position embedding and patch kernel resampled"
-
-    def _impossible(self, image: Size, reason: str) -> DownresError:
-        return DownresError(
-            f"{type(self.module).__name__} cannot be made for {format_resolution(image)} px ({reason}): give another resolution."
-        )
 
     def _place(self, name: str, position: Tensor, old: Size, new: Size) -> None:
         """Resample one position embedding of the old grid, if it is one."""
@@ -235,17 +228,19 @@ class OwnViT(Adapter):
             for key in keys:
                 value = vars(module).get(key)
                 if _pair(value) == old:
-                    form = tuple if isinstance(value, int) else type(value)
-                    setattr(module, key, new[0] if isinstance(value, int) and new[0] == new[1] else form(new))
+                    one = isinstance(value, int) and new[0] == new[1]
+                    setattr(module, key, new[0] if one else list(new) if isinstance(value, list) else new)
 
     def _recount(self, old: int, new: int) -> None:
         """The same for numbers of tokens, with and without the prefix, and for indices of positions that are looked up."""
         for module in self.module.modules():
-            for key in COUNT:
+            for key in TOKENS:
                 if (value := vars(module).get(key)) in (old, old + self.prefix) and isinstance(value, int):
                     setattr(module, key, value - old + new)
             for key, value in list(module._buffers.items()):
-                if "pos" in key and value is not None and value.dtype == torch.long and value.numel() in (old, old + self.prefix):
+                if "pos" not in key or value is None or value.is_floating_point():
+                    continue
+                if value.numel() in (old, old + self.prefix):
                     many = value.numel() - old + new
                     module._buffers[key] = torch.arange(many, device=value.device).expand(*value.shape[:-1], many).clone()
 
@@ -361,7 +356,7 @@ def _verify(block: nn.Module) -> None:
     original = copy.deepcopy(block).cpu().double().eval()
     rewritten = copy.deepcopy(original)
     generator = torch.Generator().manual_seed(0)
-    width = rewritten.attn.qkv.in_features  # type: ignore[union-attr]
+    width: int = rewritten.attn.qkv.in_features  # type: ignore[union-attr, assignment]
     swap_class(rewritten, {type(rewritten): _MergingBlock}, TokenState((0, 0), 0, ""), 0)
     difference = "its result is another"
     try:
@@ -376,14 +371,15 @@ def _verify(block: nn.Module) -> None:
     except Exception as error:  # whatever the user's block raises for a length that it is not made for
         difference = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     raise DownresError(
-        f"The tokens of blocks of kind {type(block).__name__} cannot be merged: what downres makes of norm1, attn, norm2 and mlp "
-        f"does not compute what the block does ({difference}); pool them with stem_scale or lower the resolution instead."
+        f"The tokens of blocks of kind {type(block).__name__} cannot be merged: what downres makes of norm1, attn, norm2 and "
+        f"mlp does not compute what the block does ({difference}); pool them with stem_scale or lower the resolution instead."
     )
 
 
 def _check_packed(layer: nn.TransformerEncoderLayer) -> None:
     attention = layer.self_attn
-    if not (attention.batch_first and attention._qkv_same_embed_dim) or attention.bias_k is not None or attention.add_zero_attn:
+    plain = attention._qkv_same_embed_dim and attention.bias_k is None and not attention.add_zero_attn
+    if not (plain and attention.batch_first):
         raise DownresError(
             "The tokens of nn.TransformerEncoderLayer can be merged with batch_first=True and plain self-attention alone, "
             "this one has other options: make it so, or lower the resolution instead."

@@ -1,6 +1,7 @@
 """timm: names, pretrained weights, what `pretrained_cfg` says of the input, and its transformers."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,10 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock, Parallel
 from torch import Tensor, nn
 
 from ..errors import DownresError
-from ..probe import find_stem
+from ..probe import find_stem, total_stride
 from ..records import PRUNE, Preprocessing
 from ..reductions.tokens import TokenState
-from .adapter import Adapter, KeepOutput, SetKeyword, Size, as_pair, no_mask, swap_class
+from .adapter import Adapter, KeepOutput, SetKeyword, Size, as_pair, impossible, no_mask, swap_class
 from .timm_rebuild import rebuild
 from .timm_scale import scale_vit
 
@@ -78,11 +79,11 @@ def _is_of_fixed_size(module: nn.Module) -> bool:
 class Resizable(Adapter):
     """Whatever timm resizes by `set_input_size`: Swin, SwinV2, MaxViT, BEiT, … whose tokens are no plain sequence."""
 
-    sure = False
+    module: Any  # timm's, with attributes that nn.Module does not declare
     why_no_sequence = "its attention needs the grid: windows, or a table of relative positions"
 
     @property
-    def embedding(self) -> nn.Module | None:
+    def embedding(self) -> Any:
         return getattr(self.module, "patch_embed", None)
 
     @property
@@ -97,7 +98,9 @@ class Resizable(Adapter):
         proj = getattr(self.embedding, "proj", None)
         if not isinstance(proj, nn.Conv2d) or hasattr(self.embedding, "backbone"):
             return None  # no patches, or patches of a convnet's feature map
-        return as_pair(self.embedding.patch_size)  # type: ignore[union-attr, arg-type]
+        if "patch_size" not in inspect.signature(self.module.set_input_size).parameters:
+            return None
+        return as_pair(self.embedding.patch_size)
 
     @property
     def unit(self) -> Size:
@@ -113,29 +116,27 @@ class Resizable(Adapter):
         if patch is not None and patch != self.patch:
             given["patch_size"] = patch
         try:
-            self.module.set_input_size(**given)  # type: ignore[operator]
+            self.module.set_input_size(**given)
         except (AssertionError, RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise DownresError(
-                f"{type(self.module).__name__} cannot be made for {image[0]}x{image[1]} px ({text}): give another resolution."
-            ) from error
+            raise impossible(self.module, image, error) from error
         return "by timm's set_input_size"
 
     def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
-        name, exact, smaller = _behind_embedding(self, image, scale)
+        self.sure = False
+        name, exact, smaller = _behind_embedding(self.module, image, scale, self.patch or self.unit)
         if self.image is not None:
             self.fit(smaller, None)
             if self.embedding is not None and hasattr(self.embedding, "img_size"):
-                self.embedding.img_size = image  # type: ignore[assignment]  # it alone still sees all pixels
+                self.embedding.img_size = image  # it alone still sees all pixels
         return self.inside(name), exact
 
 
-def _behind_embedding(adapter: Adapter, image: Size, scale: float) -> tuple[str, float, Size]:
+def _behind_embedding(module: nn.Module, image: Size, scale: float, unit: Size) -> tuple[str, float, Size]:
     """The first convolution, the factor that gives its map whole numbers, and the size of an image that has such a map."""
-    name = find_stem(adapter.module, (_channels(adapter.module), *image))
-    unit = adapter.patch or adapter.unit
-    if unit == (1, 1):
-        unit = as_pair(adapter.module.get_submodule(name).stride)  # type: ignore[arg-type]
+    name = find_stem(module, (_channels(module), *image))
+    stem = module.get_submodule(name)
+    if unit == (1, 1) and isinstance(stem, nn.Conv2d):
+        unit = as_pair(stem.stride)
     exact = max(1, round(image[0] // unit[0] * scale)) * unit[0] / image[0]
     return name, exact, (round(image[0] * exact), max(1, round(image[1] // unit[1] * exact)) * unit[1])
 
@@ -147,13 +148,13 @@ def _channels(module: nn.Module) -> int:
 class Rebuilt(Adapter):
     """Whatever timm builds for one size and cannot resize: CaiT, CoaT, GC-ViT, Hiera, LeViT, PiT, TNT, VOLO, …"""
 
-    sure = False
+    module: Any
     why_no_sequence = "it is no plain ViT: downres knows no list of like blocks in it"
 
     @property
     def image(self) -> Size:  # type: ignore[override]
         size = getattr(getattr(self.module, "patch_embed", None), "img_size", None)
-        size = size or getattr(self.module, "_traits", {}).get("img_size") or self.module.pretrained_cfg["input_size"][1:]  # type: ignore[index, union-attr]
+        size = size or getattr(self.module, "_traits", {}).get("img_size") or self.module.pretrained_cfg["input_size"][1:]
         return as_pair(size)
 
     @property
@@ -167,26 +168,33 @@ class Rebuilt(Adapter):
 
     def fit(self, image: Size, patch: Size | None) -> str:
         done = rebuild(self.module, self.image, image, patch)
-        self.module._traits = {**getattr(self.module, "_traits", {}), "img_size": image}  # type: ignore[assignment, arg-type, dict-item]
+        try:
+            with torch.no_grad():  # a run with numbers: looking up positions that a table does not have shows in no other
+                x = torch.zeros(1, _channels(self.module), *image).to(next(self.module.parameters()))
+                copy.deepcopy(self.module).eval().forward(x)  # past the hooks that `reduce` has put before it
+        except Exception as error:  # whatever the library raises
+            raise impossible(self.module, image, error) from error
+        self.module._traits = {**getattr(self.module, "_traits", {}), "img_size": image}
         return done
 
     def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
-        name, exact, smaller = _behind_embedding(self, image, scale)
+        stride = total_stride(self.module, image, _channels(self.module))  # its maps halve evenly in multiples of this
+        unit = (1, 1) if image[0] % stride or image[1] % stride else (stride, stride)
+        self.sure = False
+        name, exact, smaller = _behind_embedding(self.module, image, scale, unit)
         self.fit(smaller, None)
         embedding = self.module.get_submodule(name.rpartition(".")[0])
         if hasattr(embedding, "img_size"):
-            embedding.img_size = image  # type: ignore[assignment]  # it alone still sees all pixels
+            embedding.img_size = image  # it alone still sees all pixels
         return self.inside(name), exact
 
 
 class Plain(Resizable):
     """ViT, DeiT, DINOv2, SigLIP, hybrids (one class in timm), and EVA, DINOv3 (another)."""
 
-    sure = True
-
     @property
     def prefix(self) -> int:  # type: ignore[override]
-        return self.module.num_prefix_tokens  # type: ignore[return-value]
+        return self.module.num_prefix_tokens
 
     @property
     def class_token(self) -> bool:  # type: ignore[override]
@@ -194,21 +202,21 @@ class Plain(Resizable):
 
     @property
     def unit(self) -> Size:
-        image, grid = self.image, self.embedding.grid_size  # type: ignore[union-attr]
+        image, grid = self.image, self.embedding.grid_size
         if image is None or grid is None or self.patch is not None:
             return super().unit
         return image[0] // grid[0], image[1] // grid[1]  # of a hybrid: the stride of its convnet times its patch
 
     def grid(self, image: Size) -> Size:
         if getattr(self.embedding, "dynamic_img_pad", False):
-            return as_pair(self.embedding.dynamic_feat_size(image))  # type: ignore[union-attr, operator]
+            return as_pair(self.embedding.dynamic_feat_size(image))
         return super().grid(image)
 
     def block_names(self) -> list[str]:
-        return [f"blocks.{i}" for i in range(len(self.module.blocks))]  # type: ignore[arg-type]
+        return [f"blocks.{i}" for i in range(len(self.module.blocks))]
 
     def merge(self, state: TokenState, blocks: Sequence[nn.Module]) -> None:
-        self.module.grad_checkpointing = False  # type: ignore[assignment]  # a block that runs again would find other sizes
+        self.module.grad_checkpointing = False  # a block that runs again would find other sizes
         for i, block in enumerate(blocks):
             swap_class(block, _MERGING, state, i)
             if state.by == PRUNE and any(hasattr(m, "lambda_init") for m in block.modules()):
@@ -233,7 +241,7 @@ class Plain(Resizable):
             found = rope.get_embed().detach()
         else:
             found = rope.get_embed(shape=list(grid)).detach()
-        every = list(self.module.blocks)  # type: ignore[arg-type]
+        every = list(self.module.blocks)
         mixed = getattr(self.module, "rope_mixed", False) or getattr(self.module, "rope_is_mixed", False)
         for block in blocks:
             own = found[every.index(block)] if mixed else found  # with mixed frequencies every block turns by its own
@@ -246,11 +254,11 @@ class Plain(Resizable):
 class NaFlex(Plain):
     """NaFlexViT: takes images of any size in whole patches (its way of ready-made patches is left alone)."""
 
-    image = None  # type: ignore[assignment]
+    image = None
 
     @property
-    def embedding(self) -> nn.Module:
-        return self.module.embeds  # type: ignore[return-value]
+    def embedding(self) -> Any:
+        return self.module.embeds
 
     @property
     def class_token(self) -> bool:  # type: ignore[override]
@@ -258,14 +266,14 @@ class NaFlex(Plain):
 
     @property
     def patch(self) -> Size:  # type: ignore[override]
-        return as_pair(self.embedding.patch_size)  # type: ignore[arg-type]
+        return as_pair(self.embedding.patch_size)
 
     @property
     def unit(self) -> Size:
         return (1, 1) if self.embedding.dynamic_img_pad else self.patch
 
     def fit(self, image: Size, patch: Size | None) -> str:
-        embeds: Any = self.embedding
+        embeds = self.embedding
         if patch is None:
             return "as it takes any size"
         if embeds.norm_input is not None:

@@ -5,7 +5,9 @@ what has to change in the user's network. Everything else of it stays: weights, 
 """
 
 import math
-from typing import Any
+import re
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import timm
 import torch
@@ -14,10 +16,10 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel
 from torch import Tensor, nn
 
 from ..errors import DownresError
-from ..parse import format_resolution
-from .adapter import Size
+from .adapter import Size, as_pair, impossible
 
 _SIMPLE = (int, float, str, bool, tuple, list, type(None))
+_IS_POSITION = re.compile(r"pos|(^|_)rel|bias_table|attention_biases")
 _RUNTIME = ("training", "num_classes", "pretrained_cfg", "default_cfg", "pretrained_model_args")
 
 
@@ -31,7 +33,7 @@ def rebuild(module: Any, old: Size, new: Size, patch: Size | None = None) -> str
     after = dict(_fresh(module, new, {} if patch is None else {"patch_size": patch[0]}).named_modules())
     own = dict(module.named_modules())
     if before.keys() != after.keys() or any(type(before[name]) is not type(after[name]) for name in before):
-        raise _impossible(module, new, "it has other layers at that size")
+        raise impossible(module, new, "it has other layers at that size")
     grids = _pairs(before, after)
     resampled = 0
     for name in before:
@@ -42,7 +44,7 @@ def rebuild(module: Any, old: Size, new: Size, patch: Size | None = None) -> str
                     continue
                 mine = getattr(own.get(name), kind, {}).get(key)
                 if mine is None or mine.shape != like.shape:
-                    raise _impossible(module, new, f"{name}.{key} is not as timm makes it")
+                    raise impossible(module, new, f"{name}.{key} is not as timm makes it")
                 if kind == "_buffers":
                     found = small.to(mine.device)
                     found = found.to(mine.dtype) if mine.is_floating_point() else found
@@ -50,7 +52,7 @@ def rebuild(module: Any, old: Size, new: Size, patch: Size | None = None) -> str
                     with torch.no_grad():
                         values = _resampled(key, mine, before[name], after[name], small, grids)
                     if values is None:
-                        raise _impossible(module, new, f"{_dotted(name, key)} holds weights for each of a fixed number of tokens")
+                        raise _does_not_follow(module, new, _dotted(name, key))
                     found = nn.Parameter(values, requires_grad=mine.requires_grad)
                     resampled += 1
                 getattr(own[name], kind)[key] = found
@@ -68,15 +70,14 @@ def _fresh(module: Any, size: Size, changed: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=False, **{**given, "img_size": size, **changed})
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # what constructors object with
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise _impossible(module, size, f"timm does not build it: {reason}") from error
+        raise impossible(module, size, error) from error
 
 
-def _impossible(module: nn.Module, size: Size, reason: str) -> DownresError:
-    return DownresError(
-        f"{type(module).__name__} cannot be made for {format_resolution(size)} px ({reason}): "
-        "give another resolution or another model."
-    )
+def _does_not_follow(module: nn.Module, size: Size, name: str) -> DownresError:
+    if _IS_POSITION.search(name):
+        return impossible(module, size, f"{name} has a number of positions there that is no grid")
+    reason = f"{name} holds a weight for each token, and their number cannot change"
+    return impossible(module, size, reason, "leave its resolution as it is")
 
 
 def _dotted(name: str, key: str) -> str:
@@ -89,23 +90,21 @@ def _pairs(before: dict[str, nn.Module], after: dict[str, nn.Module]) -> list[tu
     for name in before:
         for key, value in vars(before[name]).items():
             other = vars(after[name]).get(key)
-            if _is_pair(value) and _is_pair(other) and tuple(value) != tuple(other):
-                found.append((tuple(value), tuple(other)))
+            if _is_pair(value) and _is_pair(other) and list(value) != list(other):
+                found.append((as_pair(value), as_pair(other)))
     return list(dict.fromkeys(found))
 
 
-def _is_pair(value: Any) -> bool:
+def _is_pair(value: Any) -> TypeGuard[Sequence[int]]:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value)
 
 
-def _resampled(
-    key: str, mine: Tensor, before: Any, after: Any, like: Tensor, grids: list[tuple[Size, Size]]
-) -> Tensor | None:
+def _resampled(key: str, mine: Tensor, before: Any, after: Any, like: Tensor, grids: list[tuple[Size, Size]]) -> Tensor | None:
     """A table of positions for the other size, in float32 and antialiased; None where it is no such table."""
     old, new = mine.shape, like.shape
     if key == "weight" and mine.ndim == 4 and old[:2] == new[:2] and before.kernel_size == before.stride:
         return resample_patch_embed(mine, list(new[2:]))
-    if mine.ndim != like.ndim or not any(word in key for word in ("pos", "rel", "bias_table", "attention_biases")):
+    if mine.ndim != like.ndim or not _IS_POSITION.search(key):
         return None
     if "relative_position_bias_table" in key:
         return resize_rel_pos_bias_table(mine, after.window_size, tuple(new), old_window_size=before.window_size)
@@ -128,8 +127,7 @@ def _resampled(
 
 
 def _resolution(attention: Any) -> Size:
-    size = attention.resolution
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return as_pair(attention.resolution)
 
 
 def _square(n: int) -> bool:

@@ -43,7 +43,9 @@ def scale_vit(vit: Any, depth: int | None, width: float, name: str = "") -> nn.M
             f"{channels}: scale the depth instead, or make the narrower model yourself."
         )
     build, like = _builder(vit, given), next(vit.parameters())
-    smaller = {"depth": depth or given["depth"], "num_heads": scaled, "embed_dim": channels // heads * scaled}
+    smaller: dict[str, Any] = {"depth": depth or given["depth"], "num_heads": scaled, "embed_dim": channels // heads * scaled}
+    if like.is_meta:
+        smaller |= _undrawn(vit)
     try:
         with torch.device(like.device):
             found = build(**{**given, **smaller}).to(like.dtype).train(vit.training)
@@ -93,20 +95,25 @@ def _constructor_arguments(vit: Any) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
+def _undrawn(vit: nn.Module) -> dict[str, Any]:
+    """The argument that leaves out the drawing of weights, most of the time that it takes; EVA has none."""
+    return {"weight_init": "skip"} if isinstance(vit, VisionTransformer) else {}
+
+
 def _builder(vit: nn.Module, given: dict[str, Any]) -> Callable[..., Any]:
     """What builds this very network from these arguments: timm's function for the architecture, else the class."""
     name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture")
     named = [functools.partial(timm.create_model, name)] if name and timm.is_model(name) else []
     for build in [*named, type(vit)]:
         with contextlib.suppress(Exception), torch.device("meta"):  # whatever a constructor objects to
-            if list(_design(build(**given))) == list(_design(vit)):
+            if list(_design(build(**given, **_undrawn(vit)))) == list(_design(vit)):
                 return build
     raise DownresError(f"This {type(vit).__name__} has parts that timm's constructor does not know of: {OTHERWISE}")
 
 
 def _design(network: nn.Module) -> Iterator[tuple]:
     """All of a network but its weights: kinds, settings and shapes, module by module."""
-    passing = ("training", "fused_attn", "grad_checkpointing")
+    passing = ("training", "fused_attn", "grad_checkpointing", "weight_init_mode")
     for name, module in network.named_modules():
         settings = {
             key: round(value, 6) if isinstance(value, float) else value
@@ -118,9 +125,10 @@ def _design(network: nn.Module) -> Iterator[tuple]:
 
 
 def _is_scaled(new: nn.Module, old: nn.Module, factor: float) -> bool:
-    """Whether every linear layer of a block is the old one with its channels scaled, up to rounding (of two, in a gated MLP)."""
+    """Whether every linear layer of a block is the old one with its channels scaled, up to rounding."""
     pairs = zip(new.modules(), old.modules(), strict=True)
     linear = [(a, b) for a, b in pairs if isinstance(a, nn.Linear) and isinstance(b, nn.Linear)]
+    # A gated MLP rounds its two halves.
     return all(
         abs(a.in_features - factor * b.in_features) < 2 and abs(a.out_features - factor * b.out_features) < 2 for a, b in linear
     )

@@ -1,12 +1,23 @@
-"""torchvision: names, pretrained weights, and the transforms that come with them."""
+"""torchvision: names, pretrained weights, the transforms that come with them, and its transformers."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torchvision.models as models
-from torch import nn
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor, nn
+from torchvision.models.maxvit import MaxVit
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
+from ..errors import DownresError
+from ..parse import format_resolution
 from ..records import Preprocessing
-from .adapter import Adapter
+from ..reductions.resize import scaled_size
+from ..reductions.tokens import TokenState
+from .adapter import Adapter, Size, as_pair, impossible, packed_attention, swap_class
 
 
 def names() -> list[str]:
@@ -45,4 +56,128 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
 
 
 def adapter(name: str, module: nn.Module) -> Adapter | None:
-    return None
+    kinds: dict[type, type[Adapter]] = {VisionTransformer: Vit, SwinTransformer: Swin, MaxVit: Windows}
+    return next((adapted(name, module) for kind, adapted in kinds.items() if isinstance(module, kind)), None)
+
+
+class Vit(Adapter):
+    """`vit_b_16` and its kin, also those with a stem of convolutions in place of patches."""
+
+    module: Any  # torchvision's, with attributes that nn.Module does not declare
+    prefix, class_token = 1, True
+
+    @property
+    def image(self) -> Size:  # type: ignore[override]
+        return as_pair(self.module.image_size)
+
+    @property
+    def patch(self) -> Size | None:  # type: ignore[override]
+        return as_pair(self.module.patch_size) if isinstance(self.module.conv_proj, nn.Conv2d) else None
+
+    @property
+    def unit(self) -> Size:
+        return as_pair(self.module.patch_size)
+
+    def fit(self, image: Size, patch: Size | None) -> str:
+        vit, old = self.module, self.grid(self.image)
+        if image[0] != image[1] and type(vit) is not _AnyAspect:
+            if type(vit) is not VisionTransformer:
+                raise impossible(vit, image, "it is derived from torchvision's VisionTransformer, which takes square images")
+            vit.__class__ = _AnyAspect
+        if patch is not None and patch != self.patch:
+            with torch.no_grad():
+                kernel = resample_patch_embed(vit.conv_proj.weight, list(patch))
+            vit.conv_proj.weight = nn.Parameter(kernel, requires_grad=vit.conv_proj.weight.requires_grad)
+            vit.conv_proj.kernel_size = vit.conv_proj.stride = patch
+            vit.patch_size = patch[0]
+        vit.image_size = image[0] if image[0] == image[1] else image
+        new, positions = self.grid(image), vit.encoder.pos_embedding
+        with torch.no_grad():
+            resampled = resample_abs_pos_embed(positions, list(new), old_size=list(old), num_prefix_tokens=self.prefix)
+        vit.encoder.pos_embedding = nn.Parameter(resampled, requires_grad=positions.requires_grad)
+        vit.seq_length = math.prod(new) + self.prefix
+        return "position embedding and patch kernel resampled"
+
+    def block_names(self) -> list[str]:
+        return [f"encoder.layers.{name}" for name, _ in self.module.encoder.layers.named_children()]
+
+    def merge(self, state: TokenState, blocks: Sequence[nn.Module]) -> None:
+        for i, block in enumerate(blocks):
+            swap_class(block, {EncoderBlock: _MergingBlock}, state, i)
+
+
+class _AnyAspect(VisionTransformer):
+    """torchvision's own takes square images alone."""
+
+    def _process_input(self, x: Tensor) -> Tensor:
+        size, wanted = tuple(x.shape[-2:]), as_pair(self.image_size)
+        torch._assert(size == wanted, f"Wrong image size! Expected {wanted} but got {size}!")
+        return self.conv_proj(x).flatten(2).transpose(1, 2)
+
+
+class _MergingBlock(EncoderBlock):
+    tokens: TokenState
+    index: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.tokens.enter(self.index)
+        x = input + self.dropout(packed_attention(self.self_attention, self.ln_1(input), self.tokens))
+        x = self.tokens.shrink(self.index, x)
+        return self.tokens.leave(self.index, x + self.mlp(self.ln_2(x)))
+
+
+class Swin(Adapter):
+    """`swin_*` and `swin_v2_*` pad to whole windows in each run: they take any size as they are."""
+
+    module: Any
+    why_no_sequence = "its attention needs the grid: windows"
+
+    @property
+    def _embedding(self) -> nn.Conv2d:
+        return self.module.features[0][0]
+
+    @property
+    def patch(self) -> Size:  # type: ignore[override]
+        return as_pair(self._embedding.kernel_size)
+
+    @property
+    def unit(self) -> Size:
+        return 1, 1  # the convolution leaves out what does not fill a patch
+
+    def fit(self, image: Size, patch: Size | None) -> str:
+        conv = self._embedding
+        if patch is None:
+            return "as it takes any size"
+        with torch.no_grad():
+            kernel = resample_patch_embed(conv.weight, list(patch))
+        conv.weight = nn.Parameter(kernel, requires_grad=conv.weight.requires_grad)
+        conv.kernel_size = conv.stride = patch
+        return "patch kernel resampled"
+
+    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
+        return self.inside("features.0.0"), scale
+
+
+class Windows(Adapter):
+    """`maxvit_t`: the number of its windows is fixed when it is built, and their size with it."""
+
+    module: Any
+    why_no_sequence = "its attention needs the grid: windows"
+
+    @property
+    def image(self) -> Size:  # type: ignore[override]
+        rows, columns = self.module.blocks[0].grid_size
+        return 4 * rows, 4 * columns  # behind the stem and the first block, each of stride 2
+
+    def fit(self, image: Size, patch: Size | None) -> str:
+        raise self._cannot_follow(image)
+
+    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
+        raise self._cannot_follow(scaled_size(image, scale))
+
+    def _cannot_follow(self, image: Size) -> DownresError:
+        size = self.module.partition_size
+        return DownresError(
+            f"The windows of torchvision's MaxVit cannot follow an image of {format_resolution(image)} px, as it is built for "
+            f"windows of {size}x{size} on the maps of {format_resolution(self.image)} px alone: take timm's maxvit_tiny_tf_224."
+        )

@@ -52,7 +52,8 @@ def create(
     if num_classes is not None and num_classes != config.num_labels:
         config.num_labels = num_classes
     if tensors is not None:
-        return _loaded(name, None, config, tensors, follow=True)
+        module, headless = _loaded(name, None, config, tensors, follow=True)
+        return module, f"matched by name{headless}"
     if not pretrained:
         with _quiet():
             module = AutoModelForImageClassification.from_config(config, trust_remote_code=False, dtype=torch.float32)
@@ -62,8 +63,10 @@ def create(
             f"transformers:{name} is a configuration without weights: give a folder that has both, or a file with --weights."
         )
     if is_local(name) and (file := next((Path(name) / w for w in _WEIGHTS if (Path(name) / w).exists()), None)):
-        return _loaded(name, None, config, read_checkpoint(file), follow=False)
-    return _loaded(name, name, config, None, follow=False)
+        module, headless = _loaded(name, None, config, read_checkpoint(file), follow=False)
+    else:
+        module, headless = _loaded(name, name, config, None, follow=False)
+    return module, f"the pretrained weights{headless}"
 
 
 def _configuration(name: str) -> Any:
@@ -85,24 +88,27 @@ def _configuration(name: str) -> Any:
                 what, then = "could not be fetched, and there is no such folder", "give a folder with its config.json"
             raise DownresError(f"The configuration of transformers:{name} {what} ({_reason(error)}): {then}.") from None
     if config.model_type not in names():
-        raise _unknown(config.model_type)
+        raise _unknown(config.model_type, f"in the configuration of {name}")
     return config
 
 
-def _unknown(kind: str) -> DownresError:
-    near = difflib.get_close_matches(kind.lower(), names(), n=3, cutoff=0.5)
+def _unknown(kind: str, where: str = "and there is no such folder") -> DownresError:
+    near = difflib.get_close_matches(kind.lower(), names(), n=3, cutoff=0.45)
     hint = (
         f"did you mean {', '.join(near)}?"
         if near
         else "give a folder with config.json, a hub name org/name, or for example vit."
     )
-    return DownresError(f"transformers has no image classifier {kind!r}, and there is no such folder: {hint}")
+    return DownresError(f"transformers has no image classifier {kind!r}, {where}: {hint}")
 
 
 def _loaded(
     name: str, where: str | None, config: Any, tensors: dict[str, Tensor] | None, follow: bool
 ) -> tuple[nn.Module, str]:
-    """Through from_pretrained, which knows the names that older versions stored. follow: the classes of the file decide."""
+    """Through from_pretrained, which knows the names that older versions stored; and what to say of a head that is missing.
+
+    follow: the number of classes in the file decides.
+    """
     with _quiet():
         with torch.device("meta"):
             kind = type(AutoModelForImageClassification.from_config(config, trust_remote_code=False))
@@ -142,7 +148,7 @@ def _loaded(
             "check that file and configuration belong together."
         )
     redrawn = missing or seen["mismatched_keys"]
-    return module, "the pretrained weights" + (", no head among them: drawn anew, to be fitted" if redrawn else "")
+    return module, ", no head among them: drawn anew, to be fitted" if redrawn else ""
 
 
 def _of_head(key: str) -> bool:

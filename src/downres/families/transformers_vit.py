@@ -1,6 +1,7 @@
 """The vision transformers of the transformers library: made for other sizes and patches, with fewer tokens block by block."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..parse import format_resolution
 from ..records import PRUNE
 from ..reductions.resize import scaled_size
 from ..reductions.tokens import TokenState
-from .adapter import Adapter, KeepOutput, SetKeyword, Size, as_pair, swap_class
+from .adapter import Adapter, KeepOutput, SetKeyword, Size, as_pair, no_mask, swap_class
 
 _ADDITIVE = ("eager", "sdpa")
 """Attention implementations of the library to which a float mask can be added; the flash and flex ones take none."""
@@ -156,6 +157,7 @@ class Plain(_Patches):
                 f"Merged tokens count by their size through an attention mask, which {implementation!r} attention does not "
                 f"take: call set_attn_implementation('sdpa') on the {type(self.module).__name__} first."
             )
+        self.module.register_forward_pre_hook(_RefuseMask(), with_kwargs=True)
         for i, block in enumerate(blocks):
             swap_class(block, _MERGING, state, i)
             attention: Any = block.self_attn if hasattr(block, "self_attn") else block.attention
@@ -277,13 +279,13 @@ class Relative(_Patches):
         self.embeddings.__class__, self.embeddings.fitted = _FittedBeit, image
         for bias, table, window in self.tables:
             shape = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, table.shape[1]
-            resized = resize_rel_pos_bias_table(table.detach(), grid, shape, old_window_size=window)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # timm's interpolation indexes in a way that torch warns of
+                resized = resize_rel_pos_bias_table(table.detach(), grid, shape, old_window_size=window)
             bias.relative_position_bias_table = nn.Parameter(resized, table.requires_grad)
             bias.window_size, bias.num_relative_distance = grid, shape[0]
             bias.__class__ = _FittedBias
-            bias.register_buffer(
-                "index", _FittedBias.generate_relative_position_index.__wrapped__(grid).to(table.device), False
-            )
+            bias.register_buffer("index", bias.generate_relative_position_index(grid).to(table.device, copy=True), False)
         for block in self.module.layers:
             block.patch_size = self.config.patch_size
 
@@ -292,6 +294,7 @@ class Pyramid(Adapter):
     """SegFormer: overlapping patches, no position embeddings, any input size; a convnet as far as sizes go."""
 
     why_no_sequence = "its attention makes keys by a convolution over the grid"
+    sure = False  # that convolution may be larger than what is left of the grid
 
     def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
         return self.inside("stages.0.patch_embeddings.proj"), scale
@@ -354,20 +357,25 @@ class _FittedBias(BeitRelativePositionBias):
 # --- layers that hand their tokens on -----------------------------------------------------------------------------
 
 
+class _RefuseMask:
+    """Forward pre-hook of the whole transformer. Its layers ignore masks: tracing makes the library build empty ones."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        no_mask(kwargs.get("attention_mask"))
+
+
 class _Merging:
     tokens: TokenState
     index: int
 
-    def _enter(self, x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-        if attention_mask is not None:
-            raise DownresError("A model with merged tokens takes no attention mask: its tokens are no longer the mask's.")
+    def _enter(self, x: Tensor) -> Tensor | None:
         self.tokens.enter(self.index)
         return self.tokens.mask(x)
 
 
 class _MergingViT(_Merging):
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        x, mask = hidden_states, self._enter(hidden_states, attention_mask)
+        x, mask = hidden_states, self._enter(hidden_states)
         x = x + self.dropout(self.attention(self.layernorm_before(x), mask, **kwargs)[0])
         x = self.tokens.shrink(self.index, x)
         x = x + self.dropout(self.mlp(self.layernorm_after(x)))
@@ -382,7 +390,7 @@ class _MergingDINO(_Merging):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        x, mask = hidden_states, self._enter(hidden_states, attention_mask)
+        x, mask = hidden_states, self._enter(hidden_states)
         if position_embeddings is not None:
             kwargs["position_embeddings"] = tuple(map(self.tokens.of_tokens, position_embeddings))
         attended, _ = self.attention(self.norm1(x), attention_mask=mask, **kwargs)
@@ -394,7 +402,7 @@ class _MergingDINO(_Merging):
 
 class _MergingCLIP(_Merging):
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        x, mask = hidden_states, self._enter(hidden_states, attention_mask)
+        x, mask = hidden_states, self._enter(hidden_states)
         x = x + self.self_attn(hidden_states=self.layer_norm1(x), attention_mask=mask, **kwargs)[0]
         x = self.tokens.shrink(self.index, x)
         x = x + self.mlp(self.layer_norm2(x))

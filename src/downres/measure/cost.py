@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..probe import batched, fake_run
 from ..records import Cost
-from . import fastpath
+from . import fastpath, shapes
 from .macs import does_arithmetic, macs_of, op_name
 
 CONVENTION = (
@@ -74,17 +73,17 @@ class _Observer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # questions about a tensor, such as its device
-            return func(*args, **kwargs)
+        if func.namespace == "prim":  # questions about a tensor
+            is_device = func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor)
+            return args[0].fake_device if is_device else func(*args, **kwargs)
         if (parts := _parts(func)) is not None:
             with self:
                 whole = parts(*args, **kwargs)
             if whole is not NotImplemented:
                 return whole
-        self.live.before(_tensors((args, tuple(kwargs.values()))))
-        out = func(*args, **kwargs)
-        if func is torch.ops.aten.view.default and 1 in out.shape and isinstance(out, FakeTensor):
-            out = _with_strides_of_view(args[0], out)
+        tensors = _tensors((args, tuple(kwargs.values())))
+        self.live.before(tensors)
+        out = shapes.run(func, args, kwargs, tensors)
         self.live.after(_tensors((out,)), _copied(op_name(func), args))
         macs = macs_of(func, args, kwargs, out)
         if macs is not None:
@@ -121,13 +120,6 @@ def _copied(name: str, args: tuple) -> int:
     if name == "aten.native_layer_norm" and not args[0].is_contiguous():
         return _bytes(args[0])
     return 0
-
-
-def _with_strides_of_view(x: Tensor, view: Tensor) -> Tensor:
-    """Fake views of fake tensors have other strides in dimensions of 1 than real ones; layouts are guessed from them."""
-    with no_dispatch():
-        strides = torch.empty_strided(x.shape, x.stride(), device="meta").view(view.shape).stride()
-    return view if strides == view.stride() else x.as_strided(view.shape, strides, x.storage_offset())
 
 
 def _bytes(tensor: Tensor) -> int:

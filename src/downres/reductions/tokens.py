@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DownresError
-from ..records import DECREASING, MERGE, PRUNE, Merge
+from ..records import CONSTANT, DECREASING, MERGE, PRUNE, Merge
 from .resize import resample, scaled_size
 
 
@@ -40,8 +40,8 @@ def removals(merge: Merge, tokens: int, blocks: int) -> tuple[int, ...]:
     """
     if merge.r is not None:
         wanted = [merge.r] * blocks
-        if merge.schedule == DECREASING:
-            wanted = [int(2 * merge.r - 2 * merge.r * i / max(1, blocks - 1)) for i in range(blocks)]
+        if merge.schedule == DECREASING and blocks > 1:
+            wanted = [int(2 * merge.r - 2 * merge.r * i / (blocks - 1)) for i in range(blocks)]
         if sum(wanted) >= tokens:
             most = (tokens - 1) // blocks
             raise DownresError(
@@ -60,9 +60,11 @@ def removals(merge: Merge, tokens: int, blocks: int) -> tuple[int, ...]:
         found.append(r)
         left -= r
     if merge.keep is not None and sum(found) < sum(wanted):
+        limit = "merging at most halves the tokens of a block" if merge.by == MERGE else "pruning leaves two tokens"
+        other = CONSTANT if merge.schedule == DECREASING else DECREASING
         raise DownresError(
-            f"{merge} cannot be reached: merging at most halves the tokens of a block, so of {tokens} tokens {left} would be "
-            "left; keep more, or choose the constant schedule."
+            f"{merge} cannot be reached: {limit}, so of {tokens} tokens {left} would be left; "
+            f"keep more, or try the {other} schedule."
         )
     return tuple(found)
 
@@ -92,11 +94,14 @@ def match_unattended(queries: Tensor, keys: Tensor, r: int, prefix: int) -> Grou
     """The r + 1 patch tokens that the class token attends to least become one, at the end (EViT, sec. 3.2).
 
     They are averaged by that attention, a mean over heads; EViT's sum would shrink with every token taken out. The class
-    token is the first one. queries, keys: (B, heads, prefix + N, D), not yet scaled.
+    token is the first one. queries, keys: (B, heads, prefix + N, D), not yet scaled; the queries' heads may be a multiple of
+    the keys'.
     """
-    logits = (queries[:, :, :1] @ keys.transpose(-1, -2)) * queries.shape[-1] ** -0.5
+    asking = queries[:, :, 0].unflatten(1, (keys.shape[1], -1))  # queries in groups share a head of keys
+    logits = asking @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
     exact = torch.promote_types(logits.dtype, torch.float32)
-    attention = logits.softmax(dim=-1, dtype=exact).mean(dim=1)[:, 0].clamp_min(torch.finfo(exact).tiny)  # shares of none
+    attention = logits.softmax(dim=-1, dtype=exact).mean(dim=(1, 2))
+    attention = attention.clamp_min(torch.finfo(exact).tiny)  # no group's weights are all 0
     batch, tokens = attention.shape
     ranked = attention[:, prefix:].argsort(dim=-1, descending=True) + prefix
     kept = tokens - prefix - r - 1
@@ -174,10 +179,10 @@ class TokenState:
         self.keys: Tensor | None = None
 
     def enter(self, block: int) -> None:
-        """Raises DownresError when blocks do not run one after the other: their tokens would be taken for others."""
+        """Raises DownresError when a block that comes after others that merged does not run after them."""
         if block == 0:
             self._reset()
-        elif block != self.next:
+        elif block != self.next and any(self.removals[:block]):
             raise DownresError(
                 f"A model with fewer tokens from block to block runs its blocks in order, block {block} came where {self.next} "
                 "was due: turn gradient checkpointing off, and give each thread a copy of the model."
@@ -212,7 +217,7 @@ class TokenState:
         else:
             groups = match_similar(keys.mean(dim=1), r, self.prefix)
         size = self.size
-        if size is None:  # counts, and their logarithms, are exact to 2048 in half precision, to 256 in bfloat16
+        if size is None:  # in float32 at least: bfloat16 cannot count beyond 256
             size = torch.ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         x, self.size = apply_groups(x, size, groups)
         places = follow(groups)

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import jinja2
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
-from plotly.subplots import make_subplots
 
 from ..parse import format_quantity
 from ..records import Candidate, Cost
@@ -46,43 +45,44 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One kind of memory on the vertical axis, in bytes."""
+class Memory:
+    """One kind of memory that can stand on the vertical axis, in bytes; positions: of labels, where others than usual."""
 
+    key: str
     title: str
     value: Callable[[Cost], int]
+    positions: dict[str, str] = field(default_factory=dict)
 
 
-ACTIVATIONS = Panel("peak activation memory", lambda cost: cost.peak_activation_bytes)
-PARAMETERS = Panel("memory of the parameters", lambda cost: cost.param_bytes)
+MEMORIES = (
+    Memory("activations", "peak activation memory", lambda cost: cost.peak_activation_bytes),
+    Memory(
+        "parameters",
+        "memory of the parameters",
+        lambda cost: cost.param_bytes,
+        {"resolution": "top center", "depth": "top left", "width": "bottom right"},  # the last two run side by side
+    ),
+)
 
 
-def panels(rows: Sequence[Row]) -> list[Panel]:
-    """What is drawn: parameters only where a family changes them by more than its position embeddings do."""
+def families_figures(rows: Sequence[Row]) -> dict[str, go.Figure]:
+    """A figure for each kind of memory; parameters only where a family changes them by more than position embeddings do."""
     sizes = [row.cost.param_bytes for row in rows]
-    return [ACTIVATIONS, PARAMETERS] if max(sizes) > 1.1 * min(sizes) else [ACTIVATIONS]
+    return {m.key: families_figure(rows, m) for m in MEMORIES if m.key != "parameters" or max(sizes) > 1.1 * min(sizes)}
 
 
-def families_figure(rows: Sequence[Row]) -> go.Figure:
-    """MACs against memory, both axes from 0, a panel for each kind of memory. rows: the original first."""
-    shown = panels(rows)
-    figure = make_subplots(rows=1, cols=len(shown), horizontal_spacing=0.12)
-    families = dict.fromkeys(row.family for row in rows[1:])
-    for column, panel in enumerate(shown, 1):
-        for family in families:
-            members = [row for row in rows if row.family == family]
-            figure.add_trace(_line(family, members, rows[0], panel, column == 1), row=1, col=column)
-        figure.add_trace(_star(rows[0], panel, column == 1), row=1, col=column)
-        for axes, title, values, unit in (
-            (figure.update_xaxes, "MACs per forward pass", [row.cost.macs for row in rows], ""),
-            (figure.update_yaxes, panel.title, [panel.value(row.cost) for row in rows], "B"),
-        ):
-            _lay_out_axis(axes, title, max(values), unit, column)
+def families_figure(rows: Sequence[Row], memory: Memory = MEMORIES[0]) -> go.Figure:
+    """MACs against one kind of memory, both axes from 0. rows: the original first."""
+    families: dict[str, list[Row]] = {}
+    for row in rows[1:]:
+        families.setdefault(row.family, []).append(row)
+    figure = go.Figure([_line(family, members, rows[0], memory, len(families) < 4) for family, members in families.items()])
+    figure.add_trace(_star(rows[0], memory))
     figure.update_layout(
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": "var(--muted)", "size": 12, "family": FONT},
-        margin={"l": 8, "r": 12, "t": 12, "b": 8},
+        margin={"l": 8, "r": 24, "t": 12, "b": 8},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 13}},
         hovermode="closest",
         hoverlabel={
@@ -93,6 +93,8 @@ def families_figure(rows: Sequence[Row]) -> go.Figure:
         },
         template="none",
     )
+    figure.update_xaxes(**_axis("MACs per forward pass", max(row.cost.macs for row in rows), ""))
+    figure.update_yaxes(**_axis(memory.title, max(memory.value(row.cost) for row in rows), "B"))
     return figure
 
 
@@ -121,7 +123,7 @@ def families_page(rows: Sequence[Row], model: str, batch_size: int, convention: 
         model=model,
         batch_size=batch_size,
         convention=convention,
-        figure=json.loads(families_figure(rows).to_json()),
+        figures={key: json.loads(figure.to_json()) for key, figure in families_figures(rows).items()},
         plotlyjs=Markup(get_plotlyjs()),
     )
 
@@ -136,22 +138,27 @@ def write_families(
     return target
 
 
-def _line(family: str, members: Sequence[Row], original: Row, panel: Panel, legend: bool) -> go.Scatter:
+def _line(family: str, members: Sequence[Row], original: Row, memory: Memory, label_all: bool) -> go.Scatter:
     colour, symbol, position = STYLES.get(family, OTHER)
     points = sorted(members, key=lambda row: row.cost.macs)
+    labelled = [p for p in points if p.cost != original.cost] if label_all or family not in STYLES else points[:1]
     if family in STYLES:  # one thing changes along it, and the original is where that begins
         points = sorted([*points, original], key=lambda row: row.cost.macs)
     return go.Scatter(
         name=family,
-        legendgroup=family,
-        showlegend=legend,
         x=[row.cost.macs for row in points],
-        y=[panel.value(row.cost) for row in points],
+        y=[memory.value(row.cost) for row in points],
         mode="lines+markers+text" if family in STYLES else "markers+text",
         line={"color": colour, "width": 2},
-        marker={"color": colour, "symbol": symbol, "size": [0 if row is original else 9 for row in points]},
-        text=["" if row is original else _short_label(row, original) for row in points],
-        textposition=position,
+        marker={
+            "color": colour,
+            "symbol": symbol,
+            "size": [0 if row is original else 9 for row in points],
+            "line": {"width": 0},
+            "opacity": 1,
+        },
+        text=[_short_label(row, original) if row in labelled else "" for row in points],
+        textposition=memory.positions.get(family, position),
         textfont={"color": "var(--muted)", "size": 11},
         hovertext=[hover_text(row, original) for row in points],
         hoverinfo="text",
@@ -159,15 +166,13 @@ def _line(family: str, members: Sequence[Row], original: Row, panel: Panel, lege
     )
 
 
-def _star(original: Row, panel: Panel, legend: bool) -> go.Scatter:
+def _star(original: Row, memory: Memory) -> go.Scatter:
     return go.Scatter(
         name=ORIGINAL,
-        legendgroup=ORIGINAL,
-        showlegend=legend,
         x=[original.cost.macs],
-        y=[panel.value(original.cost)],
+        y=[memory.value(original.cost)],
         mode="markers",
-        marker={"color": "var(--ink)", "symbol": "star", "size": 15},
+        marker={"color": "var(--ink)", "symbol": "star", "size": 15, "line": {"width": 0}},
         hovertext=[hover_text(original, original)],
         hoverinfo="text",
         cliponaxis=False,
@@ -175,30 +180,26 @@ def _star(original: Row, panel: Panel, legend: bool) -> go.Scatter:
 
 
 def _short_label(row: Row, original: Row) -> str:
-    """Of what all of a family share nothing: `160`, `p28`, `8 blocks`, `×0.67`; of the others `168 merge8`."""
+    """What the family changes, alone: `160`, `p28`, `8 blocks`, `×0.67`; of a combination all: `168 merge8`."""
     c = row.candidate
-    if row.family == "depth":
-        return str(c.depth)
-    if row.family == "width":
-        return f"×{c.width:.3g}"
+    if row.family in ("depth", "width"):
+        return {"depth": f"{c.depth} blocks", "width": f"×{c.width:.3g}"}[row.family]
     own = words.short_label(c)
     return own.removeprefix(words.short_label(original.candidate)).strip() or own
 
 
-def _lay_out_axis(update: Callable[..., Any], title: str, high: float, unit: str, column: int) -> None:
+def _axis(title: str, high: float, unit: str) -> dict[str, Any]:
     ticks = _ticks(high)
-    update(
-        col=column,
-        row=1,
-        range=[0, 1.08 * high],
-        tickvals=ticks,
-        ticktext=[format_quantity(tick, unit) for tick in ticks],
-        title={"text": title, "standoff": 12},
-        gridcolor="var(--grid)",
-        zeroline=False,
-        linecolor="var(--line)",
-        automargin=True,
-    )
+    return {
+        "range": [0, 1.08 * high],
+        "tickvals": ticks,
+        "ticktext": [format_quantity(tick, unit) for tick in ticks],
+        "title": {"text": title, "standoff": 12},
+        "gridcolor": "var(--grid)",
+        "zeroline": False,
+        "linecolor": "var(--line)",
+        "automargin": True,
+    }
 
 
 def _ticks(high: float) -> list[float]:

@@ -1,20 +1,20 @@
 """Costs of families of candidates: no data, no weights, no arithmetic."""
 
 import copy
+import dataclasses
 import itertools
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ..families import Model
+from ..families import Model, load_model
 from ..measure.cost import CONVENTION, measure_cost
 from ..parse import Resolution
 from ..records import PRUNE, Candidate, Cost, Merge
@@ -81,20 +81,22 @@ def costs(
 
     Raises DownresError when a candidate cannot be made of this network or does not run.
     """
-    model = as_model(model)
+    model = as_model(load_model(model, pretrained=False) if isinstance(model, str) else model)
     native, design = Candidate(model.preprocessing.resolution), design_of(model)
     chosen = default_resolutions(design.native, design.stride) if resolutions is None else resolutions
     inputs, notes = plan(design, make_axes(chosen, (), (), (), ragged=ragged), do_snap=False)
     inside = make_axes((), stem_scales or (), patch_sizes or (), merges or (), candidates, ragged)
-    others, more = plan(design, inside, do_snap=ragged == "error")
-    planned = {candidate: "resolution" for candidate in inputs}
-    whole = {c if c.resolution is not None else c.at(design.native) for c in inside.candidates}
-    planned |= {c: GIVEN if c in whole else _family(c, design) for c in others if c not in planned}
+    others, more = plan(design, dataclasses.replace(inside, candidates=()), do_snap=ragged == "error")
     scaled = [Candidate(depth=depth) for depth in depths or ()] + [Candidate(width=width) for width in widths or ()]
-    planned |= {c.at(design.native): _family(c, design) for c in scaled if c != Candidate()}
+    planned = {candidate: "resolution" for candidate in inputs}
+    planned |= {c: _family(c, design) for c in others}
+    planned |= {c.at(native.resolution): _family(c, design) for c in scaled}
+    for c in inside.candidates:
+        planned.setdefault(c if c.resolution is not None else c.at(native.resolution), GIVEN)
+    planned.pop(native, None)
     measure = _Measuring(model, batch_size)
     rows = [Row(ORIGINAL, native, measure(native)), *(Row(family, c, measure(c)) for c, family in planned.items())]
-    return Costs(model.spec, tuple(rows), batch_size, CONVENTION, tuple(dict.fromkeys([*notes, *more])))
+    return Costs(model.spec, tuple(rows), batch_size, CONVENTION, tuple([*notes, *more]))
 
 
 def _family(candidate: Candidate, design: Design) -> str:
@@ -120,7 +122,9 @@ class _Measuring:
         if candidate == Candidate(self.model.preprocessing.resolution):
             return measure_cost(self.model.module, size)
         try:
-            return measure_cost(_hollow(self._reduced(self.weightless, candidate), "cpu"), size)
+            small = _hollow(self._reduced(self.weightless, candidate), "cpu")  # whose kernels decide what is alive
+            small.register_forward_pre_hook(_only_fake, prepend=True)
+            return measure_cost(small, size)
         except Exception:  # something looked at numbers that are not there; the real one says what else is wrong
             return measure_cost(self._reduced(self.model.module, candidate), size)
 
@@ -133,12 +137,15 @@ class _Measuring:
 
 
 def _hollow(network: nn.Module, device: str) -> nn.Module:
-    """A copy whose parameters and buffers have no numbers; on 'cpu' they only claim to be there (they are fake)."""
-    tensors = list(itertools.chain(network.parameters(), network.buffers()))
-    with FakeTensorMode() if device == "cpu" else nullcontext():
-        hollow: list[Tensor] = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) for t in tensors]
-    known = {
-        id(t): nn.Parameter(h, t.requires_grad) if isinstance(t, nn.Parameter) else h
-        for t, h in zip(tensors, hollow, strict=True)
-    }
-    return copy.deepcopy(network, known)  # type: ignore[arg-type]
+    """A copy on another device whose parameters and buffers are not initialised: memory that nobody touches costs nothing."""
+    known: dict[int, Any] = {}
+    for t in itertools.chain(network.parameters(), network.buffers()):
+        hollow = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+        known[id(t)] = nn.Parameter(hollow, t.requires_grad) if isinstance(t, nn.Parameter) else hollow
+    return copy.deepcopy(network, known)
+
+
+def _only_fake(module: nn.Module, inputs: tuple) -> None:
+    """Forward pre-hook: a hollow network can be looked at, not computed with."""
+    if not isinstance(inputs[0], FakeTensor):
+        raise RuntimeError("its weights are not there")
