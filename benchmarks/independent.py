@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.profiler import ProfilerActivity, profile
@@ -118,7 +117,8 @@ def _hooks(model: nn.Module, counting: "_Counting") -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, known):
             handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+            # Before the hooks that are there: those may change the output, and what they call is outside the module.
+            handles.append(module.register_forward_hook(leave, with_kwargs=True, prepend=True))
     try:
         yield
     finally:
@@ -173,7 +173,9 @@ def _einsum(call: Call) -> int:
     terms = equation.replace(" ", "").split("->")[0].split(",")
     if len(terms) != 2 or "." in equation:
         raise NotImplementedError(f"einsum {equation}")
-    sizes = {letter: n for term, operand in zip(terms, operands, strict=True) for letter, n in zip(term, operand.shape)}
+    sizes = {
+        letter: n for term, operand in zip(terms, operands, strict=True) for letter, n in zip(term, operand.shape, strict=True)
+    }
     return math.prod(sizes.values())
 
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import inspect
 import itertools
 import logging
 import math
@@ -105,9 +106,17 @@ def _cached_functions(name: str) -> tuple[Any, ...]:
         return ()
     found = list(vars(sys.modules[name]).values())
     found += [value for kind in found if isinstance(kind, type) and kind.__module__ == name for value in vars(kind).values()]
-    found = [getattr(value, "__func__", value) for value in found if isinstance(value, (Callable, staticmethod, classmethod))]
-    found += [cell.cell_contents for value in found for cell in getattr(value, "__closure__", None) or ()]
+    found = [value.__func__ if isinstance(value, (staticmethod, classmethod)) else value for value in found]
+    cells = [cell for value in found if inspect.isfunction(value) for cell in value.__closure__ or ()]
+    found += [value for cell in cells for value in _content(cell)]
     return tuple(value for value in found if isinstance(value, functools._lru_cache_wrapper))
+
+
+def _content(cell: Any) -> tuple[Any, ...]:
+    try:
+        return (cell.cell_contents,)
+    except ValueError:  # not filled yet
+        return ()
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from downres.data.preprocess import preprocess
 from downres.errors import DownresError
 from downres.families import load_model
 from downres.families import transformers as family
+from downres.families.adapter import find_adapter
 from downres.records import Preprocessing
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -277,6 +278,19 @@ def test_without_the_library(monkeypatch):
     for name in [n for n in sys.modules if n.partition(".")[0] == "transformers"]:
         monkeypatch.setitem(sys.modules, name, None)
     fails(r"transformers:vit needs the library transformers .*: pip install 'downres\[transformers\]'\.$", "transformers:vit")
+
+
+def test_an_old_version_of_the_library(monkeypatch):
+    import transformers
+
+    for name in ("transformers", "transformers_vit"):
+        monkeypatch.delitem(sys.modules, f"downres.families.{name}")
+        monkeypatch.delattr(downres.families, name)
+    monkeypatch.setattr(transformers, "__version__", "5.15.1")
+    fails(r"needs the library transformers \(5.15.1 is installed, 5.21 is needed\): pip install", "transformers:vit")
+    # Something else may need the old one: models of other libraries go on as if it were not there.
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    assert find_adapter(model) is None
 
 
 def test_the_library_is_imported_only_when_asked_for():

@@ -31,7 +31,7 @@ def vit_peak(patches: int, channels: int, prefix: int = 1) -> int:
 
 @pytest.fixture(scope="module")
 def vit() -> nn.Module:
-    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    model = timm.create_model("vit_tiny_patch16_224", depth=4, **SMALL)
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
     return model
 
@@ -39,8 +39,8 @@ def vit() -> nn.Module:
 @pytest.fixture(scope="module")
 def found(vit):
     return costs(
-        vit, [32, 48, (64, 32)], stem_scales=[0.5], patch_sizes=[16, 12], merges=[4, "prune4", 0.5], depths=[8, 14, 12],
-        widths=[0.67, 1.33], candidates=["48 merge2 depth6", "depth8", Candidate(40, ragged="floor")],
+        vit, [32, 48, (64, 32)], stem_scales=[0.5], patch_sizes=[16, 12], merges=[4, "prune4", 0.5], depths=[2, 6, 4],
+        widths=[0.67, 1.33], candidates=["48 merge2 depth3", "depth2", "as is", Candidate(40, ragged="floor")],
     )  # fmt: skip
 
 
@@ -57,13 +57,13 @@ def test_rows_are_in_their_families(found):
         ("merging", "64 merge4"),
         ("pruning", "64 prune4"),
         ("merging", "64 merge50%"),
-        ("given", "48 merge2 depth6"),
-        ("given", "64 depth8"),
-        ("given", "40 floor"),
-        ("depth", "64 depth14"),
-        ("depth", "64 depth12"),
+        ("depth", "64 depth2"),
+        ("depth", "64 depth6"),
+        ("depth", "64 depth4"),
         ("width", "64 width×0.67"),
         ("width", "64 width×1.33"),
+        ("given", "48 merge2 depth3"),
+        ("given", "40 floor"),
     ]
     assert found.notes == ("patches of 12 px look at 60 px, a multiple of them",)
 
@@ -71,16 +71,16 @@ def test_rows_are_in_their_families(found):
 @pytest.mark.parametrize(
     ("candidate", "patches", "side", "channels", "blocks"),
     [
-        ("64", 64, 8, 192, 12),
-        ("32", 16, 8, 192, 12),
-        ("64x32", 32, 8, 192, 12),
-        ("40 floor", 25, 8, 192, 12),
-        ("64 patch16", 16, 16, 192, 12),
-        ("60 patch12", 25, 12, 192, 12),
-        ("64 depth8", 64, 8, 192, 8),
-        ("64 depth14", 64, 8, 192, 14),
-        ("64 width×0.67", 64, 8, 128, 12),
-        ("64 width×1.33", 64, 8, 256, 12),
+        ("64", 64, 8, 192, 4),
+        ("32", 16, 8, 192, 4),
+        ("64x32", 32, 8, 192, 4),
+        ("40 floor", 25, 8, 192, 4),
+        ("64 patch16", 16, 16, 192, 4),
+        ("60 patch12", 25, 12, 192, 4),
+        ("64 depth2", 64, 8, 192, 2),
+        ("64 depth6", 64, 8, 192, 6),
+        ("64 width×0.67", 64, 8, 128, 4),
+        ("64 width×1.33", 64, 8, 256, 4),
     ],
 )
 def test_macs_and_peak_by_hand(found, candidate, patches, side, channels, blocks):
@@ -90,16 +90,15 @@ def test_macs_and_peak_by_hand(found, candidate, patches, side, channels, blocks
 
 
 def test_merging_by_hand(found):
-    """Attention on what comes in, the similarity of half with half, the MLP on what is left."""
-    tokens, channels, macs = 65, 192, 3 * 8 * 8 * 192 * 64 + 192 * 5
-    for _ in range(12):
-        left, right = (tokens + 1) // 2, tokens // 2
-        similarity = left * right * channels // 3  # keys are averaged over the 3 heads
-        macs += 4 * tokens * channels**2 + 2 * tokens**2 * channels + similarity
-        tokens -= 4
-        macs += 8 * tokens * channels**2
+    """Attention on what comes in, the similarity of one half of the patches with the other, the MLP on what is left."""
+    patches, channels, macs = 64, 192, 3 * 8 * 8 * 192 * 64 + 192 * 5
+    for _ in range(4):
+        macs += 4 * (patches + 1) * channels**2 + 2 * (patches + 1) ** 2 * channels
+        macs += (patches + 1) // 2 * (patches // 2) * channels // 3  # keys are averaged over the 3 heads
+        patches -= 4
+        macs += 8 * (patches + 1) * channels**2
     row = next(row for row in found.rows if str(row.candidate) == "64 merge4")
-    assert row.cost.macs == pytest.approx(macs, rel=2e-3)  # bar: which token is protected and what moves by scatter
+    assert row.cost.macs == macs
     assert row.cost.params == found.original.params
 
 
@@ -185,7 +184,7 @@ def test_what_the_weights_decide_is_decided_by_the_weights():
 
 def test_the_users_model_is_left_alone(vit):
     before = {name: (tensor.data_ptr(), tensor._version) for name, tensor in vit.state_dict(keep_vars=True).items()}
-    costs(vit, [32], depths=[6], widths=[0.67], patch_sizes=[16], merges=[2])
+    costs(vit, [32], depths=[2], widths=[0.67], patch_sizes=[16], merges=[2])
     assert {name: (t.data_ptr(), t._version) for name, t in vit.state_dict(keep_vars=True).items()} == before
     assert not hasattr(vit, "downres")
 
@@ -218,8 +217,8 @@ def test_picture_shows_the_numbers_of_the_rows(found, tmp_path):
     star = drawn["activations"]["original"]
     assert star["marker"]["symbol"] == "star" and "the original" in star["hovertext"][0]
     depth = drawn["activations"]["depth"]
-    share = f"{100 * vit_macs(64, 8, 192, 14, 5) / found.original.macs:.3g} % of the original"
-    assert any("14 blocks" in text and share in text for text in depth["hovertext"])
+    share = f"{100 * vit_macs(64, 8, 192, 6, 5) / found.original.macs:.3g} % of the original"
+    assert any("6 blocks" in text and share in text for text in depth["hovertext"])
     for row in found.rows:
         assert f"<td>{row.family}</td>" in rest
 
@@ -289,13 +288,10 @@ def test_figure5_compares_at_equal_macs(figure5):
 def test_figure5_says_what_was_counted(figure5):
     text = (RECIPES / "figure5.md").read_text()
     for row in figure5["costs"]:
-        assert (
-            f"| {row['macs'] / 1e9:.3f} | {2 * row['macs'] / 1e9:.3f} | {row['peak_activation_bytes'] / 1e6:.2f} MB |" in text
-        )
+        counts, peak = f"{row['macs'] / 1e9:.3f} | {2 * row['macs'] / 1e9:.3f}", row["peak_activation_bytes"]
+        assert f"| {counts} | {peak / 1e6:.2f} MB |" in text
     for one in figure5["at_equal_macs"]:
-        saved = [
-            100 * (1 - one["sequence"]["peak_activation_bytes"] / one[how]["peak_activation_bytes"])
-            for how in ("width", "depth")
-        ]
+        peaks = [one[how]["peak_activation_bytes"] for how in ("sequence", "width", "depth")]
+        saved = [100 * (1 - peaks[0] / peak) for peak in peaks[1:]]
         words = " | ".join(f"{percent:.0f} %".replace("-", "−") for percent in saved)
         assert re.search(rf"^\| {one['tokens']} \| .*\| {words} \|$", text, re.M)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..errors import DownresError
 from ..parse import format_resolution
@@ -143,12 +144,17 @@ class KeepOutput:
 
 
 class SetKeyword:
-    """Forward pre-hook: the module gets this value under this name, whatever the caller gave."""
+    """Forward pre-hook: the module gets this value under this name, whatever the caller gave.
+
+    value: a tensor or several, which belong to no module: they follow the tokens to their device.
+    """
 
     def __init__(self, key: str, value: Any) -> None:
         self.key, self.value = key, value
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        device = next(v.device for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        self.value = tree_map_only(Tensor, lambda t: t.to(device), self.value)
         return args, {**kwargs, self.key: self.value}
 
 

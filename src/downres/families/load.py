@@ -103,7 +103,7 @@ def _transformers(
         from . import transformers
     except ImportError as error:
         raise DownresError(
-            f"transformers:{name} needs the library transformers in a recent version ({error}): "
+            f"transformers:{name} needs the library transformers ({str(error).splitlines()[0]}): "
             "pip install 'downres[transformers]'."
         ) from None
     if transformers.is_local(name):

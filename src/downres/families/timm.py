@@ -90,7 +90,8 @@ class Resizable(Adapter):
     def image(self) -> Size | None:  # type: ignore[override]
         if getattr(self.module, "dynamic_img_size", False):
             return None
-        size = getattr(self.embedding, "img_size", None) or getattr(self.module, "img_size", None)
+        size = getattr(self.embedding, "img_size", None) or getattr(self.module, "_traits", {}).get("img_size")
+        size = size or getattr(self.module, "img_size", None)
         return None if size is None else as_pair(size)
 
     @property
@@ -235,20 +236,44 @@ class Plain(Resizable):
         rope = getattr(self.module, "rope", None)
         if rope is None:
             return
+        if getattr(self.module, "rope_mixed", False) or getattr(self.module, "rope_is_mixed", False):
+            every, learned = list(self.module.blocks), _LearnedRotations(rope, grid)
+            for block in blocks:
+                hook = _OwnRotation(learned, every.index(block), block is blocks[0], block is blocks[-1])
+                block.register_forward_pre_hook(hook, with_kwargs=True)
+            return
         if getattr(rope, "feat_shape", None) is not None:
             rope = copy.deepcopy(rope)  # the blocks before still turn on the whole grid
             rope.update_feat_shape(list(grid))
             found = rope.get_embed().detach()
         else:
             found = rope.get_embed(shape=list(grid)).detach()
-        every = list(self.module.blocks)
-        mixed = getattr(self.module, "rope_mixed", False) or getattr(self.module, "rope_is_mixed", False)
         for block in blocks:
-            own = found[every.index(block)] if mixed else found  # with mixed frequencies every block turns by its own
-            block.register_forward_pre_hook(SetKeyword("rope", own), with_kwargs=True)
+            block.register_forward_pre_hook(SetKeyword("rope", found), with_kwargs=True)
 
-    def scale(self, depth: int | None, width: float) -> nn.Module:
-        return scale_vit(self.module, depth, width, self.name)
+
+class _LearnedRotations:
+    """Rotations of all blocks on a pooled grid, from the frequencies as they are now: they may be trained or loaded."""
+
+    def __init__(self, rope: nn.Module, grid: Size) -> None:
+        self.rope, self.grid = rope, grid
+        self.found: Tensor | None = None
+
+
+class _OwnRotation:
+    """Forward pre-hook of a block: its own of them. The first block has them made, the last one drops them."""
+
+    def __init__(self, learned: _LearnedRotations, index: int, first: bool, last: bool) -> None:
+        self.learned, self.index, self.first, self.last = learned, index, first, last
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        learned: Any = self.learned
+        if self.first:
+            learned.found = learned.rope.get_embed(shape=list(learned.grid))
+        own = learned.found[self.index]
+        if self.last:
+            learned.found = None
+        return args, {**kwargs, "rope": own}
 
 
 class NaFlex(Plain):

@@ -21,8 +21,8 @@ OTHERWISE = "scale the resolution instead, or make the smaller network yourself.
 def scale_vit(vit: Any, depth: int | None, width: float, name: str = "") -> nn.Module:
     """A ViT or EVA of timm's like `vit`, with `depth` blocks (None: as many) and `width` times the channels.
 
-    Heads keep their size, so their number scales with the embedding and the MLP (Dosovitskiy et al. 2021 go from ViT-S to
-    ViT-B in the same way). Image, patches, classes, prefix tokens, layer scale, normalisation and pooling stay. Made by
+    Heads keep their size, so their number scales with the embedding and the MLP, as from ViT-Ti to ViT-S and ViT-B (Touvron
+    et al. 2021, DeiT). Image, patches, classes, prefix tokens, layer scale, normalisation and pooling stay. Made by
     timm itself, on the device of `vit` and in its precision.
 
     name: of `vit` inside the user's model, '' for the model itself.
@@ -66,7 +66,8 @@ def scale_vit(vit: Any, depth: int | None, width: float, name: str = "") -> nn.M
 
 def _constructor_arguments(vit: Any) -> dict[str, Any]:
     """What the network was built with, read off what was built; what users seldom change is left to the architecture."""
-    embedding, block, plain = vit.patch_embed, vit.blocks[0], isinstance(vit, VisionTransformer)
+    embedding, plain = vit.patch_embed, isinstance(vit, VisionTransformer)
+    block, kinds = vit.blocks[0], [type(m) for m in vit.blocks[0].modules()]
     given = {
         "img_size": embedding.img_size,
         "patch_size": None if hasattr(embedding, "backbone") else embedding.patch_size,
@@ -85,12 +86,12 @@ def _constructor_arguments(vit: Any) -> dict[str, Any]:
         "pos_drop_rate": vit.pos_drop.p,
         "drop_path_rate": max(getattr(m, "drop_prob", 0.0) or 0.0 for m in vit.blocks.modules()),
     }
-    if plain and type(block) is Block:
+    if plain and kinds[0] is Block:
         given["qkv_bias"] = block.attn.qkv.bias is not None
         given["qk_norm"] = not isinstance(block.attn.q_norm, nn.Identity)
         if not isinstance(block.ls1, nn.Identity):
             given["init_values"] = getattr(block.ls1, "init_values", 1e-5)
-        if type(block.mlp) is Mlp:
+        if Mlp in kinds:
             given["mlp_ratio"] = (block.mlp.fc1.out_features + 0.5) / vit.embed_dim  # timm rounds the product down
     return {key: value for key, value in given.items() if value is not None}
 
@@ -103,8 +104,10 @@ def _undrawn(vit: nn.Module) -> dict[str, Any]:
 def _builder(vit: nn.Module, given: dict[str, Any]) -> Callable[..., Any]:
     """What builds this very network from these arguments: timm's function for the architecture, else the class."""
     name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture")
-    named = [functools.partial(timm.create_model, name)] if name and timm.is_model(name) else []
-    for build in [*named, type(vit)]:
+    builders: list[Callable[..., Any]] = [type(vit)]
+    if name and timm.is_model(name):
+        builders.insert(0, functools.partial(timm.create_model, name))
+    for build in builders:
         with contextlib.suppress(Exception), torch.device("meta"):  # whatever a constructor objects to
             if list(_design(build(**given, **_undrawn(vit)))) == list(_design(vit)):
                 return build

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
+from transformers import __version__
 from transformers.models.beit.modeling_beit import BeitEmbeddings, BeitModel, BeitRelativePositionBias
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings, CLIPVisionModel
 from transformers.models.deit.modeling_deit import DeiTEmbeddings, DeiTLayer, DeiTModel
@@ -30,6 +31,9 @@ from ..records import PRUNE
 from ..reductions.resize import scaled_size
 from ..reductions.tokens import TokenState
 from .adapter import Adapter, KeepOutput, SetKeyword, Size, as_pair, no_mask, swap_class
+
+if tuple(map(int, __version__.split(".")[:2])) < (5, 21):  # layers and their projections were named otherwise before
+    raise ImportError(f"{__version__} is installed, 5.21 is needed")
 
 _ADDITIVE = ("eager", "sdpa")
 """Attention implementations of the library to which a float mask can be added; the flash and flex ones take none."""

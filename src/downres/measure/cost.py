@@ -20,15 +20,16 @@ from .macs import does_arithmetic, macs_of, op_name
 
 CONVENTION = (
     "1 MAC = 1 multiply + 1 add, for the whole batch. Counted: convolutions, linear layers, matrix products, attention "
-    "(both products, causal or masked ones in full), and resizes at one MAC a tap (bilinear 4 an output value, bicubic 16, "
-    "antialiased ones as two passes of the filter's width, nearest 0). Not counted: biases; and normalisation, activations, "
-    "softmax, pooling (area resizes are pooling), additions and whatever else has no formula, listed by operator with the "
-    "number of calls. Parameters: each once, however often it is shared; buffers are not parameters. Peak activation "
+    "(both products, causal or masked ones in full), LSTMs, and resizes at one MAC a tap (bilinear 4 an output value, "
+    "bicubic 16, antialiased ones as two passes of the filter's width, nearest 0). Not counted: biases; and normalisation, "
+    "activations, softmax, pooling (area resizes are pooling), additions and whatever else has no formula, listed by operator "
+    "with the number of calls. Parameters: each once, however often it is shared; buffers are not parameters. Peak activation "
     "memory: the largest sum of simultaneously live storages that are not parameters, buffers or constants of the model "
-    "(views share a storage), checked after every operator, the input counted until the last operator that reads it; "
-    "contiguous copies that convolutions and layer norms make of their arguments are in it, other workspace inside a kernel is "
-    "not. Attention is counted as it runs: fused where the model calls a fused kernel; nn.MultiheadAttention on a CPU by its "
-    "fast path, which holds the whole matrix of weights, unless torch.backends.mha disables that."
+    "(views share a storage), checked after every operator, the input counted until the last operator that reads it. What an "
+    "operator holds while it runs is in it where that is as large as an activation: contiguous copies that convolutions and "
+    "layer norms make of their arguments, and on a CPU the first pass of an antialiased resize; a convolution kernel's own "
+    "workspace is not. Attention is counted as the model runs it, fused or not; nn.MultiheadAttention, on a CPU, by its fast "
+    "path, which holds the whole matrix of weights, unless torch.backends.mha.set_fastpath_enabled(False)."
 )
 """What the numbers of `measure_cost` mean, to be printed beside them."""
 
@@ -84,7 +85,7 @@ class _Observer(TorchDispatchMode):
         tensors = _tensors((args, tuple(kwargs.values())))
         self.live.before(tensors)
         out = shapes.run(func, args, kwargs, tensors)
-        self.live.after(_tensors((out,)), _copied(op_name(func), args))
+        self.live.after(_tensors((out,)), _held(op_name(func), args, out))
         macs = macs_of(func, args, kwargs, out)
         if macs is not None:
             self.macs += macs
@@ -96,29 +97,30 @@ class _Observer(TorchDispatchMode):
 @cache
 def _parts(func: Any) -> Callable | None:
     """What does the same by smaller operators, so that we see what a compound operator is made of."""
-    if (fused := _FUSED.get(op_name(func))) is not None:
-        return fused
+    if op_name(func) in _FUSED:
+        return _FUSED[op_name(func)]
     # inference_mode inside a model lets these through
     compound = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
     return func.decompose if compound else None
 
 
-_FUSED = {
+_FUSED: dict[str, Callable] = {
     "aten._native_multi_head_attention": fastpath.attention,
     "aten._transformer_encoder_layer_fwd": fastpath.encoder_layer,
 }
 
 
-def _copied(name: str, args: tuple) -> int:
-    """Bytes of the contiguous copies that an operator makes of strided arguments for as long as it runs."""
+def _held(name: str, args: tuple, out: Any) -> int:
+    """Bytes that an operator holds, for as long as it runs, of tensors as large as activations."""
     if name == "aten.convolution":
-        image_and_kernel = args[:2]
-        # A convolution runs in channels-last layout when either is in it.
+        image_and_kernel = args[:2]  # copied where they are strided: both into channels-last layout when either is in it
         layouts = {suggest_memory_format(t) for t in image_and_kernel} - {torch.contiguous_format}
         layout = layouts.pop() if layouts and args[0].dim() > 3 else torch.contiguous_format
         return sum(_bytes(t) for t in image_and_kernel if not t.is_contiguous(memory_format=layout))
     if name == "aten.native_layer_norm" and not args[0].is_contiguous():
         return _bytes(args[0])
+    if name.startswith("aten._upsample_") and name.endswith("2d_aa") and out.device.type == "cpu":
+        return _bytes(args[0]) // args[0].shape[-1] * out.shape[-1]  # all rows at their new width, before the columns follow
     return 0
 
 
@@ -152,15 +154,15 @@ class LiveStorages:
                 self._given[storage._cdata] = storage
             self._reads_input |= storage._cdata == self._input._cdata
 
-    def after(self, tensors: Iterable[Tensor], copied: int = 0) -> None:
-        """The results of the operator, its arguments still alive. copied: bytes that it held besides while it ran."""
+    def after(self, tensors: Iterable[Tensor], held: int = 0) -> None:
+        """The results of the operator, its arguments still alive. held: bytes that it held besides while it ran."""
         for storage in map(Tensor.untyped_storage, tensors):
             if storage._cdata not in self._given:
                 self._dropped(storage._cdata)  # its size may have changed
                 gone = weakref.ref(storage, lambda _, key=storage._cdata: self._dropped(key))  # type: ignore[misc]
                 self._made[storage._cdata] = storage.nbytes(), gone
                 self._live += storage.nbytes()
-        self._peak_since = max(self._peak_since, self._live + copied)
+        self._peak_since = max(self._peak_since, self._live + held)
         if self._reads_input:
             self._peak_with_input, self._peak_since = max(self._peak_with_input, self._peak_since), 0
 

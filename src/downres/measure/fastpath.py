@@ -35,12 +35,10 @@ def attention(
         weights = weights.masked_fill(mask[:, None, None] if mask_type == 1 else mask, -torch.inf)
     torch.softmax(weights, -1, out=weights)
     out = torch.bmm(weights.flatten(0, 1), v, out=q).view(batch, heads, tokens, -1)  # where q was
-    if not need_weights:
-        weights = None
+    kept = weights if need_weights else None
+    del weights
     out = F.linear(out.transpose(1, 2).flatten(2), out_weight, out_bias)
-    if need_weights and average_weights:
-        weights = weights.mean(1)
-    return out, weights
+    return out, kept.mean(1) if kept is not None and average_weights else kept
 
 
 def encoder_layer(
