@@ -182,7 +182,7 @@ def row(model: nn.Module, size: tuple[int, ...]) -> dict[str, Any]:
         "by_kind": dict(sorted(counted.by_kind.items())),
         "peak_bytes": cost.peak_activation_bytes,
         "allocator_bytes": seen.peak,
-        "allocator_bytes_with_convolution_scratch": seen.with_scratch,
+        "allocator_bytes_with_scratch": seen.with_scratch,
         "peak_error_percent": round(100 * error, 3),
         "ok": cost.macs == counted.macs and abs(error) <= TOLERANCE,
         "measure_s": round(ours.seconds, 4),

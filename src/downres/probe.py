@@ -223,10 +223,16 @@ def _leaf_outputs(model: nn.Module, input_size: tuple[int, ...]) -> list[tuple[i
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) that the model says it is used at (timm's configuration), else 3×224×224."""
+    """(channels, height, width) that the model says it is used at (timm's or transformers' configuration), else 3×224×224."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else None
-    return tuple(size) if size else (3, 224, 224)
+    if size:
+        return tuple(size)
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)
+    side = getattr(config, "image_size", None) or 224
+    height, width = (side, side) if isinstance(side, int) else side
+    return getattr(config, "num_channels", 3), height, width
 
 
 def logits_of(output: Any) -> Tensor:

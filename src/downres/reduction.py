@@ -99,7 +99,7 @@ def reduce(
 def takes_any_size(model: nn.Module) -> bool:
     """Whether one and the same network serves every input resolution: a convnet does, most transformers do not."""
     adapter = find_adapter(model)
-    return adapter is None or adapter.image is None
+    return adapter is None or (adapter.image is None and not adapter.resamples_itself)
 
 
 def made_for(model: nn.Module, image: Size) -> nn.Module:
@@ -183,7 +183,11 @@ class _Work:
         flexible = adapter is None or (adapter.image is None and patch is None and not adapter.block_names())
         if c.resolution is not None and resize_input:
             # A network of fixed size has one input; others keep the aspect ratio of what comes.
-            exact = adapter is not None and not flexible and (adapter.image is not None or not c.is_input_only)
+            exact = (
+                adapter is not None
+                and not flexible
+                and (adapter.image is not None or adapter.resamples_itself or not c.is_input_only)
+            )
             size: Resolution = target if exact else c.resolution
             self.small.register_forward_pre_hook(ResizeInput(size, self.interpolation), with_kwargs=True)
             side = "short side" if isinstance(size, int) else "height x width"
@@ -201,7 +205,8 @@ class _Work:
         if adapter.image is not None or c != Candidate():
             unit = adapter.unit if patch is None else patch
             image = self._fit_input(target, unit)
-        if (adapter.image is not None and image != adapter.image) or (patch is not None and patch != adapter.patch):
+        new_size = image != adapter.image if adapter.image is not None else adapter.resamples_itself and c != Candidate()
+        if new_size or (patch is not None and patch != adapter.patch):
             before = _geometry(adapter)
             how = adapter.fit(image, patch)
             self.note("input size", adapter.name, f"{before} → {_geometry(adapter)}, {how}")
@@ -296,14 +301,19 @@ class _Work:
 
     def check(self) -> None:
         """Where only a run can tell whether the reduced model works, make one: better now than when it serves."""
-        if self.adapter is None or self.adapter.sure or self.candidate == Candidate():
+        c, adapter = self.candidate, self.adapter
+        if adapter is None or c == Candidate():
+            return
+        # What is around a transformer may read tokens between its blocks, where they are fewer now.
+        shortened = adapter.name != "" and (c.merge is not None or c.stem_scale != 1.0)
+        if adapter.sure and not shortened:
             return
         try:
             fake_run(self.small, (self.native[0], *self.target), lambda _model, _x: contextlib.nullcontext())
         except DownresError as error:
-            then = "name another module with stem=…" if self.candidate.stem_scale != 1.0 else "give another reduction"
+            then = "name another module with stem=…" if c.stem_scale != 1.0 else "give another reduction"
             raise DownresError(
-                f"{type(self.adapter.module).__name__} cannot be made for '{self.candidate}' "
+                f"{type(adapter.module).__name__} cannot be made for '{c}' "
                 f"(it fails with: {said(error.__cause__ or error)}): {then} or another resolution."
             ) from error
 

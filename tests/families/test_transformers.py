@@ -39,7 +39,7 @@ from downres.families.adapter import KeepOutput, find_adapter
 from downres.measure.cost import measure_cost
 from downres.probe import logits_of
 from downres.reduction import reduce, token_map
-from downres.reductions.tokens import TokenState
+from downres.reductions.tokens import TokenState, match_unattended
 from downres.runtimes.onnxruntime import OnnxRuntime, export_onnx
 
 WIDTH, BLOCKS, IMAGE, PATCH, CLASSES = 32, 3, 32, 8, 5
@@ -407,23 +407,45 @@ def test_merging_equal_tokens_loses_nothing(name, merge):
     torch.testing.assert_close(run(merged, x), run(model, x), rtol=1e-4, atol=1e-4)
 
 
+def watched(name, by):
+    """The first block's norm output, attention weights (library's own, eager), and the keys and queries it merges by."""
+    model = copy.deepcopy(original(name))
+    transformer(model).set_attn_implementation("eager")
+    found, seen = find_adapter(model), {}
+    state = TokenState((3, 0, 0), found.prefix, by, (4, 4))
+    found.merge(state, found.blocks())
+    block, shrink = found.blocks()[0], state.shrink
+
+    def noting(index, x):
+        if index == 0:
+            seen.update(keys=state.keys, queries=state.queries)
+        return shrink(index, x)
+
+    state.shrink = noting
+    attention = block.self_attn if hasattr(block, "self_attn") else block.attention
+    norm = next(m for m in block.modules() if isinstance(m, nn.LayerNorm))
+    norm.register_forward_hook(lambda _m, _args, out: seen.update(normed=out))
+    attention.register_forward_hook(lambda _m, _args, out: seen.update(weights=out[1]))
+    run(model, photo())
+    return attention, seen, found.prefix
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_similarity_is_measured_on_the_keys_of_the_attention(name):
-    model = copy.deepcopy(original(name))
-    found, kept = find_adapter(model), {}
-    state = TokenState((2, 0, 0), found.prefix, "prune" if found.class_token else "merge", (4, 4))
-    block = found.blocks()[0]
-    inputs = []
-    block.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
-    found.merge(state, found.blocks())
-    attention = block.self_attn if hasattr(block, "self_attn") else block.attention
-    attention.register_forward_hook(lambda *_: kept.update(keys=state.keys, queries=state.queries))
-    run(model, photo())
-    norm = next(m for m in block.modules() if isinstance(m, nn.LayerNorm))
+    attention, seen, prefix = watched(name, "merge")
     with torch.no_grad():
-        for what, projection in (("keys", attention.k_proj), ("queries", attention.q_proj))[: 2 if found.class_token else 1]:
-            expected = projection(norm(inputs[0])).reshape(2, found.prefix + 16, 2, WIDTH // 2).transpose(1, 2)
-            torch.testing.assert_close(kept[what], expected)
+        keys = attention.k_proj(seen["normed"]).reshape(2, prefix + 16, 2, WIDTH // 2).transpose(1, 2)
+    torch.testing.assert_close(seen["keys"], keys)
+    assert seen["queries"] is None
+
+
+@pytest.mark.parametrize("name", [n for n in PLAIN if n != "siglip"])
+def test_pruning_goes_by_the_attention_that_the_library_computes(name):
+    _, seen, prefix = watched(name, "prune")
+    groups = match_unattended(seen["queries"], seen["keys"], 3, prefix)
+    fused = torch.cat([groups.stays[:, -1:], groups.goes], dim=1).sort(dim=1).values
+    theirs = seen["weights"].mean(dim=1)[:, 0, prefix:].argsort(dim=1)[:, :4] + prefix
+    assert torch.equal(fused, theirs.sort(dim=1).values)
 
 
 def test_cost_of_merging_is_counted_block_by_block():

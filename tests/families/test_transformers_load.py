@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForImageClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
     Dinov2Config,
@@ -413,4 +412,3 @@ def test_broken_image_processor(folder):
 def test_names():
     assert {"vit", "deit", "dinov2", "swin", "segformer", "siglip", "beit"} <= set(family.names())
     assert family.is_local(".") and not family.is_local("vit") and not family.is_local("no/such")
-    assert AutoModelForImageClassification  # what the names are the types of

@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import PatchEmbed, resample_patch_embed
+from timm.layers import PatchEmbed, apply_rot_embed_cat, resample_patch_embed
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
@@ -251,6 +251,9 @@ class Plain(Resizable):
         for block in blocks:
             block.register_forward_pre_hook(SetKeyword("rope", found), with_kwargs=True)
 
+    def scale(self, depth: int | None, width: float) -> nn.Module:
+        return scale_vit(self.module, depth, width, self.name)
+
 
 class _LearnedRotations:
     """Rotations of all blocks on a pooled grid, from the frequencies as they are now: they may be trained or loaded."""
@@ -280,6 +283,7 @@ class NaFlex(Plain):
     """NaFlexViT: takes images of any size in whole patches (its way of ready-made patches is left alone)."""
 
     image = None
+    scale = Adapter.scale
 
     @property
     def embedding(self) -> Any:
@@ -349,6 +353,14 @@ class _MergingResPostBlock(ResPostBlock):
         return self.tokens.leave(self.index, x)
 
 
+def _turn(tokens: TokenState, rope: Tensor | None, attention: nn.Module) -> None:
+    """Keys as the class token attends to them, rotated; for pruning only, merging compares them as they were before."""
+    if rope is not None and tokens.by == PRUNE and tokens.keys is not None:
+        keys, half = tokens.keys, bool(getattr(attention, "rotate_half", False))
+        patches = apply_rot_embed_cat(keys[:, :, tokens.prefix :], rope, half=half)
+        tokens.keys = torch.cat([keys[:, :, : tokens.prefix], patches.to(keys.dtype)], dim=2)
+
+
 class _MergingEvaBlock(EvaBlock):
     tokens: TokenState
     index: int
@@ -360,6 +372,7 @@ class _MergingEvaBlock(EvaBlock):
         self.tokens.enter(self.index)
         rope = self.tokens.of_tokens(rope)
         attended = self.attn(self.norm1(x), rope=rope, attn_mask=self.tokens.mask(x))
+        _turn(self.tokens, rope, self.attn)
         x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
         x = self.tokens.shrink(self.index, x)
         out = self.mlp(self.norm2(x))
@@ -378,6 +391,7 @@ class _MergingEvaBlockPostNorm(EvaBlockPostNorm):
         self.tokens.enter(self.index)
         rope = self.tokens.of_tokens(rope)
         x = x + self.drop_path1(self.norm1(self.attn(x, rope=rope, attn_mask=self.tokens.mask(x))))
+        _turn(self.tokens, rope, self.attn)
         x = self.tokens.shrink(self.index, x)
         x = x + self.drop_path2(self.norm2(self.mlp(x)))
         return self.tokens.leave(self.index, x)

@@ -19,8 +19,8 @@ from transformers.utils import logging
 from ..errors import DownresError
 from ..parse import format_resolution
 from ..records import Preprocessing
+from . import transformers_vit  # noqa: F401  (refuses versions of the library that are too old)
 from .adapter import as_pair, find_adapter
-from .transformers_vit import adapter as adapter
 from .weights import read_checkpoint
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")

@@ -18,7 +18,7 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
     Dinov2WithRegistersLayer,
     Dinov2WithRegistersModel,
 )
-from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer, DINOv3ViTModel
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer, DINOv3ViTModel, apply_rotary_pos_emb
 from transformers.models.segformer.modeling_segformer import SegformerModel
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings, SiglipVisionModel
 from transformers.models.swin.modeling_swin import SwinModel, SwinRelativePositionBias
@@ -396,8 +396,10 @@ class _MergingDINO(_Merging):
     ) -> Tensor:
         x, mask = hidden_states, self._enter(hidden_states)
         if position_embeddings is not None:
-            kwargs["position_embeddings"] = tuple(map(self.tokens.of_tokens, position_embeddings))
+            kwargs["position_embeddings"] = turns = tuple(map(self.tokens.of_tokens, position_embeddings))
         attended, _ = self.attention(self.norm1(x), attention_mask=mask, **kwargs)
+        if position_embeddings is not None and self.tokens.by == PRUNE:  # the class token attends to keys that are turned
+            self.tokens.queries, self.tokens.keys = apply_rotary_pos_emb(self.tokens.queries, self.tokens.keys, *turns)
         x = x + self.drop_path(self.layer_scale1(attended))
         x = self.tokens.shrink(self.index, x)
         x = x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))

@@ -93,8 +93,8 @@ def match_similar(metric: Tensor, r: int, prefix: int) -> Groups:
 def match_unattended(queries: Tensor, keys: Tensor, r: int, prefix: int) -> Groups:
     """The r + 1 patch tokens that the class token attends to least become one, at the end (EViT, sec. 3.2).
 
-    They are averaged by that attention, a mean over heads; EViT's sum would shrink with every token taken out. The class
-    token is the first one. queries, keys: (B, heads, prefix + N, D), not yet scaled; the queries' heads may be a multiple of
+    They are averaged by that attention, a mean over heads; EViT sums them, this keeps the scale of the others. The class token
+    is the first one. queries, keys: (B, heads, prefix + N, D), not yet scaled; the queries' heads may be a multiple of
     the keys'.
     """
     asking = queries[:, :, 0].unflatten(1, (keys.shape[1], -1))  # queries in groups share a head of keys

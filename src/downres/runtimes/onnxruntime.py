@@ -65,7 +65,7 @@ def export_onnx(
     channels, height, width = input_size
     example = torch.zeros(2, channels, height, width)  # two: torch.export takes a dimension of one for a constant
     try:
-        copied = copy.deepcopy(model).cpu().float().eval()
+        copied = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
         with _silence(), plain_attention():
             free_batch = ({0: torch.export.Dim.DYNAMIC},)
             program = torch.export.export(copied, (example,), dynamic_shapes=free_batch, strict=False)

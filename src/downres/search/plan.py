@@ -119,7 +119,8 @@ def plan(design: Design, axes: Axes, do_snap: bool = True) -> tuple[list[Candida
             height, width = as_hw(resolution)
             if patch > min(height, width):
                 raise DownresError(
-                    f"A patch of {patch} px is larger than the image of {format_resolution(resolution)} px: give a smaller patch."
+                    f"A patch of {patch} px is larger than the image of {format_resolution(resolution)} px: "
+                    "give a smaller patch."
                 )
             if (height % patch or width % patch) and do_snap:
                 # The same image, as nearly as whole patches allow.

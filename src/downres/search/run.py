@@ -65,7 +65,7 @@ def search(
     """Find the cheapest way to look at less whose drop in top-1 is proven to be within `max_drop` points, and ship it.
 
     Args:
-        model: `timm:NAME`, `torchvision:NAME`, `file.py:function`, a loaded Model, or an `nn.Module`.
+        model: `timm:NAME`, `torchvision:NAME`, `transformers:FOLDER`, `file.py:function`, a loaded Model, or an `nn.Module`.
         data: folder with train/ and val/, one folder of class folders, ImageNet's layout, or a Dataset.
         max_drop: points of top-1, proven with `confidence` for all candidates together.
         max_macs, max_memory_bytes, max_latency_ms: ceilings; what is over one is stopped before data are touched.
