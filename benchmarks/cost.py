@@ -203,18 +203,30 @@ def rows_of(entry: Entry) -> list[dict[str, Any]]:
                 plain["tools"]["errors_percent"] = _errors(plain)
             found.append(plain)
             for text in entry.reductions:
-                found.append(head | {"candidate": text} | reduced_row(entry, model, text))
+                found.append(head | {"candidate": text} | reduced_row(entry, model, text, False))
+            if fused is not False:  # the first of them is a resolution
+                inside = f"{entry.reductions[0]}, resize inside"
+                found.append(head | {"candidate": inside} | reduced_row(entry, model, entry.reductions[0], True))
     return found
 
 
-def reduced_row(entry: Entry, model: nn.Module, text: str) -> dict[str, Any]:
-    candidate = Candidate.parse(text)
-    size = (3, *(candidate.hw or (entry.size, entry.size)))
+def reduced_row(entry: Entry, model: nn.Module, text: str, resize_input: bool) -> dict[str, Any]:
+    """resize_input: whether the reduced network resizes its input itself, from the original's size."""
+    candidate, native = Candidate.parse(text), (entry.size, entry.size)
     try:
-        reduced = downres.reduce(model, candidate, input_size=(3, entry.size, entry.size), resize_input=False)
-        return row(reduced, size)
+        reduced = downres.reduce(model, candidate, input_size=(3, *native), resize_input=resize_input)
+        return row(reduced, (3, *(native if resize_input else candidate.hw or native)))
     except DownresError as error:
         return {"does_not_apply": str(error)}
+
+
+def kind_of(text: str) -> str:
+    """What a candidate changes."""
+    if text.endswith("inside"):
+        return "resolution, resize inside"
+    words = {"stem": "resampling after the embedding", "patch": "larger patches", "merge": "merging", "prune": "pruning"}
+    kinds = [kind for word, kind in words.items() if word in text]
+    return "as is" if text == "as is" else " and ".join(kinds) or "resolution"
 
 
 # --- other tools --------------------------------------------------------------------------------------------------
@@ -341,7 +353,7 @@ def _seconds(runs: list[dict]) -> dict[str, float]:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """README's two tables."""
+    """README's three tables."""
     by_model: dict[tuple[str, str], list[dict]] = {}
     for r in result["rows"]:
         by_model.setdefault((r["library"], r["model"]), []).append(r)
@@ -366,6 +378,19 @@ def tables(result: dict[str, Any]) -> str:
             f"| {library} {short} | {first['size'][-1]} | {first['macs'] / 1e9:.3f} | {len(measured)} | {equal} | "
             f"{peaks} | {worst:+.2f} % | {' | '.join(theirs)} | {first['measure_s']:.2f} | {times} |"
         )
+    lines += [
+        "",
+        "| Reduction | Rows | Models | MACs equal | Worst peak error | Does not apply to |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in dict.fromkeys(kind_of(r["candidate"]) for r in result["rows"]):
+        rows = [r for r in result["rows"] if kind_of(r["candidate"]) == kind]
+        measured = [r for r in rows if "macs" in r]
+        models = {(r["library"], r["model"]) for r in measured}
+        without = {(r["library"], r["model"]) for r in rows} - models
+        worst = max((r["peak_error_percent"] for r in measured), key=abs)
+        equal = sum(r["macs"] == r["macs_by_hooks"] for r in measured)
+        lines.append(f"| {kind} | {len(measured)} | {len(models)} | {equal} | {worst:+.2f} % | {len(without) or ''} |")
     lines += ["", "| 100 candidates of | downres | torchinfo | fvcore | ptflops | calflops |", "|---|---|---|---|---|---|"]
     for h in result.get("hundred", []):
         others = " | ".join(f"{h['others_s_per_100'][t]:.0f} s" for t in ("torchinfo", "fvcore", "ptflops", "calflops"))

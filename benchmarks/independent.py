@@ -303,7 +303,7 @@ def allocated(model: nn.Module, input_size: tuple[int, ...], reads: int) -> Allo
 def _forget() -> None:
     """Empties the caches of functions that make tables, in transformers: every pass is a first pass."""
     for cached in gc.get_objects():
-        if isinstance(cached, functools._lru_cache_wrapper) and str(cached.__module__).startswith("transformers.models."):
+        if type(cached) is functools._lru_cache_wrapper and str(cached.__module__).startswith("transformers.models."):
             cached.cache_clear()
 
 

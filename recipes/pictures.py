@@ -24,6 +24,7 @@ from downres.report import words
 README = Path(__file__).parent / "README.md"
 MARKS = "<!-- table -->\n", "<!-- end of table -->"
 COLOURS = dict(zip(CANDIDATES, ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed"), strict=True))
+PLACES = dict(zip(CANDIDATES, ("top left", "bottom right", "top left", "bottom center", "top center"), strict=True))
 PHOTOGRAPHS = ("val/cat/cat.1051.jpg", "val/dog/dog.1108.jpg")
 SHOWN = ("merge4", "merge8", "merge12", "prune12")
 INK, MUTED, GRID = "#1f2937", "#6b7280", "#e5e7eb"
@@ -44,8 +45,8 @@ def main() -> None:
 def table(measured: dict) -> str:
     """The candidates in Markdown, technique by technique; the bound of the drop rounded up."""
     lines = [
-        "| | | MACs | peak activations | latency | lowered only | recovered | drop, at most | |",
-        "|---|---|--:|--:|--:|--:|--:|--:|---|",
+        "| | | MACs | peak activations | latency | lowered only | recovered | by | drop, at most | |",
+        "|---|---|--:|--:|--:|--:|--:|---|--:|---|",
     ]
     for row in [measured["original"], *measured["candidates"]]:
         original = row is measured["original"]
@@ -58,11 +59,18 @@ def table(measured: dict) -> str:
             f"{words.digits(row['latency_ms'])} ms",
             "" if original else f"{row['naive_top1']:.1f} %",
             f"{row['top1']:.1f} %",
+            "" if original or row["rung"] == "none" else words.RUNGS[row["rung"]],
             "" if original else f"{words.points(row['drop'])}, {words.bound(row['drop_upper'])}",
             "" if original else row["verdict"],
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def short(row: dict) -> str:
+    """`168`, `p16`, `merge8`, `merge12↓`, `×0.5@blocks.3`: beside a point."""
+    word = row["candidate"].split()[-1]
+    return word.replace("patch", "p").replace("stem", "").replace("-decreasing", "↓")
 
 
 def accuracy_against_macs(measured: dict) -> go.Figure:
@@ -77,8 +85,10 @@ def accuracy_against_macs(measured: dict) -> go.Figure:
         # A line joins what differs by degree; pooling also differs by place.
         mode = "markers" if name == "pooled tokens" or len(rows) == 1 else "lines+markers"
         figure.add_scatter(
-            x=x, y=[r["top1"] for r in rows], mode=mode, name=name, line={"color": colour, "width": 2}, marker={"size": 10}
-        )
+            x=x, y=[r["top1"] for r in rows], mode=f"{mode}+text", name=name, text=[short(r) for r in rows],
+            textposition=PLACES[name],
+            textfont={"color": colour, "size": 12}, line={"color": colour, "width": 2}, marker={"size": 10},
+        )  # fmt: skip
         for xs, row in zip(x, rows, strict=True):
             figure.add_shape(
                 type="line", x0=xs, x1=xs, y0=row["naive_top1"], y1=row["top1"], layer="below",
@@ -93,7 +103,7 @@ def accuracy_against_macs(measured: dict) -> go.Figure:
     figure.update_xaxes(**axis, title="GMACs per photograph", rangemode="tozero")
     figure.update_yaxes(**axis, title={"text": "top-1 accuracy on 200 photographs", "standoff": 14}, ticksuffix=" %")
     figure.update_layout(
-        template="none", width=1000, height=560, margin={"l": 80, "r": 20, "t": 60, "b": 60},
+        template="none", width=1000, height=640, margin={"l": 80, "r": 20, "t": 60, "b": 60},
         font={"family": "system-ui, Arial, sans-serif", "size": 14, "color": INK},
         title={"text": "ViT-S/14, cats and dogs. Filled: recovered, hollow: lowered only", "x": 0.01, "font_size": 16},
         legend={"x": 0.99, "xanchor": "right", "y": 0.02, "yanchor": "bottom", "bgcolor": "rgba(255,255,255,0.85)"},

@@ -31,7 +31,7 @@ def fake_run(model: nn.Module, input_size: tuple[int, ...], watch: Watch[Seen]) 
     """Runs a copy of the model once, in eval mode and without gradients, and returns what `watch` saw.
 
     The copy holds fake tensors (shapes, no numbers, no memory), so that neither arithmetic nor the original's weights,
-    flags, hooks or cached attributes are touched. A model that looks at its numbers cannot run so: a real copy then runs
+    flags, hooks or cached attributes are touched; the original may have no numbers either (on the meta device). A model that looks at its numbers cannot run so: a real copy then runs
     on zeros, watched in the same way.
 
     input_size: (channels, height, width) for a batch of one, or (batch, channels, height, width).
@@ -69,7 +69,7 @@ def batched(input_size: tuple[int, ...]) -> tuple[int, ...]:
 
 def _is_plain(tensor: Tensor) -> bool:
     return (
-        type(tensor) in (Tensor, nn.Parameter)
+        type(tensor) in (Tensor, nn.Parameter, FakeTensor)
         and tensor.layout == torch.strided
         and not tensor.is_quantized
         and tensor.dim() > 0
@@ -77,9 +77,12 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _faked(tensor: Tensor, mode: FakeTensorMode) -> FakeTensor:
-    """What `mode.from_tensor` makes of a plain tensor, ten times faster: deepcopy takes these instead of copying."""
+    """What `mode.from_tensor` makes of a plain tensor, ten times faster: deepcopy takes these instead of copying.
+
+    A network on the meta device is measured as one on a CPU.
+    """
     shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    made = FakeTensor(mode, shape, tensor.device)
+    made = FakeTensor(mode, shape, torch.device("cpu") if tensor.device.type == "meta" else tensor.device)
     made.requires_grad_(tensor.requires_grad)
     made._is_param = isinstance(tensor, nn.Parameter)
     return made

@@ -2,12 +2,15 @@
 
 import contextlib
 import copy
+import dataclasses
 import difflib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .errors import DownresError
 from .families.adapter import Adapter, Size, find_adapter, said
@@ -83,9 +86,7 @@ def reduce(
     work = _Work(copy.deepcopy(model), candidate, interpolation, tuple(input_size or input_size_of(model)))
     work.scale()
     work.geometry(resize_input)
-    work.pool()
-    work.merge()
-    work.check()
+    work.shorten(model)
     if not work.changes and resize_input:
         warnings.warn(
             "reduce changed nothing: it looked for a resolution, a stem_scale below 1, a patch_size and a merge, "
@@ -189,7 +190,8 @@ class _Work:
                 and (adapter.image is not None or adapter.resamples_itself or not c.is_input_only)
             )
             size: Resolution = target if exact else c.resolution
-            self.small.register_forward_pre_hook(ResizeInput(size, self.interpolation), with_kwargs=True)
+            unit = adapter.unit if adapter is not None and not exact else (1, 1)
+            self.small.register_forward_pre_hook(ResizeInput(size, self.interpolation, unit), with_kwargs=True)
             side = "short side" if isinstance(size, int) else "height x width"
             self.note("input resize", "", f"{side} {format_resolution(size)} px, {self.interpolation}, antialiased")
         if adapter is None or flexible:
@@ -299,23 +301,48 @@ class _Work:
             assert self.adapter is not None
             self.adapter.blocks()[-1].register_forward_hook(UnpoolTokens(self.pooled))
 
-    def check(self) -> None:
-        """Where only a run can tell whether the reduced model works, make one: better now than when it serves."""
+    def shorten(self, original: nn.Module) -> None:
+        """Fewer tokens, and a run where nothing else can tell whether that works: better now than when it serves."""
         c, adapter = self.candidate, self.adapter
-        if adapter is None or c == Candidate():
+        self.pool()
+        self.merge()
+        # What is around a transformer may read tokens between its blocks, where they have no grid any more.
+        inside = adapter is not None and adapter.name != "" and (c.merge is not None or c.stem_scale != 1.0)
+        if adapter is None or c == Candidate() or (adapter.sure and not inside):
             return
-        # What is around a transformer may read tokens between its blocks, where they are fewer now.
-        shortened = adapter.name != "" and (c.merge is not None or c.stem_scale != 1.0)
-        if adapter.sure and not shortened:
-            return
+        kind, then = type(adapter.module).__name__, "name another module with stem=…" if c.stem_scale != 1.0 else "reduce less"
+        size = (self.native[0], *self.target)
         try:
-            fake_run(self.small, (self.native[0], *self.target), lambda _model, _x: contextlib.nullcontext())
+            found = _output_shapes(self.small, size)
         except DownresError as error:
-            then = "name another module with stem=…" if c.stem_scale != 1.0 else "give another reduction"
             raise DownresError(
-                f"{type(adapter.module).__name__} cannot be made for '{c}' "
-                f"(it fails with: {said(error.__cause__ or error)}): {then} or another resolution."
+                f"{kind} cannot be made for '{c}' (it fails with: {said(error.__cause__ or error)}): {then}, or give another "
+                "resolution."
             ) from error
+        if not inside or all(len(shape) <= 2 for shape in found):
+            return
+        whole = dataclasses.replace(c, merge=None, stem_scale=1.0)
+        with warnings.catch_warnings(action="ignore"):
+            wanted = _output_shapes(reduce(original, whole, input_size=self.native), size)
+        if found != wanted:
+            raise DownresError(
+                f"{type(self.small).__name__} takes tokens out of {adapter.name} between its blocks, where '{c}' has changed "
+                "their number: lower the resolution instead."
+            )
+
+
+def _output_shapes(model: nn.Module, input_size: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Of all tensors that the model returns."""
+
+    @contextlib.contextmanager
+    def watch(copied: nn.Module, x: Tensor) -> Iterator[list[tuple[int, ...]]]:
+        seen: list[tuple[int, ...]] = []
+        copied.register_forward_hook(
+            lambda _m, _args, out: seen.extend(tuple(t.shape) for t in tree_leaves(out) if isinstance(t, Tensor))
+        )
+        yield seen
+
+    return fake_run(model, input_size, watch)
 
 
 def _geometry(adapter: Adapter) -> str:

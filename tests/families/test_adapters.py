@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from timm.layers import resample_abs_pos_embed
+from timm.layers import apply_rot_embed_cat, resample_abs_pos_embed
 from timm.models import swin_transformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -261,6 +261,9 @@ def test_dynamic_networks_stay_dynamic():
     assert takes_any_size(model) and torch.equal(small.pos_embed, model.pos_embed)
     x = images(1, 3, 48, 96)
     torch.testing.assert_close(run(small, x), run(model, F.interpolate(x, (32, 64), mode="bilinear", antialias=True)))
+    # Other aspect ratios come to whole patches: 48×64 to 32×43, of which 32×40 is the nearest.
+    other = images(1, 3, 48, 64)
+    torch.testing.assert_close(run(small, other), run(model, F.interpolate(other, (32, 40), mode="bilinear", antialias=True)))
     assert not takes_any_size(vit())
     for build in (vit, dinov3):
         with pytest.raises(DownresError, match="36x36|36 px is not a multiple of 8"):
@@ -275,6 +278,7 @@ def test_hybrids_shrink_with_the_stride_of_both_parts():
         reduce(model, resolution=80)
 
 
+@pytest.mark.filterwarnings("ignore")  # timm's own loading
 def test_swin_equals_timms_own_smaller_model():
     sizes = {"patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 5}
     model = randomised(SwinTransformer(img_size=64, **sizes))
@@ -463,6 +467,20 @@ def test_a_reduced_model_moves_to_another_device(named):
     assert run(small, torch.empty(2, 3, SIDE, SIDE, device="meta")).device.type == "meta"
 
 
+def test_inputs_with_too_few_tokens_get_their_sentence():
+    model, x = randomised(vit(dynamic_img_size=True)), images(1, 3, 24, 24)
+    for merge, words in (
+        ("merge8", "Block 0 was to merge 8 tokens, and this input has 9"),
+        ("prune8", "prune 8 tokens.* has 9"),
+    ):
+        small = reduce(model, input_size=(3, SIDE, SIDE), merge=merge)
+        with pytest.raises(DownresError, match=f"{words}.*reduce it with their resolution"):
+            small(x)
+        assert run(small, images(1, 3, SIDE, 64)).shape == (1, 5)  # more than enough
+    with pytest.raises(DownresError, match="grid of 6x6 patch tokens was to be resampled, this input makes 9 tokens"):
+        reduce(model, input_size=(3, SIDE, SIDE), stem_scale=0.5)(x)
+
+
 def test_several_attentions_in_a_block_are_matched_by_all_their_keys():
     model = merged(randomised(SEQUENCES["parallel things"]()), [4, 0, 0])
     seen = []
@@ -515,7 +533,7 @@ def test_tokens_that_are_read_between_blocks_are_noticed():
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, features_only=True, out_indices=(1, 2)).eval()
     assert [tuple(f.shape[2:]) for f in run(reduce(model, resolution=32), images(1, 3, 64, 64))] == [(2, 2)] * 2
     for given in ({"merge": 2}, {"stem_scale": 0.5}):
-        with pytest.raises(DownresError, match="VisionTransformer cannot be made for 'as is .*fails with: shape"):
+        with pytest.raises(DownresError, match="FeatureGetterNet takes tokens out of model between its blocks.*lower the res"):
             reduce(model, input_size=(3, 64, 64), **given)
     last = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, features_only=True, out_indices=(2,)).eval()
     (found,) = run(reduce(last, input_size=(3, 64, 64), stem_scale=0.5, merge=1), images(1, 3, 64, 64))
@@ -581,7 +599,9 @@ def test_a_users_head_and_hooks_survive_the_rebuilding():
     model.head, calls = nn.Linear(192, 7).double(), []
     model.blocks[0].register_forward_hook(lambda _m, _args, out: calls.append(out.shape[1]))
     model.norm.weight.requires_grad_(False)
+    chance = torch.get_rng_state()
     small = reduce(model, resolution=32)
+    assert torch.equal(torch.get_rng_state(), chance)  # what timm builds beside it takes no random numbers away
     assert run(small, images(1, 3, 64, 64).double()).shape == (1, 7) and calls[-1] == 4
     assert small.head.weight.dtype == torch.float64 and not small.norm.weight.requires_grad
     assert torch.equal(small.head.weight, model.head.weight) and small.head.weight is not model.head.weight
@@ -730,3 +750,26 @@ def test_blocks_of_an_unknown_kind_can_be_pooled_and_not_merged():
     assert run(reduce(model, stem_scale=0.5), images(1, 3, SIDE, SIDE)).shape == (1, 5)
     with pytest.raises(DownresError, match="blocks of kind Other cannot be merged .known kinds: Block.*stem_scale"):
         reduce(model, merge=2)
+
+
+def test_pruning_goes_by_the_keys_as_the_class_token_meets_them_rotated():
+    torch.manual_seed(0)
+    model = timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=2, num_classes=3).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.05)
+    x = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        # The class token's attention in the first block, by hand.
+        tokens, rope = model._pos_embed(model.patch_embed(x))
+        a, normed = model.blocks[0].attn, model.blocks[0].norm1(tokens)
+        bias = torch.cat([a.q_bias, a.k_bias, a.v_bias])
+        q, k, _ = F.linear(normed, a.qkv.weight, bias).reshape(2, 17, 3, a.num_heads, -1).permute(2, 0, 3, 1, 4)
+        k = torch.cat([k[:, :, :1], apply_rot_embed_cat(k[:, :, 1:], rope, half=a.rotate_half)], dim=2)
+        attention = ((q[:, :, :1] @ k.transpose(-1, -2)) * a.scale).softmax(-1).mean(1)[:, 0, 1:]
+        reduced = reduce(model, merge=Merge(keep=11 / 16, by="prune"))  # 3 and 2 tokens go
+        groups = token_map(reduced, x).flatten(1)
+    for b in range(2):
+        least = set(attention[b].argsort()[:4].tolist())  # the four that the first block fuses into one
+        together = {frozenset((groups[b] == g).nonzero()[:, 0].tolist()) for g in groups[b].unique()}
+        assert any(least <= group for group in together)
+        assert len(together) == 11

@@ -279,6 +279,17 @@ def test_no_fake_tensor_stays_in_a_cache():
     assert type(after) is torch.Tensor and torch.equal(before, after)
 
 
+def test_a_network_without_numbers_costs_the_same():
+    with torch.device("meta"):
+        hollow = vit()
+    for candidate in (Candidate(), Candidate(96), Candidate(merge=8)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of changing nothing
+            pair = [reduce(m, candidate, resize_input=False, input_size=(3, 128, 128)) for m in (hollow, vit())]
+        size = (3, *(candidate.hw or (128, 128)))
+        assert measure_cost(pair[0], size) == measure_cost(pair[1], size)
+
+
 def test_the_collector_is_as_it_was():
     for enabled in (False, True):
         (gc.enable if enabled else gc.disable)()

@@ -21,7 +21,7 @@ from ..probe import fake_run, input_size_of
 from ..records import PRUNE
 from ..reductions.resize import resample
 from ..reductions.tokens import TokenState
-from .adapter import Adapter, Size, as_pair, impossible, no_mask, packed_attention, swap_class
+from .adapter import Adapter, Size, as_pair, impossible, no_mask, packed_attention, said, swap_class
 
 IMAGE = ("img_size", "image_size", "input_size", "input_resolution", "img_dim")
 PATCH = ("patch_size", "patch_dim")
@@ -369,7 +369,7 @@ def _verify(block: nn.Module) -> None:
             else:
                 return
     except Exception as error:  # whatever the user's block raises for a length that it is not made for
-        difference = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        difference = said(error)
     raise DownresError(
         f"The tokens of blocks of kind {type(block).__name__} cannot be merged: what downres makes of norm1, attn, norm2 and "
         f"mlp does not compute what the block does ({difference}); pool them with stem_scale or lower the resolution instead."

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,7 +118,8 @@ class Resizable(Adapter):
         if patch is not None and patch != self.patch:
             given["patch_size"] = patch
         try:
-            self.module.set_input_size(**given)
+            with warnings.catch_warnings(action="ignore"):  # timm's interpolation of tables indexes as torch dislikes
+                self.module.set_input_size(**given)
         except (AssertionError, RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
             raise impossible(self.module, image, error) from error
         return "by timm's set_input_size"
@@ -168,7 +170,8 @@ class Rebuilt(Adapter):
         return self.patch or (1, 1)
 
     def fit(self, image: Size, patch: Size | None) -> str:
-        done = rebuild(self.module, self.image, image, patch)
+        with warnings.catch_warnings(action="ignore"):
+            done = rebuild(self.module, self.image, image, patch)
         try:
             with torch.no_grad():  # a run with numbers: looking up positions that a table does not have shows in no other
                 x = torch.zeros(1, _channels(self.module), *image).to(next(self.module.parameters()))

@@ -39,12 +39,12 @@ def rebuild(module: Any, old: Size, new: Size, patch: Size | None = None) -> str
     for name in before:
         for kind in ("_parameters", "_buffers"):
             for key, small in getattr(after[name], kind).items():
-                like = getattr(before[name], kind)[key]
-                if small is None or (small.shape == like.shape and (kind == "_parameters" or torch.equal(small, like))):
+                like = getattr(before[name], kind).get(key)
+                if small is None or (like is not None and _alike(small, like, kind)):
                     continue
                 mine = getattr(own.get(name), kind, {}).get(key)
-                if mine is None or mine.shape != like.shape:
-                    raise impossible(module, new, f"{name}.{key} is not as timm makes it")
+                if mine is None or like is None or mine.shape != like.shape:
+                    raise impossible(module, new, f"{_dotted(name, key)} is not as timm makes it")
                 if kind == "_buffers":
                     found = small.to(mine.device)
                     found = found.to(mine.dtype) if mine.is_floating_point() else found
@@ -68,7 +68,8 @@ def _fresh(module: Any, size: Size, changed: dict[str, Any]) -> nn.Module:
     name = module.pretrained_cfg["architecture"]
     given = {k: v for k, v in getattr(module, "_model_args", {}).items() if not k.endswith("_rate")}
     try:
-        return timm.create_model(name, pretrained=False, **{**given, "img_size": size, **changed})
+        with torch.random.fork_rng(devices=[]):  # these weights are thrown away: they take no random numbers from the user
+            return timm.create_model(name, pretrained=False, **{**given, "img_size": size, **changed})
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # what constructors object with
         raise impossible(module, size, error) from error
 
@@ -78,6 +79,11 @@ def _does_not_follow(module: nn.Module, size: Size, name: str) -> DownresError:
         return impossible(module, size, f"{name} has a number of positions there that is no grid")
     reason = f"{name} holds a weight for each token, and their number cannot change"
     return impossible(module, size, reason, "leave its resolution as it is")
+
+
+def _alike(one: Tensor, other: Tensor, kind: str) -> bool:
+    """Parameters differ by chance, buffers are computed."""
+    return one.shape == other.shape and (kind == "_parameters" or torch.equal(one, other))
 
 
 def _dotted(name: str, key: str) -> str:

@@ -26,10 +26,10 @@ CONVENTION = (
     "with the number of calls. Parameters: each once, however often it is shared; buffers are not parameters. Peak activation "
     "memory: the largest sum of simultaneously live storages that are not parameters, buffers or constants of the model "
     "(views share a storage), checked after every operator, the input counted until the last operator that reads it. What an "
-    "operator holds while it runs is in it where that is as large as an activation: contiguous copies that convolutions and "
-    "layer norms make of their arguments, and on a CPU the first pass of an antialiased resize; a convolution kernel's own "
-    "workspace is not. Attention is counted as the model runs it, fused or not; nn.MultiheadAttention, on a CPU, by its fast "
-    "path, which holds the whole matrix of weights, unless torch.backends.mha.set_fastpath_enabled(False)."
+    "operator holds while it runs counts where it is as large as an activation (contiguous copies in convolutions and layer "
+    "norms, on a CPU the first pass of an antialiased resize); the workspace of convolution, LSTM and fused attention kernels "
+    "does not. Attention counts as the model runs it, fused or not; nn.MultiheadAttention on a CPU by its fast path, which "
+    "holds the whole matrix of weights, unless torch.backends.mha.set_fastpath_enabled(False)."
 )
 """What the numbers of `measure_cost` mean, to be printed beside them."""
 
@@ -121,6 +121,8 @@ def _held(name: str, args: tuple, out: Any) -> int:
         return _bytes(args[0])
     if name.startswith("aten._upsample_") and name.endswith("2d_aa") and out.device.type == "cpu":
         return _bytes(args[0]) // args[0].shape[-1] * out.shape[-1]  # all rows at their new width, before the columns follow
+    if name == "aten._safe_softmax":
+        return args[0].numel()  # one byte each: which are minus infinity
     return 0
 
 

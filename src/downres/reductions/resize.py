@@ -57,17 +57,24 @@ def on_image(args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Te
 
 
 class ResizeInput:
-    """Forward pre-hook: resizes the first (B, C, H, W) tensor among the arguments."""
+    """Forward pre-hook: resizes the first (B, C, H, W) tensor among the arguments.
 
-    def __init__(self, resolution: Resolution, interpolation: str) -> None:
-        self.resolution, self.interpolation = resolution, interpolation
+    unit: where one side is given and the aspect ratio kept, both are rounded to multiples of this, as patches need.
+    """
+
+    def __init__(self, resolution: Resolution, interpolation: str, unit: tuple[int, int] = (1, 1)) -> None:
+        self.resolution, self.interpolation, self.unit = resolution, interpolation, unit
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return on_image(args, kwargs, self._small)
 
     def _small(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        return resample(x, input_size((height, width), self.resolution), self.interpolation)
+        size = input_size((height, width), self.resolution)
+        if isinstance(self.resolution, int):
+            rows, columns = (max(1, round(side / u)) * u for side, u in zip(size, self.unit, strict=True))
+            size = rows, columns
+        return resample(x, size, self.interpolation)
 
 
 class FitInput:

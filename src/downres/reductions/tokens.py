@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DownresError
@@ -81,13 +80,14 @@ def match_similar(metric: Tensor, r: int, prefix: int) -> Groups:
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
     best, partner = (metric[:, even::2] @ metric[:, odd::2].transpose(1, 2)).max(dim=-1)
     ranked = best.argsort(dim=-1, descending=True)
+    joins = partner.gather(1, ranked[:, :r])
+    ranked = 2 * ranked + even
     goes, rest = ranked[:, :r], ranked[:, r:]
     if prefix:
         rest = rest.sort(dim=-1).values  # the order of the image, which the next block alternates on
     front = torch.arange(prefix, device=metric.device).expand(batch, -1)
     receivers = torch.arange(odd, tokens, 2, device=metric.device).expand(batch, -1)
-    stays = torch.cat([front, even + 2 * rest, receivers], dim=1)
-    return Groups(stays, even + 2 * goes, partner.gather(1, goes) + prefix + rest.shape[1])
+    return Groups(torch.cat([front, rest, receivers], dim=1), goes, joins + (prefix + rest.shape[1]))
 
 
 def match_unattended(queries: Tensor, keys: Tensor, r: int, prefix: int) -> Groups:
@@ -113,35 +113,26 @@ def match_unattended(queries: Tensor, keys: Tensor, r: int, prefix: int) -> Grou
 
 def apply_groups(x: Tensor, size: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
     """Average the tokens of each group, weighted by their sizes: (B, tokens, C), (B, tokens) → r fewer of each."""
-    new_size = _add(size, groups)
-    share, total = size, new_size
+    (batch, tokens), left = size.shape, groups.stays.shape[1]
+    stays, goes, target = in_one_row(groups.stays, tokens), in_one_row(groups.goes, tokens), in_one_row(groups.target, left)
+    x, size = x.flatten(0, 1), size.flatten()
+    share = size if groups.weight is None else size * groups.weight.flatten()
+    # index_select copies whole tokens where gather looks every number up: several times faster on a CPU.
+    new_size = size.index_select(0, stays).index_add_(0, target, size.index_select(0, goes))
+    total = new_size
     if groups.weight is not None:
-        share = size * groups.weight
-        total = _add(share, groups)
+        total = share.index_select(0, stays).index_add_(0, target, share.index_select(0, goes))
     # A receiver moves towards each token that joins it by that one's share; all others are copied, once, as they are.
-    found = rows(x, groups.stays)
-    part = share.gather(1, groups.goes) / total.gather(1, groups.target)
-    steps = (rows(x, groups.goes) - rows(found, groups.target)) * part[..., None].to(x.dtype)
-    found.flatten(0, 1).index_add_(0, _flat(groups.target, found).flatten(), steps.flatten(0, 1))
-    return found, new_size
+    merged = x.index_select(0, stays)
+    part = share.index_select(0, goes) / total.index_select(0, target)
+    steps = x.index_select(0, goes) - merged.index_select(0, target)
+    merged.index_add_(0, target, steps * part[:, None].to(x.dtype))
+    return merged.unflatten(0, (batch, left)), new_size.unflatten(0, (batch, left))
 
 
-def _add(values: Tensor, groups: Groups) -> Tensor:
-    """(B, tokens) → (B, tokens - r): sums over the groups."""
-    return values.gather(1, groups.stays).scatter_add_(1, groups.target, values.gather(1, groups.goes))
-
-
-def rows(x: Tensor, index: Tensor) -> Tensor:
-    """(B, tokens, C), (B, places) → (B, places, C): the tokens at these places.
-
-    What `gather` does, but copying whole tokens where that one looks up every number: several times faster on a CPU.
-    """
-    return F.embedding(_flat(index, x), x.flatten(0, 1))
-
-
-def _flat(index: Tensor, x: Tensor) -> Tensor:
-    """Places in each sequence of x → places in all its sequences one behind the other."""
-    return index + torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+def in_one_row(index: Tensor, tokens: int) -> Tensor:
+    """Tokens of each sequence, (B, places), as tokens of all sequences of that length in one row, (B·places,)."""
+    return (index + torch.arange(index.shape[0], device=index.device)[:, None] * tokens).flatten()
 
 
 def follow(groups: Groups) -> Tensor:
@@ -211,6 +202,12 @@ class TokenState:
         if r == 0:
             return x
         assert keys is not None
+        left = x.shape[1] - self.prefix
+        if r > (left // 2 if self.by == MERGE else left - 2):
+            raise DownresError(
+                f"Block {block} was to {self.by} {r} tokens, and this input has {left} there: give images of the size that the "
+                "model was reduced for, or reduce it with their resolution."
+            )
         if self.by == PRUNE:
             assert queries is not None
             groups = match_unattended(queries, keys, r, self.prefix)
@@ -237,13 +234,18 @@ class TokenState:
         if source is None:
             return x
         self.map = source[:, self.prefix :] - self.prefix if self.keep_map else None
-        return rows(x, source)
+        return x.flatten(0, 1).index_select(0, in_one_row(source, x.shape[1])).unflatten(0, source.shape)
 
 
 def pool_grid(x: Tensor, grid: tuple[int, int], size: tuple[int, int], prefix: int, interpolation: str = "bilinear") -> Tensor:
     """(B, prefix + h·w, C) → (B, prefix + h'·w', C): the grid of patch tokens resampled like a feature map, antialiased."""
     if grid == size:
         return x
+    if x.shape[1] != prefix + grid[0] * grid[1]:
+        raise DownresError(
+            f"The grid of {grid[0]}x{grid[1]} patch tokens was to be resampled, this input makes {x.shape[1] - prefix} tokens: "
+            "give images of the size that the model was reduced for, or reduce it with their resolution."
+        )
     patches = x[:, prefix:].transpose(1, 2).unflatten(2, grid)
     return torch.cat([x[:, :prefix], resample(patches, size, interpolation).flatten(2).transpose(1, 2)], dim=1)
 
