@@ -35,7 +35,7 @@ from measuring import RESULTS, Watch, save
 from torch import nn
 
 import downres
-from downres import Candidate, DownresError, measure_cost
+from downres import Candidate, DownresError, costs, measure_cost
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import transformers  # noqa: E402
@@ -326,7 +326,7 @@ def hundred() -> list[dict[str, Any]]:
         assert len(texts) == 100, len(texts)
         candidates = [Candidate.parse(text) for text in texts]
         with Watch() as ours:
-            result = downres.costs(model, (), candidates=candidates)
+            result = costs(model, (), candidates=candidates)
         assert len(result.rows) >= 100
         some = candidates[::10]
         networks = [downres.reduce(model, candidate, resize_input=False) for candidate in some]

@@ -5,7 +5,8 @@
 
 Every way to give it fewer tokens, on the same photographs (700 to fit, 200 to judge): lower resolutions, larger patches,
 merged, pruned and pooled tokens; each 'lowered only', with the head fitted on all 257 tokens at 224 px, and recovered.
-Expected time: TIME on two cores. Expected result: EXPECTED.
+Expected time: 34 minutes on two busy cores, a third of that on quiet ones. Expected result: the original 94.5 %; merging 12 tokens
+a block, most at first, 94.0 % with 1.6 times fewer MACs, proven within 5 points; see README.md.
 The encoder alone is a model of one's own file: `downres search recipes/vit_catdog.py:encoder --data … --fit-head`.
 """
 

@@ -311,14 +311,16 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
     if model is None:
         if not source["spec"].startswith(("timm:", "torchvision:", "transformers:")):
             return None, "the network is from the user's own code: name it with --model path/to/file.py:function"
-        model = load_model(source["spec"], pretrained=False, num_classes=source["num_classes"])
+        try:
+            model = load_model(source["spec"], pretrained=False, num_classes=source["num_classes"])
+        except DownresError as error:
+            return None, f"the network cannot be made again ({str(error).rstrip('.')}): name it with --model"
     elif isinstance(model, str):
         model = load_model(model, pretrained=False)
     module = copy.deepcopy(model.module if isinstance(model, Model) else model)  # the caller's keeps its weights
     candidate = Candidate.from_json(manifest["candidate"])
     native = Preprocessing.from_json(source["preprocessing"])
-    module = made_for(module, native.hw)
-    head, width, outputs = find_head(module, (len(native.mean), *native.hw))
+    head, width, outputs = find_head(made_for(module, native.hw), (len(native.mean), *native.hw))
     if outputs != len(manifest["classes"]) and head is not None:
         module.set_submodule(head, nn.Linear(width, len(manifest["classes"])))
     module = reduce(module, candidate, input_size=(len(native.mean), *native.hw), resize_input=False)

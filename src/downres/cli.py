@@ -33,7 +33,9 @@ app = typer.Typer(
     help="Compress vision models by letting them look at fewer pixels: search, recover, prove, ship.",
 )
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, transformers:FOLDER or path/to/file.py:function.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, transformers:FOLDER or path/to/file.py:function.")
+]
 DataOption = Annotated[
     str,
     typer.Option(

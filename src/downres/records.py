@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, Self
 
 from .errors import DownresError
@@ -58,6 +59,7 @@ def _typed(hint: Any, value: Any) -> Any:
     return value
 
 
+_DECIMAL = r"\d*\.?\d+(?:e-?\d+)?"
 CONSTANT, DECREASING = "constant", "decreasing"
 MERGE, PRUNE = "merge", "prune"
 
@@ -82,10 +84,13 @@ class Merge(Record):
             raise DownresError(
                 "Give either r (tokens a block) or keep (fraction left at the end): for example r=8 or keep=0.5."
             )
-        if self.r is not None and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
+        try:
+            if self.r is not None:
+                object.__setattr__(self, "r", _count(self.r))
+        except (TypeError, ValueError):
             raise DownresError(
                 f"The tokens taken out a block are a whole number of at least 1, {self.r!r} is not: give for example 8."
-            )
+            ) from None
         if self.keep is not None and not 0.0 < self.keep < 1.0:
             raise DownresError(
                 f"The fraction of tokens kept is between 0 and 1, {self.keep} is not: give for example 0.5 (50%)."
@@ -96,26 +101,46 @@ class Merge(Record):
             raise DownresError(f"Tokens are taken out by {MERGE} or {PRUNE}, {self.by!r} is neither.")
 
     def __str__(self) -> str:
-        amount = f"{self.r}" if self.keep is None else f"{_percent(self.keep)}%"
+        amount = f"{self.r}" if self.keep is None else _share(self.keep)
         return f"{self.by}{amount}" + (f"-{self.schedule}" if self.schedule != CONSTANT else "")
 
     @classmethod
     def parse(cls, text: str, by: str = MERGE) -> "Merge":
         """The inverse of `str`; the first word may be left out: `8`, `50%`, `8-decreasing`, `merge8`, `prune50%`."""
-        match = re.fullmatch(rf"({MERGE}|{PRUNE})?(\d+(?:\.\d+)?)(%)?(?:-({CONSTANT}|{DECREASING}))?", text.strip())
-        if match is None or (match[3] is None and "." in match[2]):
+        match = re.fullmatch(rf"({MERGE}|{PRUNE})?({_DECIMAL})(%)?(?:-({CONSTANT}|{DECREASING}))?", text.strip())
+        if match is None or (match[3] is None and not match[2].isdigit() and float(match[2]) >= 1):
             raise DownresError(
                 f"Cannot read {text!r} as tokens to {by}: give tokens a block, 8 or 8-decreasing, "
                 "or what is kept at the end, 50%."
             )
-        how: dict[str, Any] = {"keep": float(match[2]) / 100} if match[3] else {"r": int(match[2])}
+        value = float(match[2]) / 100 if match[3] else float(match[2])
+        how: dict[str, Any] = {"r": int(match[2])} if match[2].isdigit() and not match[3] else {"keep": value}
         return cls(**how, schedule=match[4] or CONSTANT, by=match[1] or by)
 
 
-def _percent(share: float) -> str:
-    """The shortest text that divided by 100 reads back as the same share."""
+def _count(value: Any) -> int:
+    """A whole number of at least 1, of whatever integer type; TypeError or ValueError for anything else, also True."""
+    if isinstance(value, bool) or index(value) < 1:
+        raise ValueError
+    return index(value)
+
+
+def _as_merge(value: Any) -> "Merge":
+    """8 (tokens a block), 0.5 (fraction kept) or text, as a `Merge`."""
+    if isinstance(value, str):
+        return Merge.parse(value)
+    try:
+        return Merge(r=value) if not isinstance(value, bool) and hasattr(value, "__index__") else Merge(keep=float(value))
+    except (TypeError, ValueError):
+        raise DownresError(
+            f"Cannot read {value!r} as tokens to merge: give 8 (a block), 0.5 (kept) or '8-decreasing'."
+        ) from None
+
+
+def _share(share: float) -> str:
+    """`50%`, or the bare fraction where no short percentage reads back as the same: `0.3333333333333333`."""
     short = f"{100 * share:g}"
-    return short if float(short) / 100 == share else repr(100 * share)
+    return f"{short}%" if float(short) / 100 == share else repr(share)
 
 
 def _number(value: float) -> str:
@@ -156,23 +181,24 @@ class Candidate(Record):
             raise DownresError(f"A stem scale is above 0 and at most 1, {self.stem_scale} is not: give for example 0.5.")
         if self.stem_scale == 1.0:
             object.__setattr__(self, "stem", None)  # nothing is resampled: the same candidate wherever that would have been
-        if self.patch_size is not None and (not isinstance(self.patch_size, int) or self.patch_size < 1):
-            raise DownresError(
-                f"A patch size is a whole number of pixels above 0, {self.patch_size!r} is not: give for example 20."
-            )
-        if isinstance(self.merge, (int, float)):
-            given = {"keep": self.merge} if isinstance(self.merge, float) else {"r": self.merge}
-            object.__setattr__(self, "merge", Merge(**given))
-        elif isinstance(self.merge, str):
-            object.__setattr__(self, "merge", Merge.parse(self.merge))
+        self._whole("patch_size", "A patch size is a whole number of pixels above 0", "20")
+        if self.merge is not None and not isinstance(self.merge, Merge):
+            object.__setattr__(self, "merge", _as_merge(self.merge))
         if self.ragged not in RAGGED:
             raise DownresError(
                 f"A side that patches do not divide is handled by {', '.join(RAGGED)}; {self.ragged!r} is none of them."
             )
-        if self.depth is not None and (not isinstance(self.depth, int) or self.depth < 1):
-            raise DownresError(f"A depth is a whole number of blocks above 0, {self.depth!r} is not: give for example 8.")
+        self._whole("depth", "A depth is a whole number of blocks above 0", "8")
         if not 0.0 < self.width <= 4.0:
             raise DownresError(f"A width is a factor above 0 and at most 4, {self.width} is not: give for example 0.5.")
+
+    def _whole(self, name: str, rule: str, example: str) -> None:
+        value = getattr(self, name)
+        try:
+            if value is not None:
+                object.__setattr__(self, name, _count(value))
+        except (TypeError, ValueError):
+            raise DownresError(f"{rule}, {value!r} is not: give for example {example}.") from None
 
     @property
     def hw(self) -> tuple[int, int] | None:
@@ -208,11 +234,11 @@ class Candidate(Record):
         elif first != "as_is":
             words.insert(0, first)
         for word in words:
-            if match := re.fullmatch(r"stem[×*](\d*\.?\d+(?:e-?\d+)?)(?:@(.+))?", word):
+            if match := re.fullmatch(rf"stem[×*]({_DECIMAL})(?:@(.+))?", word):
                 found: dict[str, Any] = {"stem_scale": float(match[1]), "stem": match[2]}
             elif match := re.fullmatch(r"(patch|depth)(\d+)", word):
                 found = {{"patch": "patch_size", "depth": "depth"}[match[1]]: int(match[2])}
-            elif match := re.fullmatch(r"width[×*](\d*\.?\d+)", word):
+            elif match := re.fullmatch(rf"width[×*]({_DECIMAL})", word):
                 found = {"width": float(match[1])}
             elif word.startswith((MERGE, PRUNE)):
                 found = {"merge": Merge.parse(word)}

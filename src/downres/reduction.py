@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import DownresError
-from .families.adapter import Adapter, Size, find_adapter, said
+from .families.adapter import Adapter, Size, find_adapter, library_transformers, said
 from .parse import Resolution, format_resolution
 from .probe import fake_run, find_stem, input_size_of, total_stride
 from .records import MERGE, PRUNE, Candidate, Change, Merge, Record
-from .reductions.resize import FitInput, ResampleOutput, ResizeInput, input_size
+from .reductions.resize import FitInput, ResampleOutput, ResizeInput, fitted, input_size
 from .reductions.tokens import PoolTokens, TokenState, UnpoolTokens, removals
 
 
@@ -48,9 +48,9 @@ def reduce(
     """A copy of `model` that works on fewer pixels or tokens; `model` itself is not touched.
 
     Drop-in: takes the same inputs at any size, returns outputs of the same shape. The copy goes through copy.deepcopy,
-    torch.compile and torch.export; its state dict keeps its keys (of a resized transformer the position embeddings and the
-    patch kernel have other shapes). What was changed is on the result as `reduced.downres.changes`; a call that changes
-    nothing warns.
+    torch.compile and torch.export; its state dict keeps its keys (of a resized transformer, position embeddings, tables of
+    positions and the patch kernel have other shapes). What was changed is on the result as `reduced.downres.changes`; a call
+    that changes nothing warns.
 
     Args:
         candidate: what to reduce; or give its fields as keywords.
@@ -103,6 +103,19 @@ def takes_any_size(model: nn.Module) -> bool:
     return adapter is None or (adapter.image is None and not adapter.resamples_itself)
 
 
+def is_flexible(adapter: Adapter) -> bool:
+    """Whether a transformer takes whatever size comes, as a convnet does, and has no grid of tokens to count on."""
+    return adapter.image is None and not adapter.block_names()
+
+
+def divided_by(model: nn.Module, image: Size, channels: int = 3) -> Size:
+    """What height and width are divided by: a network's patches or windows, else its total stride, in pixels."""
+    adapter = find_adapter(model)
+    if adapter is None or is_flexible(adapter):
+        return (total_stride(model, image, channels),) * 2
+    return adapter.unit
+
+
 def made_for(model: nn.Module, image: Size) -> nn.Module:
     """The model itself where it takes images of (height, width), else a copy of it that is made for them.
 
@@ -125,13 +138,23 @@ def token_map(model: nn.Module, x: Tensor) -> Tensor:
     state = next((found for found in tokens if isinstance(found, TokenState)), None)
     if state is None:
         raise DownresError("This model merges no tokens: give one made by reduce(model, merge=8).")
+    adapter = find_adapter(model)
+    assert adapter is not None
+    sizes: list[Size] = []
+
+    def see(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        images = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 4]
+        sizes.extend((v.shape[-2], v.shape[-1]) for v in images)
+
+    handle = adapter.module.register_forward_pre_hook(see, with_kwargs=True)  # after whatever resizes the input
     state.keep_map = True
     try:
         with torch.no_grad():
             model(x)
-        assert state.map is not None and state.grid is not None
-        return state.map.unflatten(1, state.grid)
+        assert state.map is not None
+        return state.map.unflatten(1, state.grid or adapter.grid(sizes[0]))
     finally:
+        handle.remove()
         state.keep_map, state.map = False, None
 
 
@@ -180,39 +203,38 @@ class _Work:
                     "that can be resampled; lower its resolution instead."
                 )
         self.image = self.target = target = self._target()
-        # A convnet, or a transformer without a sequence of tokens, that takes whatever comes.
-        flexible = adapter is None or (adapter.image is None and patch is None and not adapter.block_names())
+        flexible = adapter is None or (patch is None and is_flexible(adapter))
+        ragged_unit = divided_by(self.small, target, self.native[0]) if c.ragged != "error" or not flexible else (1, 1)
+        if patch is not None:
+            ragged_unit = patch
+            if max(patch) > min(target):
+                raise DownresError(
+                    f"A patch of {c.patch_size} px is larger than the image of {format_resolution(target)} px: "
+                    "give a smaller patch or a higher resolution."
+                )
+        # A grid of tokens that merging or pooling counts on is of one size, and so is what a network of fixed size takes.
+        one_grid = not flexible and adapter is not None and (adapter.resamples_itself or not c.is_input_only)
+        exact = one_grid or (not flexible and adapter is not None and adapter.image is not None)
         if c.resolution is not None and resize_input:
-            # A network of fixed size has one input; others keep the aspect ratio of what comes.
-            exact = (
-                adapter is not None
-                and not flexible
-                and (adapter.image is not None or adapter.resamples_itself or not c.is_input_only)
-            )
-            size: Resolution = target if exact else c.resolution
+            size: Resolution = target if exact else c.resolution  # others keep the aspect ratio of what comes
             unit = adapter.unit if adapter is not None and not exact else (1, 1)
             self.small.register_forward_pre_hook(ResizeInput(size, self.interpolation, unit), with_kwargs=True)
             side = "short side" if isinstance(size, int) else "height x width"
             self.note("input resize", "", f"{side} {format_resolution(size)} px, {self.interpolation}, antialiased")
+        self.image = self._fit_input(target, ragged_unit, exact)
+        pools = c.stem_scale != 1.0 and adapter is not None and bool(adapter.block_names())
+        if pools and self.image == target and adapter is not None and adapter.image is None:
+            self.small.register_forward_pre_hook(FitInput((1, 1), False, target), with_kwargs=True)
         if adapter is None or flexible:
-            if c.ragged != "error":
-                self.image = self._fit_input(target, (total_stride(self.small, target, self.native[0]),) * 2)
             return
-        if patch is not None and (patch[0] > target[0] or patch[1] > target[1]):
-            raise DownresError(
-                f"A patch of {c.patch_size} px is larger than the image of {format_resolution(target)} px: "
-                "give a smaller patch or a higher resolution."
-            )
-        image = target
-        if adapter.image is not None or c != Candidate():
-            unit = adapter.unit if patch is None else patch
-            image = self._fit_input(target, unit)
+        if c.stem_scale != 1.0 and c.stem is None and patch is None and not adapter.block_names():
+            return  # `fit_behind_embedding` does it in one step: tables are resampled once
+        image = self.image
         new_size = image != adapter.image if adapter.image is not None else adapter.resamples_itself and c != Candidate()
         if new_size or (patch is not None and patch != adapter.patch):
             before = _geometry(adapter)
             how = adapter.fit(image, patch)
             self.note("input size", adapter.name, f"{before} → {_geometry(adapter)}, {how}")
-        self.image = image
 
     def _target(self) -> Size:
         """The size in pixels of what the network will see."""
@@ -221,25 +243,25 @@ class _Work:
         resolution = self.candidate.resolution
         return (height, width) if resolution is None else input_size((height, width), resolution)
 
-    def _fit_input(self, target: Size, unit: Size) -> Size:
-        """The size that the patches make of `target`, with the hook that cuts or pads to it."""
-        floor = (target[0] // unit[0] * unit[0], target[1] // unit[1] * unit[1])
-        if floor == target:
+    def _fit_input(self, target: Size, unit: Size, exact: bool) -> Size:
+        """The size that whole units make of `target`, with the hook that cuts or pads to it."""
+        pad = self.candidate.ragged == "pad"
+        size = fitted(target, unit, pad)
+        if size == target and (exact or self.candidate.ragged == "error"):
             return target
         if self.candidate.ragged == "error":
             raise DownresError(
                 f"{format_resolution(target)} px is not a multiple of {format_resolution(unit)}, which the network divides its "
                 "input by: give a multiple, or choose ragged='floor' (cut the rest off) or 'pad' (zeros)."
             )
-        pad = self.candidate.ragged == "pad"
-        height, width = (side + u * pad if side < t else side for side, u, t in zip(floor, unit, target, strict=True))
-        size = (height, width)
         if min(size) == 0:
             raise DownresError(
                 f"Nothing is left of {format_resolution(target)} px in steps of {format_resolution(unit)}: "
                 "pad, or give more pixels."
             )
-        self.small.register_forward_pre_hook(FitInput(size), with_kwargs=True)
+        self.small.register_forward_pre_hook(FitInput(unit, pad, target if exact else None), with_kwargs=True)
+        if size == target:  # only other sizes than this are ragged
+            return target
         how = "padded with zeros at the right and bottom" if pad else "cut at the right and bottom"
         self.note("ragged input", "", f"{format_resolution(target)} px {how} to {format_resolution(size)}")
         return size
@@ -253,8 +275,10 @@ class _Work:
         where = None if c.stem is None or adapter is None else c.stem.removeprefix(adapter.inside(""))
         if adapter is None or not names or not (where is None or where in names):
             name, scale = c.stem, c.stem_scale
-            if name is None and adapter is not None:
+            if adapter is not None and name is None:
                 name, scale = adapter.fit_behind_embedding(self.image, scale)
+            elif adapter is not None:
+                adapter.sure = False  # what follows that module was made for its whole map
             name = name or find_stem(self.small, self.native)
             _named(self.small, name).register_forward_hook(ResampleOutput(name, scale, self.interpolation))
             self.note("activation resample", name, f"height and width ×{scale:.3g}, {self.interpolation}, antialiased")
@@ -284,7 +308,7 @@ class _Work:
                 )
             grid = self.pooled.size if self.pooled else adapter.grid(self.image)
             takes = removals(c.merge, grid[0] * grid[1], len(blocks))
-            state = TokenState(takes, adapter.prefix, c.merge.by, grid)
+            state = TokenState(takes, adapter.prefix, c.merge.by, self.pooled.size if self.pooled else None)
             adapter.merge(state, blocks)
             left = [grid[0] * grid[1]]
             for r in takes:
@@ -305,30 +329,68 @@ class _Work:
         """Fewer tokens, and a run where nothing else can tell whether that works: better now than when it serves."""
         c, adapter = self.candidate, self.adapter
         self.pool()
+        checkpointing = adapter is not None and getattr(adapter.module, "grad_checkpointing", False)
         self.merge()
-        # What is around a transformer may read tokens between its blocks, where they have no grid any more.
-        inside = adapter is not None and adapter.name != "" and (c.merge is not None or c.stem_scale != 1.0)
-        if adapter is None or c == Candidate() or (adapter.sure and not inside):
+        if adapter is None or c == Candidate():
             return
-        kind, then = type(adapter.module).__name__, "name another module with stem=…" if c.stem_scale != 1.0 else "reduce less"
+        if checkpointing and not adapter.module.grad_checkpointing:
+            self.note("gradient checkpointing", adapter.name, "turned off: a block that runs again would find other tokens")
+        # What is around a transformer may expect its old grid, or read tokens between its blocks, where they have none.
+        inside = adapter.name != ""
+        if adapter.sure and not inside:
+            return
+        if c.resolution is not None or c.patch_size is not None:
+            self._refuse_second(adapter)
+        kind = type(self.small if adapter.sure else adapter.module).__name__
+        then = "name another module with stem=…" if c.stem_scale != 1.0 else "reduce less"
         size = (self.native[0], *self.target)
         try:
             found = _output_shapes(self.small, size)
         except DownresError as error:
+            if adapter.sure and not _runs(original, self.native):
+                return  # the original takes something else than one image: this run tells nothing
+            if error.__cause__ is None:
+                raise  # one of our own sentences
             raise DownresError(
-                f"{kind} cannot be made for '{c}' (it fails with: {said(error.__cause__ or error)}): {then}, or give another "
-                "resolution."
+                f"{kind} cannot be made for '{c}' (it fails with: {said(error.__cause__)}): {then}, or give another resolution."
             ) from error
-        if not inside or all(len(shape) <= 2 for shape in found):
+        named = c.stem_scale != 1.0 and c.stem is not None and self.pooled is None
+        dense = any(len(shape) > 2 for shape in found)
+        fewer = c.merge is not None or c.stem_scale != 1.0
+        if not (named and not dense) and not (inside and dense and fewer):
             return
-        whole = dataclasses.replace(c, merge=None, stem_scale=1.0)
+        whole = dataclasses.replace(c, merge=None, stem_scale=1.0, stem=None)
         with warnings.catch_warnings(action="ignore"):
             wanted = _output_shapes(reduce(original, whole, input_size=self.native), size)
+        if found != wanted and named:
+            raise DownresError(
+                f"Resampling after {c.stem!r} changes the shape of what {type(self.small).__name__} returns, "
+                f"{found} in place of {wanted}, so its output is no map (batch, channels, height, width): {then}."
+            )
         if found != wanted:
             raise DownresError(
                 f"{type(self.small).__name__} takes tokens out of {adapter.name} between its blocks, where '{c}' has changed "
                 "their number: lower the resolution instead."
             )
+
+    def _refuse_second(self, adapter: Adapter) -> None:
+        """Another size of image or patch reaches one transformer alone."""
+        for other in library_transformers(self.small):
+            if other.name != adapter.name and other.image is not None:
+                raise DownresError(
+                    f"{type(self.small).__name__} holds two transformers, {adapter.name} and {other.name}, and only the first "
+                    "would be made for another size: reduce each by itself and put them together again."
+                )
+
+
+def _runs(model: nn.Module, native: tuple[int, ...]) -> bool:
+    adapter = find_adapter(model)
+    size = (adapter.image if adapter is not None else None) or native[-2:]
+    try:
+        _output_shapes(model, (native[0], *size))
+    except DownresError:
+        return False
+    return True
 
 
 def _output_shapes(model: nn.Module, input_size: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -477,7 +477,7 @@ def test_inputs_with_too_few_tokens_get_their_sentence():
         with pytest.raises(DownresError, match=f"{words}.*reduce it with their resolution"):
             small(x)
         assert run(small, images(1, 3, SIDE, 64)).shape == (1, 5)  # more than enough
-    with pytest.raises(DownresError, match="grid of 6x6 patch tokens was to be resampled, this input makes 9 tokens"):
+    with pytest.raises(DownresError, match="made for images of 48x48 px, it got 24x24"):
         reduce(model, input_size=(3, SIDE, SIDE), stem_scale=0.5)(x)
 
 
@@ -528,16 +528,155 @@ def test_a_library_transformer_is_found_inside(name):
     torch.testing.assert_close(run(small, x), wanted)
 
 
+class Between(nn.Module):
+    """Reads the tokens of a block in the middle without asking timm for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = vit()
+
+    def forward(self, x):
+        return self.backbone.blocks[1](self.backbone.blocks[0](self.backbone._pos_embed(self.backbone.patch_embed(x))))
+
+
 def test_tokens_that_are_read_between_blocks_are_noticed():
     """timm's way to feature maps takes them from blocks in the middle: these have no grid once tokens are merged."""
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, features_only=True, out_indices=(1, 2)).eval()
     assert [tuple(f.shape[2:]) for f in run(reduce(model, resolution=32), images(1, 3, 64, 64))] == [(2, 2)] * 2
     for given in ({"merge": 2}, {"stem_scale": 0.5}):
-        with pytest.raises(DownresError, match="FeatureGetterNet takes tokens out of model between its blocks.*lower the res"):
+        with pytest.raises(
+            DownresError, match="Block 1 of this reduced VisionTransformer .*take the last block's.*lower the res"
+        ):
             reduce(model, input_size=(3, 64, 64), **given)
+        with pytest.raises(DownresError, match="Between takes tokens out of backbone between its blocks.*lower the res"):
+            reduce(Between().eval(), **given)
     last = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, features_only=True, out_indices=(2,)).eval()
     (found,) = run(reduce(last, input_size=(3, 64, 64), stem_scale=0.5, merge=1), images(1, 3, 64, 64))
     assert found.shape[2:] == (4, 4)
+
+
+@pytest.mark.parametrize("given", [{"merge": 4}, {"stem_scale": 0.5}, {"stem_scale": 0.5, "merge": 2}], ids=str)
+@pytest.mark.parametrize("name", ["vit", "eva", "naflex"])
+def test_maps_between_blocks_are_refused(name, given):
+    """timm reshapes what any block returns to the whole grid, and would mix tokens with channels."""
+    model, x = randomised(SEQUENCES[name]()), images(2, 3, SIDE, SIDE)
+    reduced = reduce(model, input_size=(3, SIDE, SIDE), **given)
+    for small in (reduced, copy.deepcopy(reduced), pickle.loads(pickle.dumps(reduced))):
+        words = "returns fewer tokens than its grid has.*take the last block's"
+        with pytest.raises(DownresError, match=words):
+            small.forward_intermediates(x)
+        with pytest.raises(DownresError, match=words):
+            small.forward_intermediates(x, indices=[-2], intermediates_only=True)
+        if name == "vit":
+            with pytest.raises(DownresError, match=words):
+                small.get_intermediate_layers(x, n=[0], reshape=True)
+        with torch.no_grad():
+            (last,) = small.forward_intermediates(x, indices=1, intermediates_only=True)
+            assert last.shape == (2, 32, 6, 6)
+            torch.testing.assert_close(last.flatten(2).transpose(1, 2), features(small, x)[:, small.num_prefix_tokens :])
+    assert reduced.state_dict().keys() == model.state_dict().keys()
+
+
+def test_blocks_before_the_pooling_keep_their_maps():
+    model, x = randomised(vit()), images(1, 3, SIDE, SIDE)
+    small = reduce(model, stem_scale=0.5, stem="blocks.0", input_size=(3, SIDE, SIDE))
+    with torch.no_grad():
+        given = {"indices": [0], "intermediates_only": True}
+        torch.testing.assert_close(small.forward_intermediates(x, **given), model.forward_intermediates(x, **given))
+
+
+class MeanOfMaps(nn.Module):
+    """Two numbers an image, from the map of a block in the middle: no shape tells that the map is scrambled."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = vit(), nn.Linear(32, 2)
+
+    def forward(self, x):
+        (last,) = self.backbone.forward_intermediates(x, indices=[1], intermediates_only=True)
+        return self.head(last.mean(dim=(2, 3)))
+
+
+def test_a_mean_of_maps_between_blocks_is_noticed():
+    with pytest.raises(DownresError, match="^Block 1 of this reduced VisionTransformer returns fewer tokens"):
+        reduce(MeanOfMaps().eval(), merge=2)
+    assert run(reduce(MeanOfMaps().eval(), resolution=32), images(1, 3, SIDE, SIDE)).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("build", "stem"),
+    [
+        (vit, "patch_embed.proj"),
+        (torchvision_vit, "conv_proj"),
+        (lambda: SwinTransformer(img_size=64, patch_size=4, embed_dim=12, depths=(1, 1), num_heads=(1, 1)), "layers.0"),
+        (lambda: SwinTransformer(img_size=64, embed_dim=12, depths=(1, 1), num_heads=(1, 1), num_classes=0), "norm"),
+        (lambda: torchvision.models.swin_t(weights=None), "features.1"),
+    ],
+    ids=["timm", "torchvision", "swin", "swin without a head", "torchvision swin"],
+)
+def test_a_stem_that_the_rest_cannot_follow_is_noticed(build, stem):
+    """Positions for the whole grid, or maps whose last axis is the channels."""
+    with pytest.raises(DownresError, match="name another module with stem=") as said:
+        reduce(build().eval(), stem_scale=0.5, stem=stem)
+    assert "\n" not in str(said.value)
+
+
+class Two(nn.Module):
+    def __init__(self, one, other):
+        super().__init__()
+        self.one, self.other = one, other
+
+    def forward(self, x):
+        return self.one(x) + self.other(x)
+
+
+def test_two_transformers_in_a_module():
+    for given in ({"resolution": 32}, {"patch_size": 16}):
+        with pytest.raises(DownresError, match="holds two transformers, one and other, and only the first"):
+            reduce(Two(vit(), torchvision_vit()).eval(), **given)
+    x, free = images(1, 3, SIDE, SIDE), Two(vit(), vit(dynamic_img_size=True)).eval()
+    small = reduce(free, resolution=32)
+    assert run(small, x).shape == (1, 5) and small.one.patch_embed.img_size == (32, 32)
+
+
+class OwnGrid(nn.Module):
+    """A dense head that took down the grid when it was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.grid = vit(global_pool="", num_classes=0), (6, 6)
+
+    def forward(self, x):
+        return self.backbone(x)[:, 1:].transpose(1, 2).unflatten(2, self.grid)
+
+
+class TwoInputs(OwnGrid):
+    def forward(self, x, y):
+        return self.backbone(x).mean(dim=1) + y
+
+
+@pytest.mark.parametrize("given", [{"resolution": 32}, {"patch_size": 16}], ids=str)
+def test_a_head_for_the_old_grid_is_noticed(given):
+    model = OwnGrid().eval()
+    assert run(model, images(1, 3, SIDE, SIDE)).shape == (1, 32, 6, 6)
+    with pytest.raises(DownresError, match="OwnGrid cannot be made for .*unflatten.*reduce less"):
+        reduce(model, **given)
+
+
+def test_a_wrapper_that_takes_more_than_an_image_is_left_untried():
+    small = reduce(TwoInputs().eval(), resolution=32)
+    with torch.no_grad():
+        assert small(images(1, 3, SIDE, SIDE), 1.0).shape == (1, 32)
+
+
+def test_checkpointing_that_is_turned_off_is_said():
+    model = vit()
+    assert not any(c.kind == "gradient checkpointing" for c in reduce(model, merge=2).downres.changes)
+    model.set_grad_checkpointing()
+    small = reduce(model, merge=2)
+    assert [c.kind for c in small.downres.changes] == ["token merging", "gradient checkpointing"]
+    assert model.grad_checkpointing and not small.grad_checkpointing
+    assert small.train()(images(1, 3, SIDE, SIDE)).requires_grad
 
 
 def test_a_resizable_transformer_is_found_inside():

@@ -304,6 +304,37 @@ def test_a_network_that_takes_any_size_is_left_to_itself():
     assert run(merging, images(1, 3, 32, 32)).shape == (1, 5) and merging.patch_embed.stride == (4, 4)
 
 
+class Behind(Plain):
+    """The class token comes last."""
+
+    def tokens(self, x):
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        return torch.cat([x, self.cls_token.expand(len(x), -1, -1)], dim=1) + self.pos_embed
+
+    def forward(self, x):
+        return self.head(self.features(x)[:, -1])
+
+
+class Columns(Plain):
+    """Patches column by column."""
+
+    def tokens(self, x):
+        x = self.patch_embed(x).transpose(2, 3).flatten(2).transpose(1, 2)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+
+
+@pytest.mark.parametrize("given", [{"resolution": 32}, {"merge": 2}, {"stem_scale": 0.5}, {"patch_size": 16}], ids=str)
+@pytest.mark.parametrize("build", [Behind, Columns])
+def test_patches_elsewhere_than_expected_are_noticed(build, given):
+    """Positions would be resampled, and tokens merged, as if the first one were the class token."""
+    torch.manual_seed(0)
+    model = build().eval()
+    assert run(model, images(1, 3, SIDE, SIDE)).shape == (1, 5)
+    words = "not its patches row by row behind 1 others.*put class and register tokens in front"
+    with pytest.raises(DownresError, match=words):
+        reduce(model, **given)
+
+
 def test_found_inside_another_module():
     inner = Plain(classes=7).eval()
     model = nn.Sequential(nn.BatchNorm2d(3), inner, nn.Linear(7, 2)).eval()

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from downres.errors import DownresError
-from downres.families.adapter import KeepOutput, find_adapter
+from downres.families.adapter import KeepOutput, SetKeyword, find_adapter
 from downres.measure.cost import measure_cost
 from downres.probe import logits_of
 from downres.reduction import reduce, token_map
@@ -482,6 +482,18 @@ def test_rotary_embeddings_of_a_pooled_grid():
     run(model, photo())
     expected = original("dinov3").backbone.rope_embeddings(photo(16, 16))
     assert all(torch.equal(a, b) for a, b in zip(seen[0], expected, strict=True))
+
+
+def test_rotary_embeddings_of_a_pooled_grid_take_the_type_of_the_tokens():
+    model = small("dinov3", stem_scale=0.5)
+    exact = run(model, photo())
+    rounded = run(model.to(torch.bfloat16), photo().bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)
+    hook = SetKeyword("turns", (turns := torch.tensor([1 / 3]),))
+    hook(nn.Identity(), (torch.zeros(1, dtype=torch.bfloat16),), {})
+    _, given = hook(nn.Identity(), (torch.zeros(1),), {})
+    assert torch.equal(given["turns"][0], turns)  # not what bfloat16 left of it
 
 
 def test_rotary_embeddings_follow_the_tokens_that_are_left():

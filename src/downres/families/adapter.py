@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -146,16 +146,17 @@ class KeepOutput:
 class SetKeyword:
     """Forward pre-hook: the module gets this value under this name, whatever the caller gave.
 
-    value: a tensor or several, which belong to no module: they follow the tokens to their device.
+    value: a tensor or several, which belong to no module: they follow the tokens to their device and type.
     """
 
     def __init__(self, key: str, value: Any) -> None:
         self.key, self.value = key, value
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        device = next(v.device for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        self.value = tree_map_only(Tensor, lambda t: t.to(device), self.value)
-        return args, {**kwargs, self.key: self.value}
+        tokens = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        self.value = tree_map_only(Tensor, lambda t: t.to(tokens.device), self.value)
+        # Kept as precise as it was made: the next tokens may be of another type.
+        return args, {**kwargs, self.key: tree_map_only(Tensor, lambda t: t.to(tokens.dtype), self.value)}
 
 
 def packed_attention(attention: nn.MultiheadAttention, x: Tensor, state: TokenState) -> Tensor:
@@ -198,7 +199,14 @@ def find_adapter(model: nn.Module) -> Adapter | None:
 
     None for a convnet.
     """
-    from . import generic, timm, torchvision
+    from . import generic
+
+    return next(library_transformers(model), None) or generic.adapter("", model)
+
+
+def library_transformers(model: nn.Module) -> Iterator[Adapter]:
+    """All transformers of a library in `model`; parts of one of them are not looked at."""
+    from . import timm, torchvision
 
     families = [timm, torchvision]
     if "transformers.modeling_utils" in sys.modules:  # none of its models can exist before; importing it takes seconds
@@ -206,11 +214,12 @@ def find_adapter(model: nn.Module) -> Adapter | None:
             from . import transformers_vit
 
             families.append(transformers_vit)
+    parts: set[nn.Module] = set()
     for name, module in model.named_modules():
-        for family in families:
-            if (found := family.adapter(name, module)) is not None:
-                return found
-    return generic.adapter("", model)
+        found = None if module in parts else next(filter(None, (family.adapter(name, module) for family in families)), None)
+        if found is not None:
+            parts.update(module.modules())
+            yield found
 
 
 def as_pair(size: int | Sequence[int] | torch.Size) -> Size:

@@ -1,6 +1,7 @@
 """A function in a file of the user's that returns an `nn.Module`."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import re
@@ -15,7 +16,7 @@ from ..parse import format_resolution
 from ..probe import fake_run, find_stem, input_size_of
 from ..records import Preprocessing
 from . import own
-from .adapter import Adapter, Size
+from .adapter import Adapter, Size, find_adapter
 
 
 def create(spec: str) -> nn.Module:
@@ -56,12 +57,23 @@ def _running(what: str, path: Path) -> Iterator[None]:
 
 
 def preprocessing(model: nn.Module) -> Preprocessing:
-    """What the module says of itself (timm's `pretrained_cfg`), else ImageNet's usual numbers, marked as assumed."""
+    """What the module says of itself (timm's `pretrained_cfg`), else ImageNet's usual numbers, marked as assumed.
+
+    The resolution is that which a network of fixed size is built for, whatever else is said of it.
+    """
     if getattr(model, "pretrained_cfg", None):
         from . import timm
 
-        return timm.preprocessing(model, "")
-    return Preprocessing(224, 0.875, "bilinear", source="assumed: ImageNet's mean and std, 224 px, crop ratio 0.875")
+        found = timm.preprocessing(model, "")
+    else:
+        _, height, width = input_size_of(model)
+        source = f"assumed: ImageNet's mean and std, {format_resolution((height, width))} px, crop ratio 0.875"
+        found = Preprocessing((height, width), 0.875, "bilinear", source=source)
+    transformer = find_adapter(model)
+    if transformer is None or transformer.image in (None, found.hw):
+        return found
+    source = f"{found.source}; {format_resolution(transformer.image)} px is what the network is built for"
+    return dataclasses.replace(found, resolution=transformer.image, source=source)
 
 
 def adapter(name: str, module: nn.Module) -> Adapter | None:

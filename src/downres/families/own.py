@@ -125,9 +125,13 @@ def _look(model: nn.Module, conv: str, lists: dict[str, list[str]], size: tuple[
             seen.image, seen.grid = (height, width), (rows, columns)
 
         def sequence(name: str) -> Any:
-            def note(_module: nn.Module, args: tuple, output: object) -> None:
-                first = args[0] if args else None
-                if isinstance(first, Tensor) and isinstance(output, Tensor) and first.ndim == 3 and first.shape == output.shape:
+            def note(module: nn.Module, args: tuple, output: object) -> None:
+                first, state = args[0] if args else None, getattr(module, "tokens", None)
+                if isinstance(first, Tensor) and first.ndim == 3 and isinstance(state, TokenState):  # a reduced model's
+                    seen.tokens[name] = first.shape[1] + sum(state.removals[: module.index])  # type: ignore[index, arg-type]
+                elif (
+                    isinstance(first, Tensor) and isinstance(output, Tensor) and first.ndim == 3 and first.shape == output.shape
+                ):
                     seen.tokens[name] = first.shape[1]
 
             return note
@@ -153,6 +157,7 @@ class OwnViT(Adapter):
             name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters()
         )
         self._any_size: bool | None = None
+        self._in_order = False
 
     @property
     def _projection(self) -> nn.Conv2d:
@@ -181,10 +186,55 @@ class OwnViT(Adapter):
     def block_names(self) -> list[str]:
         return self._blocks
 
+    def blocks(self) -> list[nn.Module]:
+        self._check_order()
+        return super().blocks()
+
+    def _check_order(self) -> None:
+        """Raises DownresError unless the first block gets `prefix` tokens and then the patches, row by row.
+
+        Learned by numbers: which token moves most when the first, or the last, patch of the first row changes. A network
+        without numbers is believed.
+        """
+        if self._in_order:
+            return
+        found, columns = self._places(), self._seen.grid[1]
+        if found is not None and found != [self.prefix, self.prefix + columns - 1]:
+            raise DownresError(
+                f"The tokens of {type(self.module).__name__} are not its patches row by row behind {self.prefix} others (their "
+                f"first row is at {found[0]} to {found[1]}): put class and register tokens in front, or leave its tokens as "
+                "they are."
+            )
+        self._in_order = True
+
+    def _places(self) -> list[int] | None:
+        """Where the first and the last patch of the first row are among the tokens of the first block."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        if any(t.is_meta for t in tensors):
+            return None
+        height, width = self._projection.kernel_size
+        like = next(p for p in self.module.parameters() if p.is_floating_point())
+        channels, rows, columns = self._size
+        pixels = torch.randn(channels, height, width, generator=torch.Generator().manual_seed(0))
+        images = torch.zeros(3, channels, rows, columns)
+        images[1, :, :height, :width] = pixels
+        right = (self._seen.grid[1] - 1) * width
+        images[2, :, :height, right : right + width] = pixels
+        model, seen = copy.deepcopy(self.module).eval(), []
+        first = model.get_submodule(self._blocks[0])
+        first.register_forward_pre_hook(lambda _m, args: seen.append(args[0].float()), prepend=True)
+        with torch.no_grad():
+            for image in images.to(like).split(1):
+                model.forward(image)  # past the hooks that `reduce` has put before it
+        moved = (torch.cat(seen[1:]) - seen[0]).norm(dim=-1)  # (2, tokens)
+        return moved.argmax(dim=1).tolist() if moved.amax(dim=1).min() > 0 else None
+
     def fit(self, image: Size, patch: Size | None) -> str:
         old, new = self._seen.grid, (image[0] // (patch or self.unit)[0], image[1] // (patch or self.unit)[1])
         before, any_size = self._seen.image, self.image is None
         kernel = as_pair(self._projection.kernel_size)
+        if not any_size:
+            self._check_order()
         if patch is not None and patch != kernel:
             _resize_kernel(self._projection, patch)
             self._rename(PATCH, kernel, patch)

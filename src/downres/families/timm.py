@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import PatchEmbed, apply_rot_embed_cat, resample_patch_embed
+from timm.models._features import feature_take_indices
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
@@ -220,6 +221,7 @@ class Plain(Resizable):
         return [f"blocks.{i}" for i in range(len(self.module.blocks))]
 
     def merge(self, state: TokenState, blocks: Sequence[nn.Module]) -> None:
+        self._refuse_maps_between(blocks)
         self.module.grad_checkpointing = False  # a block that runs again would find other sizes
         for i, block in enumerate(blocks):
             swap_class(block, _MERGING, state, i)
@@ -235,7 +237,12 @@ class Plain(Resizable):
                         first = isinstance(part, ParallelScalingBlock)
                         getattr(part, norm).register_forward_hook(KeepOutput(state, what, tokens_first=first, join=join))
 
+    def _refuse_maps_between(self, blocks: Sequence[nn.Module]) -> None:
+        first = list(self.module.blocks).index(blocks[0])
+        self.module.forward_intermediates = _WholeMaps(self.module, first)
+
     def after_pooling(self, blocks: Sequence[nn.Module], grid: Size) -> None:
+        self._refuse_maps_between(blocks)
         rope = getattr(self.module, "rope", None)
         if rope is None:
             return
@@ -256,6 +263,26 @@ class Plain(Resizable):
 
     def scale(self, depth: int | None, width: float) -> nn.Module:
         return scale_vit(self.module, depth, width, self.name)
+
+
+class _WholeMaps:
+    """In the place of a ViT's `forward_intermediates`, which reshapes whatever tokens a block returns to the whole grid.
+
+    Blocks from `first` on return fewer, the last one all of them again. An attribute of the model: its class stays, of
+    which there are many; no module, so that the state dict does.
+    """
+
+    def __init__(self, vit: Any, first: int) -> None:
+        self.vit, self.first, self.last = vit, first, len(vit.blocks) - 1
+
+    def __call__(self, x: Tensor, indices: Any = None, *args: Any, **kwargs: Any) -> Any:
+        wanted, _ = feature_take_indices(len(self.vit.blocks), indices)
+        if short := [i for i in wanted if self.first <= i != self.last]:
+            raise DownresError(
+                f"Block {short[0]} of this reduced {type(self.vit).__name__} returns fewer tokens than its grid has, which "
+                f"make no map: take the last block's (indices=[{self.last}]), or lower the resolution instead."
+            )
+        return type(self.vit).forward_intermediates(self.vit, x, indices, *args, **kwargs)
 
 
 class _LearnedRotations:

@@ -18,7 +18,7 @@ from ..data import Images, batches
 from ..errors import DownresError
 from ..probe import logits_of
 from ..records import Candidate, Preprocessing, Record
-from ..reduction import reduce, takes_any_size
+from ..reduction import made_for, reduce, takes_any_size
 from ..runtimes.onnxruntime import OnnxRuntime, export_onnx
 from ..runtimes.torch import TorchRuntime
 from .batchnorm import recalibrate_batchnorm
@@ -118,10 +118,11 @@ class FeatureBank:
     def network(self, state: State) -> nn.Module:
         """The network of a state with its original head: takes the small input, returns what the original returns."""
         if state not in self._networks:
-            network = self.model
-            if not self._is_original(state.candidate):
+            if self._is_original(state.candidate):
+                network = made_for(self.model, self.preprocessing.hw)
+            else:
                 size = (len(self.preprocessing.mean), *self.preprocessing.hw)
-                network = reduce(network, state.candidate, input_size=size, resize_input=False)
+                network = reduce(self.model, state.candidate, input_size=size, resize_input=False)
             if state.calibration is not None:
                 chosen = self.calibration[state.calibration][: state.calibration_images]
                 self.passes += len(chosen)

@@ -77,18 +77,39 @@ class ResizeInput:
         return resample(x, size, self.interpolation)
 
 
-class FitInput:
-    """Forward pre-hook: cuts or zero-pads the image tensor at the right and bottom, for patches that do not divide it."""
+def fitted(size: tuple[int, int], unit: tuple[int, int], pad: bool) -> tuple[int, int]:
+    """(height, width) in whole units: what is left when the rest is cut off, or the next size up when it is padded."""
+    height, width = (-(-side // u) * u if pad else side // u * u for side, u in zip(size, unit, strict=True))
+    return height, width
 
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
+
+class FitInput:
+    """Forward pre-hook: cuts or zero-pads the image tensor at the right and bottom to whole units.
+
+    expected: (height, width) that the image must have, None for any: a grid of tokens is of one size.
+    """
+
+    def __init__(self, unit: tuple[int, int], pad: bool, expected: tuple[int, int] | None) -> None:
+        self.unit, self.pad, self.expected = unit, pad, expected
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return on_image(args, kwargs, self._fitted)
 
     def _fitted(self, x: Tensor) -> Tensor:
-        (height, width), (h, w) = x.shape[-2:], self.size
-        return F.pad(x, (0, w - width, 0, h - height))  # negative padding cuts
+        size = x.shape[-2], x.shape[-1]
+        if self.expected is not None and size != self.expected:
+            raise DownresError(
+                f"This reduced model is made for images of {self.expected[0]}x{self.expected[1]} px, "
+                f"it got {size[0]}x{size[1]}: resize them, or reduce with a resolution, which does it inside."
+            )
+        height, width = fitted(size, self.unit, self.pad)
+        if (height, width) == size:
+            return x
+        if min(height, width) == 0:
+            raise DownresError(
+                f"Nothing is left of {size[0]}x{size[1]} px in steps of {self.unit[0]}: pad, or give more pixels."
+            )
+        return F.pad(x, (0, width - size[1], 0, height - size[0]))  # negative padding cuts
 
 
 class ResampleOutput:

@@ -132,7 +132,7 @@ def apply_groups(x: Tensor, size: Tensor, groups: Groups) -> tuple[Tensor, Tenso
     merged = x.index_select(0, stays)
     steps = x.index_select(0, goes) - merged.index_select(0, target)
     merged.index_add_(0, target, steps * (share / total.index_select(0, target)).to(x.dtype)[:, None])
-    return merged.view(batch, left, -1), new_size.view(batch, left)
+    return merged.view(batch, left, x.shape[1]), new_size.view(batch, left)
 
 
 def follow(groups: Groups) -> Tensor:
@@ -235,7 +235,7 @@ class TokenState:
             return x
         self.map = source[:, self.prefix :] - self.prefix if self.keep_map else None
         row = torch.arange(x.shape[0], device=x.device)[:, None]
-        return x.flatten(0, 1).index_select(0, (source + row * x.shape[1]).flatten()).view(*source.shape, -1)
+        return x.flatten(0, 1).index_select(0, (source + row * x.shape[1]).flatten()).view(*source.shape, x.shape[2])
 
 
 def pool_grid(x: Tensor, grid: tuple[int, int], size: tuple[int, int], prefix: int, interpolation: str = "bilinear") -> Tensor:

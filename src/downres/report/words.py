@@ -26,9 +26,9 @@ def size(candidate: Candidate) -> str:
 
 
 def tokens(merge: Merge) -> str:
-    """`8 tokens merged a block`, `merged to 50 % of the tokens`, `pruned to 50 % of the tokens, most at first`."""
+    """`8 tokens merged a block`, `merged to 50 %`, `pruned to 50 %, most at first`."""
     done = "merged" if merge.by == MERGE else "pruned"
-    text = f"{merge.r} tokens {done} a block" if merge.keep is None else f"{done} to {100 * merge.keep:g} % of the tokens"
+    text = f"{merge.r} tokens {done} a block" if merge.keep is None else f"{done} to {100 * merge.keep:.3g} %"
     return text + (", most at first" if merge.schedule == DECREASING else "")
 
 
@@ -41,7 +41,7 @@ def details(candidate: Candidate) -> list[str]:
     if candidate.patch_size is not None:
         found.append(f"patches of {candidate.patch_size} px")
     if candidate.merge is not None:
-        found.append(tokens(candidate.merge))
+        found.append(tokens(candidate.merge) if candidate.merge.keep is None else f"tokens {tokens(candidate.merge)}")
     if candidate.depth is not None:
         found.append(f"{candidate.depth} blocks")
     if candidate.width != 1.0:
@@ -183,7 +183,7 @@ def _how(chosen: Candidate, original: Candidate) -> str:
     if chosen.patch_size is not None:
         inside.append(f"patches of {chosen.patch_size} px")
     if chosen.merge is not None:
-        inside.append(tokens(chosen.merge))
+        inside.append(tokens(chosen.merge) if chosen.merge.keep is None else f"its tokens {tokens(chosen.merge)}")
     if smaller and inside:
         return f"{smaller} and with {' and '.join(inside)},"
     return smaller or (f"With {' and '.join(inside)}" if inside else "Left as it is,")

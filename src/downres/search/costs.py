@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..errors import DownresError
 from ..families import Model, load_model
 from ..measure.cost import CONVENTION, measure_cost
 from ..parse import Resolution
 from ..records import PRUNE, Candidate, Cost, Merge
-from ..reduction import reduce
+from ..reduction import made_for, reduce
 from ..report.families_picture import ORIGINAL, Row, write_families
 from .plan import Design, default_resolutions, make_axes, plan
 from .task import as_model, design_of
@@ -79,7 +80,8 @@ def costs(
         ragged: what patches do where they do not divide the input: 'error', 'floor' (cut) or 'pad'.
         batch_size: images in one pass.
 
-    Raises DownresError when a candidate cannot be made of this network or does not run.
+    A candidate that cannot be made of this network or does not run is left out, with the reason among the notes. Raises
+    DownresError when that is all of them.
     """
     model = as_model(load_model(model, pretrained=False) if isinstance(model, str) else model)
     native, design = Candidate(model.preprocessing.resolution), design_of(model)
@@ -95,8 +97,16 @@ def costs(
         planned.setdefault(c if c.resolution is not None else c.at(native.resolution), GIVEN)
     planned.pop(native, None)
     measure = _Measuring(model, batch_size)
-    rows = [Row(ORIGINAL, native, measure(native)), *(Row(family, c, measure(c)) for c, family in planned.items())]
-    return Costs(model.spec, tuple(rows), batch_size, CONVENTION, tuple([*notes, *more]))
+    rows, refused = [Row(ORIGINAL, native, measure(native))], []
+    for candidate, family in planned.items():
+        try:
+            rows.append(Row(family, candidate, measure(candidate)))
+        except DownresError as error:
+            refused.append((candidate, error))
+    if refused and len(rows) == 1:
+        raise refused[0][1]
+    notes += [*more, *(f"{candidate} left out: {str(error).rstrip('.')}" for candidate, error in refused)]
+    return Costs(model.spec, tuple(rows), batch_size, CONVENTION, tuple(notes))
 
 
 def _family(candidate: Candidate, design: Design) -> str:
@@ -120,7 +130,7 @@ class _Measuring:
     def __call__(self, candidate: Candidate) -> Cost:
         size = self.batch_size, self.channels, *(candidate.hw or self.native)
         if candidate == Candidate(self.model.preprocessing.resolution):
-            return measure_cost(self.model.module, size)
+            return measure_cost(made_for(self.model.module, self.native), size)
         try:
             small = _hollow(self._reduced(self.weightless, candidate), "cpu")  # whose kernels decide what is alive
             small.register_forward_pre_hook(_only_fake, prepend=True)

@@ -47,8 +47,9 @@ def keep_photos(store: Store, task: Task, candidates: list[Candidate], bank: Fea
     for k, i in enumerate(chosen):
         arrays[f"image{k}"] = np.asarray(task.data.images[int(task.proof[i])])
     for i, candidate in enumerate(all_of):
-        if candidate.merge is not None:
-            state = State(candidate, crop)
+        # Where pixels are cut off or padded, a map would not lie on the picture.
+        if candidate.merge is not None and candidate.ragged == "error":
+            state = State(candidate, store.get(f"quality/{candidate}")["recovery"]["crop_ratio"])
             pixels = [preprocess(task.data.images[int(task.proof[k])], bank.preprocessing_of(state)) for k in chosen]
             arrays[f"map{i}"] = token_map(bank.network(state), torch.stack(pixels)).numpy().astype(np.int32)
     store.put_arrays("photos", **arrays)

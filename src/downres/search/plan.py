@@ -33,7 +33,8 @@ class Axes:
     ragged: str = "error"
 
     def __post_init__(self) -> None:
-        self.free()  # only for its errors, before anything is opened
+        Candidate(ragged=self.ragged)  # these two only for their errors, before anything is opened
+        self.free()
 
     def free(self) -> list[Candidate]:
         """The variants that have no resolution of their own yet."""
@@ -63,12 +64,16 @@ def make_axes(
 
 @dataclass(frozen=True)
 class Design:
-    """What the plan needs to know of a network: its resolution, total stride, patch side, and whether it has a sequence."""
+    """What the plan needs to know of a network: its resolution, total stride, patch side, and whether it has a sequence.
+
+    unit: what height and width are divided by, None: the total stride.
+    """
 
     native: Resolution
     stride: int
     patch: int | None = None
     sequence: bool = False
+    unit: tuple[int, int] | None = None
 
 
 def snap(resolution: Resolution, stride: int) -> Resolution:
@@ -112,7 +117,9 @@ def default_axes(design: Design, axes: Axes) -> Axes:
 def plan(design: Design, axes: Axes, do_snap: bool = True) -> tuple[list[Candidate], list[str]]:
     """(candidates, notes): input variants from large to small, then the others at the native resolution, then those given."""
     notes: list[str] = []
-    candidates = [Candidate(r, ragged=_ragged(axes, r, design.stride)) for r in _resolutions(design, axes, do_snap, notes)]
+    do_snap = do_snap and axes.ragged == "error"  # who says how to treat ragged sizes wants them
+    unit = design.unit or (design.stride, design.stride)
+    candidates = [Candidate(r, ragged=_ragged(axes, r, unit)) for r in _resolutions(design, axes, do_snap, notes)]
     for variant in axes.free():
         resolution = design.native
         if (patch := variant.patch_size) is not None:
@@ -126,7 +133,7 @@ def plan(design: Design, axes: Axes, do_snap: bool = True) -> tuple[list[Candida
                 # The same image, as nearly as whole patches allow.
                 resolution = as_resolution((height // patch * patch, width // patch * patch))
                 notes.append(f"patches of {patch} px look at {format_resolution(resolution)} px, a multiple of them")
-        ragged = _ragged(axes, resolution, variant.patch_size or 1)
+        ragged = _ragged(axes, resolution, unit if patch is None else (patch, patch))
         candidates.append(dataclasses.replace(variant, resolution=resolution, ragged=ragged))
     # What is given whole is taken as it is; without a resolution it is meant at the original's.
     candidates += [c if c.resolution is not None else c.at(design.native) for c in axes.candidates]
@@ -143,8 +150,8 @@ def check_trained(candidates: list[Candidate]) -> None:
             )
 
 
-def _ragged(axes: Axes, resolution: Resolution, unit: int) -> str:
-    return axes.ragged if any(side % unit for side in as_hw(resolution)) else "error"
+def _ragged(axes: Axes, resolution: Resolution, unit: tuple[int, int]) -> str:
+    return axes.ragged if any(side % u for side, u in zip(as_hw(resolution), unit, strict=True)) else "error"
 
 
 def _resolutions(design: Design, axes: Axes, do_snap: bool, notes: list[str]) -> list[Resolution]:

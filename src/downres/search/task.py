@@ -13,12 +13,12 @@ from ..data import Dataset, Fold, data_classes, open_data
 from ..errors import DownresError
 from ..families import Model, load_model
 from ..families.adapter import find_adapter
-from ..probe import find_head, input_size_of, total_stride
+from ..probe import find_head, total_stride
 from ..records import Candidate, Preprocessing
 from ..recover.features import FeatureBank, State
 from ..recover.head import Head
 from ..recover.ladder import split_tuning
-from ..reduction import made_for
+from ..reduction import divided_by, made_for
 from .plan import Design
 
 Progress = Callable[[str, int, int], None]
@@ -127,8 +127,8 @@ def prepare_model(
 ) -> Subject:
     """The model, its head found or replaced. Of the data only the class folders are listed, and only for a new head."""
     model = as_model(model, preprocessing)
-    module = model.module
-    head, width, outputs = find_head(module, (len(model.preprocessing.mean), *model.preprocessing.hw))
+    module, p = model.module, model.preprocessing
+    head, width, outputs = find_head(made_for(module, p.hw), (len(p.mean), *p.hw))
     if fit_head:
         if head is None:
             raise DownresError(
@@ -173,30 +173,28 @@ def prepare(
 
 
 def as_model(model: Model | nn.Module | str, preprocessing: Preprocessing | None = None) -> Model:
-    """A specification, a bare module or a loaded model as a loaded model, made for the resolution that it is used at."""
+    """A specification, a bare module or a loaded model as a loaded model."""
     if isinstance(model, str):
         model = load_model(model)
     if isinstance(model, nn.Module):
         from ..families.generic import preprocessing as assumed
 
-        found = preprocessing or assumed(model)
-        if preprocessing is None and not getattr(model, "pretrained_cfg", None):
-            found = found.at(resolution=input_size_of(model)[1:])  # type: ignore[arg-type]
         # Measured on the CPU in single precision, wherever and however the caller keeps it.
-        model = Model(copy.deepcopy(model).cpu().float().eval(), found)
-    elif preprocessing is not None:
-        model = Model(model.module, preprocessing, model.spec, model.weights, model.num_classes)
-    module = made_for(model.module, model.preprocessing.hw)
-    return model if module is model.module else dataclasses.replace(model, module=module)
+        return Model(copy.deepcopy(model).cpu().float().eval(), preprocessing or assumed(model))
+    if preprocessing is not None:
+        model = dataclasses.replace(model, preprocessing=preprocessing)
+    return model
 
 
 def design_of(model: Model) -> Design:
     """What a plan of candidates needs to know of the model."""
     p, adapter = model.preprocessing, find_adapter(model.module)
     patch = adapter.patch[0] if adapter is not None and adapter.patch is not None else None
+    original = made_for(model.module, p.hw)
     return Design(
         p.resolution,
-        total_stride(model.module, p.hw, len(p.mean)),
+        total_stride(original, p.hw, len(p.mean)),
         patch,
         adapter is not None and bool(adapter.block_names()),
+        divided_by(original, p.hw, len(p.mean)),
     )
