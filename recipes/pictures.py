@@ -24,7 +24,7 @@ from downres.report import words
 README = Path(__file__).parent / "README.md"
 MARKS = "<!-- table -->\n", "<!-- end of table -->"
 COLOURS = dict(zip(CANDIDATES, ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed"), strict=True))
-PLACES = dict(zip(CANDIDATES, ("top left", "bottom right", "top left", "bottom center", "top center"), strict=True))
+PLACES = dict(zip(CANDIDATES, ("top left", "bottom right", "top center", "bottom center", "top center"), strict=True))
 PHOTOGRAPHS = ("val/cat/cat.1051.jpg", "val/dog/dog.1108.jpg")
 SHOWN = ("merge4", "merge8", "merge12", "prune12")
 INK, MUTED, GRID = "#1f2937", "#6b7280", "#e5e7eb"
@@ -86,7 +86,7 @@ def accuracy_against_macs(measured: dict) -> go.Figure:
         mode = "markers" if name == "pooled tokens" or len(rows) == 1 else "lines+markers"
         figure.add_scatter(
             x=x, y=[r["top1"] for r in rows], mode=f"{mode}+text", name=name, text=[short(r) for r in rows],
-            textposition=PLACES[name],
+            textposition=["top center" if r["candidate"] == "196" else PLACES[name] for r in rows],
             textfont={"color": colour, "size": 12}, line={"color": colour, "width": 2}, marker={"size": 10},
         )  # fmt: skip
         for xs, row in zip(x, rows, strict=True):

@@ -198,3 +198,18 @@ def test_preprocessing():
 def test_change():
     assert str(Change("input resize", "", "96 px")) == "input resize at the input: 96 px"
     assert str(Change("activation resample", "conv1", "×0.5")) == "activation resample at conv1: ×0.5"
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.333, 1 / 3, 1e-6, 0.07, 0.123456789, 1 - 1e-9])
+@pytest.mark.parametrize("width", [1.0, 0.67, 1 / 3, 1e-5])
+def test_any_candidate_reads_back_from_its_text(keep, width):
+    candidate = Candidate(220, 0.7, "blocks.3", 20, Merge(keep=keep, by="prune"), "floor", 8, width)
+    assert Candidate.parse(str(candidate)) == candidate
+
+
+def test_numbers_of_other_kinds_are_numbers():
+    assert Candidate(merge=np.int64(8)) == Candidate(merge=8) and type(Candidate(merge=np.int64(8)).merge.r) is int
+    assert Candidate(merge=np.float32(0.5)).merge.keep == 0.5 and type(Candidate(patch_size=np.int32(20)).patch_size) is int
+    for wrong in ({"depth": True}, {"patch_size": True}, {"merge": True}, {"merge": 2.5}, {"merge": [1]}, {"merge": "8.5"}):
+        with pytest.raises(DownresError):
+            Candidate(**wrong)

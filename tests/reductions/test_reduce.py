@@ -15,7 +15,7 @@ from torch import nn
 
 from downres.errors import DownresError
 from downres.records import Candidate
-from downres.reduction import Reduction, reduce
+from downres.reduction import Reduction, reduce, token_map
 
 
 class Net(nn.Module):
@@ -335,9 +335,8 @@ def test_wrong_names_suggest_the_nearest(wrong, near):
 
 def test_tokens_cannot_be_resampled():
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=1).eval()
-    small = reduce(vit, stem_scale=0.5, stem="norm")
     with pytest.raises(DownresError, match=r"'norm' returns \(1, 197, 192\): name another module"):
-        run(small, images(1, 3, 224, 224))
+        reduce(vit, stem_scale=0.5, stem="norm")
 
     class Pair(nn.Module):
         def forward(self, x):
@@ -367,3 +366,34 @@ def test_the_stem_of_another_input_size():
     with pytest.raises(DownresError, match="does not run on an input of 1x3x224x224"):
         reduce(grey, stem_scale=0.5)
     assert reduce(grey, stem_scale=0.5, input_size=(1, 8, 8)).downres.changes[0].module == "0"
+
+
+def test_ragged_convnet_inputs_are_cut_or_padded_alike_with_and_without_the_resize():
+    model = torchvision.models.resnet18(num_classes=3).eval()
+    x = images(1, 3, 200, 200)
+    for ragged, side in (("floor", 192), ("pad", 224)):
+        by_hand = x[..., :side, :side] if ragged == "floor" else F.pad(x, (0, 24, 0, 24))
+        for resize_input in (True, False):
+            small = reduce(model, resolution=200, ragged=ragged, resize_input=resize_input)
+            assert torch.equal(run(small, x), run(model, by_hand)), (ragged, resize_input)
+            assert "ragged input" in [change.kind for change in small.downres.changes]
+        wide = run(reduce(model, resolution=200, ragged=ragged), images(1, 3, 200, 400))
+        assert wide.shape == (1, 3)  # the aspect ratio is kept, whole strides of each side
+
+
+def test_a_vit_made_for_ragged_patches_takes_that_size_only():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=3, depth=1).eval()
+    small = reduce(model, patch_size=20, ragged="floor", resize_input=False)
+    assert run(small, images(1, 3, 64, 64)).shape == (1, 3)
+    with pytest.raises(DownresError, match="made for images of 64x64 px, it got 96x96"):
+        run(small, images(1, 3, 96, 96))
+
+
+def test_a_pooled_grid_is_compared_as_a_grid_not_as_a_count():
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=2, dynamic_img_size=True).eval()
+    small = reduce(model, stem_scale=0.5)
+    assert run(small, images(1, 3, 224, 224)).shape == (1, 3)
+    with pytest.raises(DownresError, match="made for images of 224x224 px, it got 112x448"):
+        run(small, images(1, 3, 112, 448))  # as many tokens, another grid
+    merged = reduce(model, merge=4)
+    assert token_map(merged, images(1, 3, 112, 448)).shape == (1, 7, 28)

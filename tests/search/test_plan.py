@@ -128,3 +128,17 @@ def test_bad_axes_are_refused_before_anything_is_opened(wrong):
 def test_a_patch_larger_than_the_image_is_refused():
     with pytest.raises(DownresError, match="A patch of 90 px is larger than the image of 48 px: give a smaller patch"):
         plan(Design(48, 8, patch=8, sequence=True), make_axes((), (), [90], ()))
+
+
+def test_who_says_how_to_treat_ragged_sizes_gets_them():
+    axes = make_axes([100], (), [24], (), ragged="pad")
+    candidates, _ = plan(VIT, axes)  # snapping is on, and would leave nothing to pad
+    assert [str(c) for c in candidates] == ["100 pad", "224 pad patch24"]
+    with pytest.raises(DownresError, match="'sideways' is none of them"):
+        make_axes([96], ragged="sideways")
+
+
+def test_ragged_is_what_the_network_divides_by_not_its_total_stride():
+    swin = Design(224, 32, patch=4, unit=(4, 4))
+    candidates, _ = plan(swin, make_axes([208, 210], (), (), (), ragged="floor"))
+    assert [str(c) for c in candidates] == ["208", "210 floor"]

@@ -129,3 +129,35 @@ def test_depth_and_width_are_for_costs_alone(vit_file, cells):
 
     with pytest.raises(DownresError, match="has to be trained first"):
         search(vit_file, cells.dataset(), candidates=["48 depth2"], preprocessing=Preprocessing(48, 1.0))
+
+
+def test_a_network_of_fixed_size_is_used_at_the_size_it_is_built_for(tmp_path):
+    from timm.models.vision_transformer import VisionTransformer
+
+    from downres import costs
+
+    model = VisionTransformer(img_size=64, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=2)
+    assert costs(model, []).original.input_size == (1, 3, 64, 64)
+    model.pretrained_cfg = {"input_size": (3, 224, 224)}  # says another: what is built counts
+    assert costs(torch.nn.Sequential(model), []).original.input_size == (1, 3, 64, 64)
+    file = tmp_path / "own64.py"
+    file.write_text(VIT.replace("img_size=48", "img_size=64"))
+    found = load_model(f"{file}:make").preprocessing
+    assert found.resolution == 64 and "64 px is what the network is built for" in found.source
+
+
+def test_positions_are_resampled_once_from_the_original(vit_file, cells):
+    """An original at 40 px of a network built for 48: a candidate at 24 px goes 6×6 → 3×3, not by way of 5×5."""
+    from timm.layers import resample_abs_pos_embed
+
+    from downres.recover.features import State
+    from downres.search.task import prepare_model
+
+    model = with_preprocessing(load_model(vit_file), resolution=40)
+    subject = prepare_model(model, cells.dataset())
+    small = subject.bank(None).network(State(Candidate(24), 1.0))
+    wanted = resample_abs_pos_embed(model.module.pos_embed, [3, 3], old_size=[6, 6], num_prefix_tokens=1)
+    assert torch.equal(small.pos_embed, wanted)
+    twice = resample_abs_pos_embed(model.module.pos_embed, [5, 5], old_size=[6, 6], num_prefix_tokens=1)
+    twice = resample_abs_pos_embed(twice, [3, 3], old_size=[5, 5], num_prefix_tokens=1)
+    assert not torch.allclose(small.pos_embed, twice, atol=1e-3)
