@@ -3,7 +3,7 @@
     python recipes/pictures.py --data ../shared/data/catdog
 
 Writes results/vit_catdog.png (accuracy against MACs), the table between the two marks of README.md, and, where the photographs
-are, results/vit_tokens.png (which patches were merged). Needs the package playwright and chromium; takes half a minute.
+are, vit_tokens.png here (which patches were merged). Needs the package playwright and chromium; takes half a minute.
 """
 
 import argparse
@@ -39,7 +39,8 @@ def main() -> None:
     before, _, rest = README.read_text().partition(MARKS[0])
     README.write_text(before + MARKS[0] + table(measured) + MARKS[1] + rest.partition(MARKS[1])[2])
     if given.data.is_dir():
-        merged_patches([given.data / name for name in PHOTOGRAPHS]).save(RESULTS / "vit_tokens.png", optimize=True)
+        # Into the present folder: the photographs are not part of downres.
+        merged_patches([given.data / name for name in PHOTOGRAPHS]).save("vit_tokens.png", optimize=True)
 
 
 def table(measured: dict) -> str:

@@ -31,8 +31,9 @@ def fake_run(model: nn.Module, input_size: tuple[int, ...], watch: Watch[Seen]) 
     """Runs a copy of the model once, in eval mode and without gradients, and returns what `watch` saw.
 
     The copy holds fake tensors (shapes, no numbers, no memory), so that neither arithmetic nor the original's weights,
-    flags, hooks or cached attributes are touched; the original may have no numbers either (on the meta device). A model that looks at its numbers cannot run so: a real copy then runs
-    on zeros, watched in the same way.
+    flags, hooks or cached attributes are touched; the original may have no numbers either (on the meta device). What functions
+    of its modules keep in an `lru_cache` is forgotten. A model that looks at its numbers cannot run so: a real copy then
+    runs on zeros, watched in the same way.
 
     input_size: (channels, height, width) for a batch of one, or (batch, channels, height, width).
     Raises DownresError when the size is neither, or when the model does not run at it.

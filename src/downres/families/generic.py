@@ -51,7 +51,8 @@ def _running(what: str, path: Path) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         text = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
-        raise DownresError(f"{what} failed ({type(error).__name__}: {text}): correct the file.") from error
+        then = "install it" if isinstance(error, ModuleNotFoundError) else "correct the file"
+        raise DownresError(f"{what} failed ({type(error).__name__}: {text}): {then}.") from error
     finally:
         sys.path.remove(folder)
 
