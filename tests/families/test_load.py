@@ -277,15 +277,15 @@ def test_functions_that_do_not_do(file, function, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("def f(:", "SyntaxError"),
-        ("import no_such_package_x", "ModuleNotFoundError"),
-        ("raise SystemExit", "SystemExit: no message"),
+        ("def f(:", "SyntaxError.*: correct the file"),
+        ("import no_such_package_x", "ModuleNotFoundError.*: install it"),
+        ("raise SystemExit", "SystemExit: no message.*: correct the file"),
     ],
 )
 def test_files_that_do_not_run(file, text, says):
     broken = file.with_name("broken_net.py")
     broken.write_text(text)
-    with pytest.raises(DownresError, match=f"Running .*broken_net.py failed .{says}.*: correct the file"):
+    with pytest.raises(DownresError, match=f"Running .*broken_net.py failed .{says}"):
         load_model(f"{broken}:make")
     with pytest.raises(DownresError, match="There is no file .*absent.py: give the model as path/to/file.py:function"):
         load_model(f"{file.with_name('absent.py')}:make")
