@@ -10,11 +10,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import DownresError
 from .runtimes.torch import plain_attention
@@ -240,7 +242,9 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The (B, K) logits in what a classifier returns: a tensor, `.logits`, a dictionary or a tuple."""
+    """The logits in what a network returns (a tensor, `.logits`, a dictionary or a tuple): of a classifier (B, K), of a
+    segmentation network (B, K, h, w).
+    """
     if isinstance(output, Tensor):
         found: Any = output
     elif hasattr(output, "logits"):
@@ -249,16 +253,49 @@ def logits_of(output: Any) -> Tensor:
         found = output.get("logits", output.get("out"))
     else:
         found = output[0] if isinstance(output, (tuple, list)) and output else None
-    if not isinstance(found, Tensor) or found.ndim != 2:
+    if not isinstance(found, Tensor) or found.ndim not in (2, 4):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
         raise DownresError(
-            f"A classifier returns logits of shape (batch, classes), this model returns {shape}: give another model."
+            f"A classifier returns logits of shape (batch, classes), a segmentation network (batch, classes, height, width), "
+            f"this model returns {shape}: give another model."
         )
     return found
 
 
-def find_head(model: nn.Module, input_size: tuple[int, ...]) -> tuple[str | None, int, int]:
-    """(name of the linear layer whose output the logits are, or None; number of its inputs; number of logits)."""
+@dataclass(frozen=True)
+class Answer:
+    """What a network answers with.
+
+    head: name of the linear layer whose output the logits are, or None; width: number of its inputs (without a head, of
+    logits); outputs: number of logits. Of a segmentation network size: (h, w) of its logits, None for a classifier;
+    align_corners: as in the last bilinear or bicubic upsampling that it does itself.
+    """
+
+    head: str | None
+    width: int
+    outputs: int
+    size: tuple[int, int] | None = None
+    align_corners: bool = False
+
+
+class _Upsampling(TorchDispatchMode):
+    """Sees the `align_corners` of every upsampling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.align_corners = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func._schema.name in ("aten::upsample_bilinear2d", "aten::upsample_bicubic2d"):
+            self.align_corners = bool(args[2])  # (x, output_size, align_corners, ...)
+        return func(*args, **(kwargs or {}))
+
+
+def find_answer(model: nn.Module, input_size: tuple[int, ...]) -> Answer:
+    """What kind of network this is, by running it once. input_size: as for `fake_run`.
+
+    Raises DownresError when the model does not run, or returns no logits.
+    """
 
     @contextmanager
     def watch(copied: nn.Module, x: Tensor) -> Iterator[dict[str, Any]]:
@@ -272,10 +309,14 @@ def find_head(model: nn.Module, input_size: tuple[int, ...]) -> tuple[str | None
                 )
 
         copied.register_forward_hook(lambda _module, _inputs, output: seen.update(output=output))
-        yield seen
+        with _Upsampling() as seen["upsampling"]:
+            yield seen
 
     seen = fake_run(model, input_size, watch)
     logits = logits_of(seen["output"])
     outputs = logits.shape[1]
+    if logits.ndim == 4:
+        size = (logits.shape[2], logits.shape[3])
+        return Answer(None, outputs, outputs, size, seen["upsampling"].align_corners)
     name, width, _ = seen["linear"].get(id(logits), (None, outputs, None))
-    return name, width, outputs
+    return Answer(name, width, outputs)

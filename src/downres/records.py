@@ -1,7 +1,7 @@
 """What downres says, as frozen records that go to JSON and back. No torch here.
 
 Units are in the names or stated: `macs` are multiply-accumulates, `*_bytes` bytes, `*_ms` milliseconds,
-`top1`, `drop` and their bounds percent and percentage points.
+`top1`, `miou`, `drop` and their bounds percent and percentage points.
 """
 
 import dataclasses
@@ -50,6 +50,8 @@ def _typed(hint: Any, value: Any) -> Any:
         kinds = [a for a in args if a is not type(None)]
         if isinstance(value, list):
             kinds = [a for a in kinds if typing.get_origin(a) in (tuple, list)]
+        elif isinstance(value, dict):  # of several records the one whose fields these are
+            kinds = sorted(kinds, key=lambda kind: len(_fields(kind) ^ value.keys()))
         return _typed(kinds[0], value) if kinds else value
     if origin is tuple:
         inner = args[0] if args else Any
@@ -57,6 +59,10 @@ def _typed(hint: Any, value: Any) -> Any:
     if isinstance(hint, type) and issubclass(hint, Record):
         return hint.from_json(value)
     return value
+
+
+def _fields(kind: Any) -> set[str]:
+    return {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
 
 
 _DECIMAL = r"\d*\.?\d+(?:e-?\d+)?"
@@ -257,7 +263,7 @@ class Candidate(Record):
 
 @dataclass(frozen=True)
 class Budget(Record):
-    """What is allowed. max_drop in percentage points of top-1; None means no ceiling."""
+    """What is allowed. max_drop in percentage points of top-1 or mIoU; None means no ceiling."""
 
     max_drop: float = 1.0
     confidence: float = 0.95
@@ -330,6 +336,47 @@ class Quality(Record):
     correct5: int | None = None
     top5: float | None = None
 
+    metric = "top-1"
+
+    @property
+    def score(self) -> float:
+        return self.top1
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.top1_low, self.top1_high
+
+
+@dataclass(frozen=True)
+class SegmentationQuality(Record):
+    """Of n masks, in percent, at their own size, ignored pixels left out; None where there is nothing to divide by.
+
+    miou: mean of `iou` over the classes that truth or prediction has, with a two-sided 95 % interval by bootstrap over images.
+    iou, boundary_iou: class by class; boundary IoU after Cheng et al. 2021. object_iou: mean over the connected components of
+    the ground truth, by size ('small', 'medium', 'large', see `measure.segmentation`); objects: how many there are of each.
+    """
+
+    miou: float
+    miou_low: float
+    miou_high: float
+    pixel_accuracy: float
+    n: int
+    iou: tuple[float | None, ...]
+    boundary_miou: float | None = None
+    boundary_iou: tuple[float | None, ...] = ()
+    object_iou: dict[str, float | None] = field(default_factory=dict)
+    objects: dict[str, int] = field(default_factory=dict)
+
+    metric = "mIoU"
+
+    @property
+    def score(self) -> float:
+        return self.miou
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.miou_low, self.miou_high
+
 
 WITHIN = "proven within"
 OUTSIDE = "proven outside"
@@ -338,9 +385,9 @@ TOO_FEW = "too few images"
 
 @dataclass(frozen=True)
 class Drop(Record):
-    """Top-1 of the original minus top-1 of the candidate on the same n images, in points, with a verdict.
+    """Top-1 or mIoU of the original minus that of the candidate on the same n images, in points, with a verdict.
 
-    lost: images that only the original gets right; won: only the candidate.
+    lost: images that only the original gets right; won: only the candidate; of masks None.
     lower, upper: one-sided bounds, each at `confidence`, after Holm's correction for `comparisons` candidates.
     more_images: about how many more images would prove it within `allowed` (verdict 'too few images', else None).
     """
@@ -351,18 +398,24 @@ class Drop(Record):
     allowed: float
     verdict: str
     n: int
-    lost: int
-    won: int
+    lost: int | None = None
+    won: int | None = None
     confidence: float = 0.95
     comparisons: int = 1
     more_images: int | None = None
+
+
+FITS = ("crop", "stretch", "pad")
+"""How a picture is brought to the network's input; see `Preprocessing`."""
 
 
 @dataclass(frozen=True)
 class Preprocessing(Record):
     """From a decoded picture to the network's input; see `downres.data.preprocess`.
 
-    The short side is resized to floor(side / crop_ratio), antialiased, then the centre is cropped to `resolution`.
+    fit: 'crop' resizes the short side to floor(side / crop_ratio), antialiased, and crops the centre to `resolution`. For
+    answers to every pixel nothing may be cut off: 'stretch' resizes the whole picture to `resolution`, 'pad' the whole picture
+    with its aspect ratio to the largest size inside it, the rest, at the right and the bottom, being filled with `mean`.
     """
 
     resolution: Resolution
@@ -371,9 +424,12 @@ class Preprocessing(Record):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     source: str = "given"
+    fit: str = "crop"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "resolution", check_resolution(as_resolution(self.resolution)))  # type: ignore[arg-type]
+        if self.fit not in FITS:
+            raise DownresError(f"A picture is fitted by {', '.join(FITS)}; {self.fit!r} is none of them.")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise DownresError(f"The interpolation is bilinear or bicubic, {self.interpolation!r} is neither.")
         if not 0.0 < self.crop_ratio <= 1.0:
@@ -394,12 +450,37 @@ class Preprocessing(Record):
         )
 
 
+LOGITS, CLASSES = "logits", "classes"
+
+
+@dataclass(frozen=True)
+class Dense(Record):
+    """The full-size answer of a segmentation network: what is done with its logits, inside what is counted, timed and shipped.
+
+    size: (height, width) in pixels that the logits are brought to: that of the labels. output: 'logits' (B, K, height, width)
+    or 'classes', the class map uint8 (B, height, width), made without ever holding the logits of all classes at that size.
+    interpolation: 'bilinear' or 'bicubic'; align_corners: as the network was trained.
+    """
+
+    size: tuple[int, int]
+    output: str = LOGITS
+    interpolation: str = "bilinear"
+    align_corners: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", as_hw(check_resolution(as_resolution(self.size))))  # type: ignore[arg-type]
+        if self.output not in (LOGITS, CLASSES):
+            raise DownresError(f"A segmentation network hands out {LOGITS} or {CLASSES}, {self.output!r} is neither.")
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise DownresError(f"Logits are upsampled by bilinear or bicubic interpolation, {self.interpolation!r} is neither.")
+
+
 @dataclass(frozen=True)
 class Rung(Record):
-    """One rung of the recovery ladder as it was tried: top-1 on `n` tuning images (never proof images)."""
+    """One rung of the recovery ladder as it was tried: top-1 or mIoU on `n` tuning images (never proof images)."""
 
     rung: str
-    top1: float | None
+    score: float | None
     n: int
     seconds: float
     images: int = 0
@@ -429,14 +510,14 @@ class Result(Record):
     reason: str = ""
     cost: Cost | None = None
     latency: Latency | None = None
-    naive: Quality | None = None
-    quality: Quality | None = None
+    naive: Quality | SegmentationQuality | None = None
+    quality: Quality | SegmentationQuality | None = None
     drop: Drop | None = None
     recovery: Recovery | None = None
 
     def row(self) -> dict[str, Any]:
         """The flat form that `--json` and the tables print."""
-        c, q, d = self.cost, self.quality, self.drop
+        c, d = self.cost, self.drop
         return {
             "candidate": str(self.candidate),
             "resolution": _plain(self.candidate.resolution),
@@ -455,7 +536,25 @@ class Result(Record):
             "runtime": self.latency and self.latency.runtime,
             "threads": self.latency and self.latency.threads,
             "hardware": self.latency and self.latency.hardware,
-            "naive_top1": self.naive and self.naive.top1,
+            **self._qualities(),
+            "drop": d and d.drop,
+            "drop_lower": d and d.lower,
+            "drop_upper": d and d.upper,
+            "verdict": d and d.verdict,
+            "more_images": d and d.more_images,
+            "rung": self.recovery and self.recovery.rung,
+            "crop_ratio": self.recovery and self.recovery.crop_ratio,
+        }
+
+    def _qualities(self) -> dict[str, Any]:
+        """The part of `row` that depends on the task."""
+        q, naive, d = self.quality, self.naive, self.drop
+        if isinstance(q or naive, SegmentationQuality):
+            found: dict[str, Any] = {} if q is None else q.to_json()
+            return {"naive_miou": naive and naive.score, **found}
+        assert q is None or isinstance(q, Quality)
+        return {
+            "naive_top1": naive and naive.score,
             "top1": q and q.top1,
             "top1_low": q and q.top1_low,
             "top1_high": q and q.top1_high,
@@ -463,13 +562,6 @@ class Result(Record):
             "n": q and q.n,
             "top5": q and q.top5,
             "correct5": q and q.correct5,
-            "drop": d and d.drop,
-            "drop_lower": d and d.lower,
-            "drop_upper": d and d.upper,
             "lost": d and d.lost,
             "won": d and d.won,
-            "verdict": d and d.verdict,
-            "more_images": d and d.more_images,
-            "rung": self.recovery and self.recovery.rung,
-            "crop_ratio": self.recovery and self.recovery.crop_ratio,
         }

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from .errors import DownresError
 from .families.adapter import Adapter, Size, find_adapter, library_transformers, said
 from .parse import Resolution, format_resolution
-from .probe import fake_run, find_stem, input_size_of, total_stride
+from .probe import Answer, fake_run, find_answer, find_stem, input_size_of, total_stride
 from .records import MERGE, PRUNE, Candidate, Change, Merge, Record
+from .reductions.dense import FullSizeLogits
 from .reductions.resize import FitInput, ResampleOutput, ResizeInput, fitted, input_size
 from .reductions.tokens import PoolTokens, TokenState, UnpoolTokens, removals
 
@@ -44,6 +45,9 @@ def reduce(
     interpolation: str = "bilinear",
     input_size: tuple[int, ...] | None = None,
     resize_input: bool = True,
+    output_size: Size | str | None = None,
+    output_interpolation: str = "bilinear",
+    align_corners: bool | None = None,
 ) -> nn.Module:
     """A copy of `model` that works on fewer pixels or tokens; `model` itself is not touched.
 
@@ -68,7 +72,12 @@ def reduce(
         depth, width: another network of the same design, weights drawn anew: for costs, or to be trained.
         interpolation: 'bilinear' or 'bicubic', always antialiased.
         input_size: (C, H, W) that the original is used at; default: the model's own configuration, else 3×224×224.
-        resize_input: False leaves the resize out: the reduced model then takes inputs of the candidate's resolution.
+        resize_input: False leaves the resize out: the reduced model then takes inputs of the candidate's resolution, and
+            a segmentation network gives logits of that size.
+        output_size: of the logits (B, K, h, w) of a segmentation network: None, that of the original's logits (of most its
+            input's size, of SegFormer a quarter of it); 'input', that of the input; (height, width), that of the labels.
+        output_interpolation: 'bilinear' or 'bicubic', of these logits.
+        align_corners: of these logits; None: as in the upsampling that the network does itself.
 
     Raises:
         DownresError: no such module, no patches or tokens to work on, sizes that do not fit, the model was reduced before;
@@ -83,10 +92,14 @@ def reduce(
         raise DownresError(f"The interpolation is bilinear or bicubic, {interpolation!r} is neither.")
     if isinstance(before := getattr(model, "downres", None), Reduction):
         raise DownresError(f"This model was reduced before ({before.candidate}): reduce the original instead.")
+    if output_interpolation not in ("bilinear", "bicubic"):
+        raise DownresError(f"Logits are upsampled by bilinear or bicubic interpolation, {output_interpolation!r} is neither.")
     work = _Work(copy.deepcopy(model), candidate, interpolation, tuple(input_size or input_size_of(model)))
     work.scale()
     work.geometry(resize_input)
     work.shorten(model)
+    if resize_input:
+        work.answer(model, output_size, output_interpolation, align_corners)
     if not work.changes and resize_input:
         warnings.warn(
             "reduce changed nothing: it looked for a resolution, a stem_scale below 1, a patch_size and a merge, "
@@ -356,7 +369,7 @@ class _Work:
             ) from error
         named = c.stem_scale != 1.0 and c.stem is not None and self.pooled is None
         dense = any(len(shape) > 2 for shape in found)
-        fewer = c.merge is not None or c.stem_scale != 1.0
+        fewer = c.merge is not None or self.pooled is not None
         if not (named and not dense) and not (inside and dense and fewer):
             return
         whole = dataclasses.replace(c, merge=None, stem_scale=1.0, stem=None)
@@ -372,6 +385,36 @@ class _Work:
                 f"{type(self.small).__name__} takes tokens out of {adapter.name} between its blocks, where '{c}' has changed "
                 "their number: lower the resolution instead."
             )
+
+    def answer(self, original: nn.Module, size: Size | str | None, interpolation: str, align_corners: bool | None) -> None:
+        """Logits for every pixel get the size that the original's have. Of what else a network returns nothing is changed."""
+        c, own = self.candidate, (self.native[-2], self.native[-1])
+        if c == Candidate() and size is None:
+            return
+        if isinstance(size, str) and size != "input":
+            raise DownresError(
+                f"The size of logits is 'input' or (height, width), {size!r} is neither: give for example 'input'."
+            )
+        try:
+            found: Answer | None = find_answer(original, (self.native[0], *own))
+        except DownresError:  # features, or something else than one image goes in
+            found = None
+        if found is None or found.size is None:
+            if size is not None:
+                raise DownresError(
+                    f"Only logits for every pixel (batch, classes, height, width) have a size, {type(original).__name__} "
+                    "returns none: leave output_size out."
+                )
+            return
+        # Of the original: resampling behind the embedding changes what the reduced network gives.
+        strides = (1.0, 1.0) if size == "input" else (own[0] / found.size[0], own[1] / found.size[1])
+        aligned = found.align_corners if align_corners is None else align_corners
+        fixed = None if isinstance(size, str) else size
+        full = FullSizeLogits(fixed, strides, interpolation, aligned, c.ragged != "error")
+        self.small.register_forward_pre_hook(full.before, with_kwargs=True, prepend=True)
+        self.small.register_forward_hook(full.after, with_kwargs=True)
+        what = format_resolution(fixed) if fixed else f"the size of the {'input' if size else 'original'}"
+        self.note("logits upsample", "", f"to {what}, {interpolation}, align_corners={aligned}")
 
     def _refuse_second(self, adapter: Adapter) -> None:
         """Another size of image or patch reaches one transformer alone."""

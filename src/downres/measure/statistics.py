@@ -8,7 +8,8 @@ The drop is (lost - won) / n. Concordant images carry no information on it beyon
 import math
 from typing import NamedTuple
 
-from scipy.special import ndtr, ndtri
+import numpy as np
+from scipy.special import ndtr, ndtri, stdtr
 from scipy.stats import binomtest
 
 from ..errors import DownresError
@@ -134,3 +135,61 @@ def _check_counts(lost: int, won: int, n: int) -> None:
             f"Lost and won images are counts that add up to at most n, and n is at least 1; {lost} and {won} of {n} "
             "cannot be: compare the models on a split that has images."
         )
+
+
+FEWEST_IMAGES = 10
+"""Below this many images a bootstrap proves nothing: even their distinct resamples are fewer than those that are drawn."""
+
+
+def bootstrap_p(resampled: np.ndarray, observed: float, n: int, margin: float) -> float:
+    """One-sided p-value of "the statistic is at least `margin`": small means proven below it.
+
+    resampled: the statistic on each of B resamples of the n images (B,). The share of resamples at or above the margin,
+    counted as (1 + count) / (1 + B) and widened for few images as `_bootstrap_p` says; 1 where the observed value is itself
+    at or above the margin, or there are fewer than FEWEST_IMAGES images.
+    """
+    if n < FEWEST_IMAGES or not observed < margin:
+        return 1.0
+    return float(_bootstrap_p(np.count_nonzero(~(resampled < margin)), len(resampled), n))
+
+
+def bootstrap_bound(resampled: np.ndarray, observed: float, n: int, alpha: float) -> tuple[float, float]:
+    """(lower, upper) bounds of the statistic, each one-sided at 1 - alpha: percentiles of the resamples, or infinite.
+
+    upper is the largest margin that `bootstrap_p` does not reject, so that upper < margin exactly when bootstrap_p < alpha;
+    likewise lower. Percentiles, not the basic bootstrap's mirrored ones, since mIoU and its drop are bounded and skewed;
+    infinite where n images or B resamples are too few for the level.
+    """
+    return -_bootstrap_upper(-resampled, -observed, n, alpha), _bootstrap_upper(resampled, observed, n, alpha)
+
+
+def more_images_to(resampled: np.ndarray, observed: float, n: int, margin: float, alpha: float) -> int | None:
+    """How many more images would prove the statistic below `margin` if spread and observed value stay as they are.
+
+    The distance from the observed value to its upper bound shrinks with the square root of the number of images; where
+    n images or B resamples give no bound, the distance is that of a normal distribution. As with `more_images`, at this number
+    the proof succeeds about every second time. At least 1; None where the observed value is not below the margin.
+    """
+    if not observed < margin:
+        return None
+    upper = bootstrap_bound(resampled, observed, n, alpha)[1]
+    distance = upper - observed if math.isfinite(upper) else -float(ndtri(alpha)) * float(np.std(resampled))
+    return max(1, FEWEST_IMAGES - n, math.floor(n * (distance / (margin - observed)) ** 2) + 1 - n)
+
+
+def _bootstrap_upper(resampled: np.ndarray, observed: float, n: int, alpha: float) -> float:
+    counts = np.arange(len(resampled) + 1)
+    rejecting = int(np.count_nonzero(_bootstrap_p(counts, len(resampled), n) < alpha)) if n >= FEWEST_IMAGES else 0
+    if not rejecting:
+        return math.inf
+    return max(observed, float(np.partition(resampled, -rejecting)[-rejecting]))
+
+
+def _bootstrap_p(count: np.ndarray | int, resamples: int, n: int) -> np.ndarray:
+    """The p-value of `count` of the resamples at or above the margin.
+
+    A bootstrap's spread is too small by (n - 1) / n in variance and knows no t distribution: percentiles are taken further out
+    so that for a mean of normal values they are the t interval's (Hesterberg 2015, The American Statistician 69:371-386, the
+    expanded percentile interval). At 100 images that turns 5 % into 4.8 %, at 10 into 2.7 %.
+    """
+    return stdtr(n - 1, ndtri((1 + np.asarray(count)) / (1 + resamples)) * math.sqrt((n - 1) / n))

@@ -76,7 +76,12 @@ DESIGNS = {
 
 
 def regseg(
-    name: str = "exp48_decoder26", num_classes: int = 19, *, width: float = 1.0, depth: float = 1.0, group_width: int | None = None
+    name: str = "exp48_decoder26",
+    num_classes: int = 19,
+    *,
+    width: float = 1.0,
+    depth: float = 1.0,
+    group_width: int | None = None,
 ) -> "RegSeg":
     """A RegSeg with random weights: `exp48_decoder26` or `exp53_decoder29`, at another width and depth if asked for.
 

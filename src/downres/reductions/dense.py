@@ -1,0 +1,137 @@
+"""Logits of a segmentation network at full size: pure tensor functions, and the hook that `reduce` installs."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DownresError
+from ..probe import logits_of
+from ..records import CLASSES, Dense
+from .resize import on_image
+
+Size = tuple[int, int]
+
+
+def upsample(logits: Tensor, size: Size, interpolation: str = "bilinear", align_corners: bool = False) -> Tensor:
+    """(B, K, h, w) → (B, K, *size) by 'bilinear' or 'bicubic' interpolation; `logits` itself when it has that size."""
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    if logits.dtype in (torch.float16, torch.bfloat16):  # classes that are close would become equal
+        logits = logits.float()
+    return F.interpolate(logits, size=size, mode=interpolation, align_corners=align_corners)
+
+
+def class_map(logits: Tensor, size: Size, interpolation: str = "bilinear", align_corners: bool = False) -> Tensor:
+    """(B, K, h, w) → (B, *size), the argmax of the upsampled logits, without ever holding more than two of them.
+
+    Goes class by class: each is upsampled on its own, which gives the very numbers of `upsample`, and compared with the
+    largest so far, of equal ones the first counting. uint8 for up to 256 classes, else int16.
+    """
+    classes = logits.shape[1]
+    best = upsample(logits[:, :1], size, interpolation, align_corners)
+    index = torch.zeros_like(best, dtype=torch.uint8 if classes <= 256 else torch.int16)
+    for k in range(1, classes):
+        one = upsample(logits[:, k : k + 1], size, interpolation, align_corners)
+        index = torch.where(one > best, torch.full((), k, dtype=index.dtype, device=index.device), index)
+        best = torch.maximum(best, one)
+    return index[:, 0]
+
+
+def full_size(input_size: Size, strides: tuple[float, float]) -> Size:
+    """(height, width) of the logits that a network gives for an input, whose side is `strides` times that of its logits."""
+
+    def side(pixels: int, stride: float) -> int:
+        whole = round(stride)  # a stride is whole: what padding rounds up at one size it rounds up at another
+        return math.ceil(pixels / whole) if whole > 1 and abs(stride - whole) < 0.25 else max(1, round(pixels / stride))
+
+    return side(input_size[0], strides[0]), side(input_size[1], strides[1])
+
+
+class Segmenter(nn.Module):
+    """A segmentation network with its answer at full size: (B, C, h, w) → what `dense` says.
+
+    Understands a tensor, torchvision's {'out': …}, transformers' `.logits`. This is what is counted, timed and exported.
+    """
+
+    def __init__(self, network: nn.Module, dense: Dense) -> None:
+        super().__init__()
+        self.network, self.dense = network, dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        d, logits = self.dense, logits_of(self.network(x))
+        if logits.ndim != 4:
+            raise DownresError(
+                f"A segmentation network returns logits (batch, classes, height, width), this one returns "
+                f"{tuple(logits.shape)}: give another network."
+            )
+        check_size(d.size, (logits.shape[-2], logits.shape[-1]))
+        return (class_map if d.output == CLASSES else upsample)(logits, d.size, d.interpolation, d.align_corners)
+
+
+def check_size(size: Size, have: Size) -> None:
+    """DownresError where `size`, of the labels, is below that of the logits."""
+    if size[0] < have[0] or size[1] < have[1]:
+        raise DownresError(
+            f"Logits are brought up to the size of the labels, {size[0]}x{size[1]} is below the {have[0]}x{have[1]} that "
+            "the network gives: name the labels' own size, or a lower resolution."
+        )
+
+
+class FullSizeLogits:
+    """Two hooks of one reduced model: `before` its input is resized it is looked at, `after` it has run its logits get the
+    size that the original's would have for that input, or `size`; so do auxiliary logits beside them.
+
+    strides: input over logits of the original.
+    """
+
+    def __init__(
+        self, size: Size | None, strides: tuple[float, float], interpolation: str, align_corners: bool, ragged: bool
+    ) -> None:
+        self.size, self.strides, self.ragged = size, strides, ragged
+        self.interpolation, self.align_corners = interpolation, align_corners
+        self._input: Size = (0, 0)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._input = _image_size(args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return self._full(output)
+        if isinstance(getattr(output, "logits", None), Tensor):  # transformers: other maps beside them are not logits
+            output.logits = self._full(output.logits)
+        elif isinstance(output, dict):
+            for name, value in output.items():
+                output[name] = self._full(value)
+        elif type(output) in (tuple, list):
+            return type(output)(self._full(value) for value in output)
+        return output
+
+    def _full(self, logits: Any) -> Any:
+        if not isinstance(logits, Tensor) or logits.ndim != 4:
+            return logits
+        if self.ragged:
+            raise DownresError(
+                "An answer to every pixel needs an input that is neither cut nor padded: reduce to a resolution that "
+                "the network divides, with ragged='error'."
+            )
+        have: Size = (logits.shape[-2], logits.shape[-1])
+        size = self.size
+        if size is None:
+            size = full_size(self._input, self.strides)
+        else:
+            check_size(size, have)
+        return upsample(logits, size, self.interpolation, self.align_corners)
+
+
+def _image_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Size:
+    found: list[Size] = []
+
+    def see(x: Tensor) -> Tensor:
+        found.append((x.shape[-2], x.shape[-1]))
+        return x
+
+    on_image(args, kwargs, see)
+    return found[0]
