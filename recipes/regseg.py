@@ -17,6 +17,7 @@ Expected time: on two cores 25 s an epoch of 367 images at 360×480 (bf16 on a p
 import argparse
 import json
 import os
+import sys
 import time
 from datetime import date
 from pathlib import Path
@@ -30,10 +31,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as v2
 
+from downres import DownresError, load_model
 from downres.data.decode import decode
 from downres.data.masks import IGNORE, MaskFolder, Pair, find_masks
 from downres.environment import versions
 from downres.models.regseg import regseg
+from downres.probe import logits_of
+from downres.reductions.dense import upsample
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALES = (0.4, 1.56)
@@ -47,14 +51,21 @@ SMALLEST = 64
 class Crops(Dataset):
     """Sample i of epoch e is a function of (seed, e, i) alone: no order of workers and no interruption changes it."""
 
-    def __init__(self, found: MaskFolder, size: tuple[int, int], crop: tuple[int, int], uniform: float, seed: int) -> None:
+    def __init__(
+        self, found: MaskFolder, size: tuple[int, int], crop: tuple[int, int], uniform: float, seed: int,
+        mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD,
+    ) -> None:  # fmt: skip
         self.pairs, self.found = found.pairs["train"], found
         self.size, self.crop, self.uniform, self.seed, self.epoch = size, crop, uniform, seed, 0
+        self.mean, self.std = mean, std
         # Decoded once where that fits into memory, as CamVid does; Cityscapes is read again every epoch.
         self.kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.keep = len(self.pairs) <= 1000
-        counts = np.stack([np.bincount(self._load(i)[1].ravel(), minlength=256) for i in range(len(self.pairs))])
+        counts = np.stack([np.bincount(self._mask(i).ravel(), minlength=256) for i in range(len(self.pairs))])
         self.having = [np.flatnonzero(counts[:, k] >= SMALLEST) for k in range(len(found.classes))]
+
+    def _mask(self, i: int) -> np.ndarray:
+        return self._load(i)[1] if self.keep else self.found.read_mask(self.pairs[i].mask)
 
     def _load(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if i in self.kept:
@@ -81,8 +92,8 @@ class Crops(Dataset):
         image, mask = self._window(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)[None], wanted, rng)
         if rng.random() < 0.5:
             image, mask = v2.horizontal_flip(image), v2.horizontal_flip(mask)
-        image, mask = randaugment_reduced(image, mask, rng)
-        pixels = v2.normalize(v2.to_dtype(image, torch.float32, scale=True), list(MEAN), list(STD))
+        image, mask = randaugment_reduced(image, mask, rng, self.mean)
+        pixels = v2.normalize(v2.to_dtype(image, torch.float32, scale=True), list(self.mean), list(self.std))
         return pixels, mask[0].long()
 
     def _window(self, image: Tensor, mask: Tensor, wanted: int | None, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -103,10 +114,17 @@ class Crops(Dataset):
         rest = [c - s for c, s in zip(self.crop, shown, strict=True)]
         top, left = (int(rng.integers(r + 1)) for r in rest)
         border = [left, top, rest[1] - left, rest[0] - top]
-        return v2.pad(image, border, fill=[round(255 * m) for m in MEAN]), v2.pad(mask, border, fill=IGNORE)
+        return v2.pad(image, border, fill=_grey(self.mean)), v2.pad(mask, border, fill=IGNORE)
 
 
-def randaugment_reduced(image: Tensor, mask: Tensor, rng: np.random.Generator, magnitude: float = 0.2) -> tuple[Tensor, Tensor]:
+def _grey(mean: tuple[float, ...]) -> list[float]:
+    """Of pixels that the picture does not have: zero for the network."""
+    return [round(255 * m) for m in mean]
+
+
+def randaugment_reduced(
+    image: Tensor, mask: Tensor, rng: np.random.Generator, mean: tuple[float, ...] = MEAN, magnitude: float = 0.2
+) -> tuple[Tensor, Tensor]:
     """Two of the seven operations that Gao 2021 keeps of RandAugment (Cubuk 2020), at a fifth of their strength."""
     for op in rng.choice(7, 2, replace=False):
         sign = 1 if rng.random() < 0.5 else -1
@@ -117,7 +135,7 @@ def randaugment_reduced(image: Tensor, mask: Tensor, rng: np.random.Generator, m
             image = v2.equalize(image)
         elif op == 2:
             angle = sign * 30 * magnitude
-            image = v2.rotate(image, angle, v2.InterpolationMode.BILINEAR, fill=[round(255 * m) for m in MEAN])
+            image = v2.rotate(image, angle, v2.InterpolationMode.BILINEAR, fill=_grey(mean))
             mask = v2.rotate(mask, angle, v2.InterpolationMode.NEAREST, fill=IGNORE)
         else:
             adjust = (v2.adjust_saturation, v2.adjust_contrast, v2.adjust_brightness, v2.adjust_sharpness)[op - 3]
@@ -127,30 +145,33 @@ def randaugment_reduced(image: Tensor, mask: Tensor, rng: np.random.Generator, m
 
 def train(options: argparse.Namespace) -> Path:
     """Train, or go on training; returns the file of the final weights."""
-    out, size = Path(options.out), options.size
-    out.mkdir(parents=True, exist_ok=True)
-    final, checkpoint = out / "model.safetensors", out / "checkpoint.pth"
+    out = Path(options.out)
+    final, checkpoint, about = out / "model.safetensors", out / "checkpoint.pth", out / "training.json"
+    found = find_masks(options.data)
+    options.crop = options.crop or tuple(max(16, round(side * CROP / 16) * 16) for side in options.size)
+    asked = _recorded(options, found)
     if final.exists():
+        _check_same(asked, json.loads(about.read_text()), out)
         return final
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = find_masks(options.data)
-    crop = options.crop or tuple(max(16, round(side * CROP / 16) * 16) for side in size)
-    crops = Crops(found, size, crop, options.class_uniform, options.seed)
-    model = regseg(options.name, len(found.classes), width=options.width, depth=options.depth)
+    model, mean, std = _network(options, len(found.classes))
+    crops = Crops(found, options.size, options.crop, options.class_uniform, options.seed, mean, std)
     model = model.to(device, memory_format=torch.channels_last).train()
     steps = len(crops) // options.batch_size
+    if not steps:
+        raise DownresError(f"A batch of {options.batch_size} needs as many images, there are {len(crops)}: lower --batch-size.")
     optimizer = torch.optim.SGD(_groups(model, options.weight_decay), options.lr, momentum=0.9)
     warmup = min(options.warmup_steps, options.epochs * steps // 10)
     schedule = PolyLRScheduler(
         optimizer, options.epochs * steps, 0.9, warmup_t=warmup, warmup_lr_init=0.1 * options.lr, t_in_epochs=False
     )
     average = ModelEmaV3(model, options.ema, use_warmup=True) if options.ema else None
+    out.mkdir(parents=True, exist_ok=True)
     begun, seconds = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
-        if state["options"] != _comparable(options):
-            raise SystemExit(f"{checkpoint} was made with other options: give another --out, or the same options.")
+        _check_same(asked, state["options"], out)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if average is not None:
@@ -159,13 +180,14 @@ def train(options: argparse.Namespace) -> Path:
     for epoch in range(begun, options.epochs):
         start, total = time.perf_counter(), 0.0
         crops.epoch = epoch
+        torch.manual_seed(options.seed + 1000 * (epoch + 1))  # dropout, of networks that have it
         order = np.random.default_rng([options.seed, epoch]).permutation(len(crops))[: steps * options.batch_size].tolist()
         loader = DataLoader(crops, options.batch_size, sampler=order, num_workers=options.workers, drop_last=True)
         for step, (pixels, masks) in enumerate(loader, epoch * steps):
             schedule.step_update(step)
             pixels = pixels.to(device, memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-                logits = model(pixels)
+                logits = upsample(logits_of(model(pixels)), options.crop)
             loss = nn.functional.cross_entropy(logits.float(), masks.to(device), ignore_index=IGNORE)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -174,7 +196,7 @@ def train(options: argparse.Namespace) -> Path:
                 average.update(model, step=step)
             total += loss.item()
         seconds += time.perf_counter() - start
-        state = {"options": _comparable(options), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+        state = {"options": asked, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                  "average": None if average is None else average.module.state_dict(), "epoch": epoch + 1, "seconds": seconds}  # fmt: skip
         partial = checkpoint.with_suffix(".partial")
         torch.save(state, partial)
@@ -184,8 +206,8 @@ def train(options: argparse.Namespace) -> Path:
     weights = {k: v.detach().cpu().contiguous() for k, v in kept.state_dict().items()}
     partial = final.with_suffix(".partial")
     save_file(weights, partial)
-    (out / "training.json").write_text(json.dumps({
-        **_comparable(options), "crop": list(crop), "steps": options.epochs * steps, "hours": seconds / 3600,
+    about.write_text(json.dumps({
+        **asked, "mean": list(mean), "std": list(std), "steps": options.epochs * steps, "hours": seconds / 3600,
         "threads": torch.get_num_threads(), "device": str(device), "date": date.today().isoformat(), "versions": versions(),
     }, indent=1) + "\n")  # fmt: skip
     os.replace(partial, final)
@@ -202,9 +224,31 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def _comparable(options: argparse.Namespace) -> dict:
+def _network(options: argparse.Namespace, classes: int) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """What is trained, with the mean and the standard deviation that its inputs are normalised with."""
+    if options.model is None:
+        return regseg(options.name, classes, width=options.width, depth=options.depth), MEAN, STD
+    loaded = load_model(options.model, options.weights, pretrained=False, num_classes=classes)
+    with torch.no_grad():
+        has = logits_of(loaded.module(torch.zeros(1, len(loaded.preprocessing.mean), *options.crop))).shape[1]
+    if has != classes:
+        raise DownresError(f"{options.model} has {has} classes and {options.data} has {classes}: give a network for {classes}.")
+    return loaded.module.requires_grad_(True), loaded.preprocessing.mean, loaded.preprocessing.std
+
+
+def _recorded(options: argparse.Namespace, found: MaskFolder) -> dict:
+    """What decides the weights: a run goes on only where all of it is as it was."""
     kept = {k: v for k, v in vars(options).items() if k not in ("out", "data", "workers")}
+    kept |= {"images": len(found.pairs["train"]), "classes": len(found.classes)}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+
+
+def _check_same(asked: dict, made: dict, out: Path) -> None:
+    other = [f"{name} {made[name]}, not {value}" for name, value in asked.items() if name in made and made[name] != value]
+    if other:
+        raise DownresError(
+            f"{out} was trained with other options ({'; '.join(other)}): give another --out, or the same options."
+        )
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -212,14 +256,27 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def load_run(run: str | os.PathLike[str]) -> nn.Module:
+    """The network of a finished run, with the preprocessing that it was trained for in its `pretrained_cfg`."""
+    about = json.loads((Path(run) / "training.json").read_text())
+    weights = load_file(Path(run) / "model.safetensors")
+    if about.get("model"):
+        model = load_model(about["model"], pretrained=False, num_classes=about["classes"]).module
+    else:
+        model = regseg(about["name"], len(weights["decoder.classifier.bias"]), width=about["width"], depth=about["depth"])
+    model.load_state_dict(weights)
+    model.pretrained_cfg = {  # type: ignore[assignment]
+        "input_size": (3, *about["size"]), "crop_pct": 1.0, "interpolation": "bilinear",
+        "mean": tuple(about.get("mean", MEAN)), "std": tuple(about.get("std", STD)),
+    }  # fmt: skip
+    return model.eval()
+
+
 def trained() -> nn.Module:
     """The network of the run that the environment variable REGSEG_RUN names, for the commands of downres."""
-    run = Path(os.environ["REGSEG_RUN"])
-    options = json.loads((run / "training.json").read_text())
-    weights = load_file(run / "model.safetensors")
-    model = regseg(options["name"], len(weights["decoder.classifier.bias"]), width=options["width"], depth=options["depth"])
-    model.load_state_dict(weights)
-    return model.eval()
+    if "REGSEG_RUN" not in os.environ:
+        raise DownresError("REGSEG_RUN names no run: set it to the folder that recipes/regseg.py wrote with --out.")
+    return load_run(os.environ["REGSEG_RUN"])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -229,6 +286,8 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--name", default="exp48_decoder26")
     known.add_argument("--width", type=float, default=1.0)
     known.add_argument("--depth", type=float, default=1.0)
+    known.add_argument("--model", help="another network than a RegSeg, as for downres search: it is trained from what it is")
+    known.add_argument("--weights", help="of --model, to begin with; a network of a library else begins with random ones")
     known.add_argument("--size", type=_size, required=True, metavar="HxW", help="resolution to train for")
     known.add_argument("--crop", type=_size, metavar="HxW", help=f"default: {CROP:g} of the size, in multiples of 16")
     known.add_argument("--epochs", type=int, required=True)
@@ -245,4 +304,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    print(train(parser().parse_args()))
+    try:
+        print(train(parser().parse_args()))
+    except DownresError as error:
+        sys.exit(str(error))

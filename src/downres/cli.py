@@ -34,12 +34,19 @@ app = typer.Typer(
 )
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, transformers:FOLDER or path/to/file.py:function.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="timm:NAME, torchvision:NAME, transformers:FOLDER, smp:ARCH/ENCODER, regseg:NAME or path/to/file.py:function.",
+    ),
 ]
 DataOption = Annotated[
     str,
     typer.Option(
-        "--data", metavar="DIR", help="Folder of class folders, with train/ and val/ or one to be split; ImageNet's layout."
+        "--data",
+        metavar="DIR",
+        help="Folder of class folders, with train/ and val/ or one to be split, ImageNet's layout; for segmentation images "
+        "and masks: Cityscapes, CamVid, Pascal VOC, ADE20K or pairs of folders.",
     ),
 ]
 WeightsOption = Annotated[
@@ -86,6 +93,25 @@ CandidateOption = Annotated[
 RaggedOption = Annotated[
     str, typer.Option("--ragged", help="Where patches do not divide the input: error, floor (cut) or pad (zeros).")
 ]
+FitOption = Annotated[
+    str | None,
+    typer.Option("--fit", help="Of a whole picture: crop, stretch or pad; default: crop, for segmentation networks stretch."),
+]
+ClassesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--classes", metavar="FILE", help="Names of the masks' classes, one a line, with their colours: sky 128 128 128."
+    ),
+]
+LabelSizeOption = Annotated[
+    str | None,
+    typer.Option("--label-size", metavar="HxW", help="Size of a segmentation network's answer; default: that of the masks."),
+]
+OutputOption = Annotated[
+    str,
+    typer.Option("--output", help="What a segmentation network hands out at that size: logits, or classes (least memory)."),
+]
+UpsamplingOption = Annotated[str, typer.Option("--upsampling", help="Of a segmentation network's logits: bilinear or bicubic.")]
 SnapOption = Annotated[bool, typer.Option("--snap/--no-snap", help="Take resolutions to multiples of the network's stride.")]
 ValFractionOption = Annotated[
     float, typer.Option("--val-fraction", help="Part of one undivided folder that is kept for the proof.")
@@ -122,7 +148,7 @@ def search(
     folder: Annotated[
         Path, typer.Option("--out", metavar="RUN", help="Folder of the run; the same command goes on where it was.")
     ] = Path("run"),
-    max_drop: Annotated[float, typer.Option("--max-drop", help="Points of top-1 that may be lost, proven.")] = 1.0,
+    max_drop: Annotated[float, typer.Option("--max-drop", help="Points of top-1 or mIoU that may be lost, proven.")] = 1.0,
     max_latency_ms: Annotated[float | None, typer.Option("--max-latency-ms", help="Median of one image, milliseconds.")] = None,
     max_macs: Annotated[str | None, typer.Option("--max-macs", metavar="500M")] = None,
     max_memory: Annotated[
@@ -152,6 +178,11 @@ def search(
     std: StdOption = None,
     interpolation: InterpolationOption = None,
     crop_ratio: CropOption = None,
+    classes: ClassesOption = None,
+    label_size: LabelSizeOption = None,
+    output: OutputOption = "logits",
+    upsampling: UpsamplingOption = "bilinear",
+    fit: FitOption = None,
     snap: SnapOption = True,
     runtime: RuntimeOption = "onnxruntime",
     threads: ThreadsOption = None,
@@ -164,13 +195,14 @@ def search(
     memory = parse_quantity(max_memory, "--max-memory") if max_memory else None
     from .search import search as run_search
 
-    loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio)
+    loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio, fit)
     with _progress() as progress:
         run = run_search(
             loaded, data, max_drop=max_drop, max_macs=macs, max_memory_bytes=memory, max_latency_ms=max_latency_ms,
             **axes, ragged=ragged, snap=snap,
             rungs=tuple(r for r in rungs.split(",") if r != "none"), minimize=minimize, fit_head=fit_head, folds=folds,
             val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
+            classes=classes, label_size=_size(label_size), output=output, upsampling=upsampling,
             command=_command(), progress=progress,
         )  # fmt: skip
     _print_run(run, as_json)
@@ -194,6 +226,11 @@ def curve(
     std: StdOption = None,
     interpolation: InterpolationOption = None,
     crop_ratio: CropOption = None,
+    classes: ClassesOption = None,
+    label_size: LabelSizeOption = None,
+    output: OutputOption = "logits",
+    upsampling: UpsamplingOption = "bilinear",
+    fit: FitOption = None,
     snap: SnapOption = True,
     runtime: RuntimeOption = "torch",
     threads: ThreadsOption = None,
@@ -206,11 +243,12 @@ def curve(
         raise DownresError("A curve needs something to try: give --resolution 96:256:32, --merge 8,50% or --patch-size 20,28.")
     from .search import curve as run_curve
 
-    loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio)
+    loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio, fit)
     with _progress() as progress:
         found = run_curve(
             loaded, data, **axes, ragged=ragged, snap=snap, max_drop=max_drop, val_fraction=val_fraction,
             runtime=runtime, threads=threads, seed=seed, progress=progress,
+            classes=classes, label_size=_size(label_size), output=output, upsampling=upsampling,
         )  # fmt: skip
     if as_json:
         _print_json(found.to_json())
@@ -234,6 +272,9 @@ def cost(
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images in one pass.")] = 1,
+    label_size: LabelSizeOption = None,
+    output: OutputOption = "logits",
+    upsampling: UpsamplingOption = "bilinear",
     weights: WeightsOption = None,
     native_resolution: NativeOption = None,
     picture: Annotated[
@@ -249,7 +290,8 @@ def cost(
     from .search import costs
 
     loaded = _load(model, weights, native_resolution, pretrained=False)
-    found = costs(loaded, **axes, ragged=ragged, batch_size=batch_size)
+    answer: dict[str, Any] = {"label_size": _size(label_size), "output": output, "upsampling": upsampling}
+    found = costs(loaded, **axes, ragged=ragged, batch_size=batch_size, **answer)
     page = found.write_picture(picture) if picture else None
     if as_json:
         _print_json({**found.to_json(), **({"picture": str(page)} if page else {})})
@@ -323,18 +365,25 @@ def predict(
     artifact: Annotated[Path, typer.Argument(metavar="RUN/best")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…")],
     top: Annotated[int, typer.Option("--top", min=1, help="How many classes.")] = 5,
+    folder: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where the masks and overlays of a segmentation network go.")
+    ] = Path("predictions"),
     as_json: JsonOption = False,
 ) -> None:
-    """Classes of pictures by the shipped model alone."""
+    """Classes of pictures, or their masks, by the shipped model alone."""
+    from .artifact import MaskPrediction
     from .artifact import predict as run_predict
 
-    predictions = run_predict(artifact, images, top=top)  # type: ignore[arg-type]
+    predictions = run_predict(artifact, images, top=top, out=folder)
     if as_json:
         _print_json({"predictions": [p.to_json() for p in predictions]})
         return
     for prediction in predictions:
-        ranked = ", ".join(f"{c} {p:.1f} %" for c, p in zip(prediction.classes, prediction.probabilities, strict=True))
-        out.print(f"{prediction.image}: {ranked}", markup=False, soft_wrap=True)
+        masks = isinstance(prediction, MaskPrediction)
+        percent = prediction.shares if isinstance(prediction, MaskPrediction) else prediction.probabilities
+        ranked = ", ".join(f"{c} {p:.1f} %" for c, p in zip(prediction.classes, percent, strict=True))
+        files = f" → {prediction.mask}, {prediction.overlay}" if isinstance(prediction, MaskPrediction) else ""
+        out.print(f"{prediction.image}: {ranked}{' of the pixels' * masks}{files}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -397,20 +446,29 @@ def _command() -> str:
 
 def _load(
     model: str, weights: Path | None, native: str | None, mean: str | None = None, std: str | None = None,
-    interpolation: str | None = None, crop_ratio: float | None = None, pretrained: bool = True,
+    interpolation: str | None = None, crop_ratio: float | None = None, fit: str | None = None, pretrained: bool = True,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """The model as the options describe it. Options are read first: a typing error must not wait for weights."""
     natives = [None] if native is None else parse_resolutions(native)
     if len(natives) > 1:
         raise DownresError(f"--native-resolution is one resolution, {native!r} are {len(natives)}: give for example 224.")
-    given = {
+    given: dict[str, Any] = {
         "mean": tuple(_floats(mean, "--mean")) if mean else None,
         "std": tuple(_floats(std, "--std")) if std else None,
+        "fit": fit,
     }
     from .families import load_model, with_preprocessing
 
     loaded = load_model(model, weights, pretrained=pretrained)
     return with_preprocessing(loaded, resolution=natives[0], interpolation=interpolation, crop_ratio=crop_ratio, **given)
+
+
+def _size(text: str | None) -> Any:
+    """`--label-size`: one resolution, or None."""
+    sizes = [None] if text is None else parse_resolutions(text)
+    if len(sizes) > 1:
+        raise DownresError(f"--label-size is one size, {text!r} are {len(sizes)}: give for example 360x480.")
+    return sizes[0]
 
 
 def _axes(
@@ -502,7 +560,8 @@ def _print_notes(notes: Any) -> None:
 
 def _preprocessing_words(p: Any) -> str:
     return (
-        f"Preprocessing ({p.source}): {format_resolution(p.resolution)} px, crop ratio {p.crop_ratio:.3g}, {p.interpolation}, "
+        f"Preprocessing ({p.source}): {format_resolution(p.resolution)} px, "
+        f"{f'crop ratio {p.crop_ratio:.3g}' if p.fit == 'crop' else f'whole picture, {p.fit}'}, {p.interpolation}, "
         f"mean {', '.join(f'{m:.3f}' for m in p.mean)}, std {', '.join(f'{s:.3f}' for s in p.std)}"
     )
 
@@ -517,10 +576,11 @@ def _table(results: list[Any], original: Any, chosen: Any) -> Table:
         "MACs": lambda r: format_quantity(r.cost.macs) if r.cost else "",
         "peak memory": lambda r: format_quantity(r.cost.peak_activation_bytes, "B") if r.cost else "",
         "latency": lambda r: f"{words.digits(r.latency.latency_ms)} ms" if r.latency else "",
-        "lowered only": lambda r: f"{r.naive.top1:.1f} %" if r.naive else "",
-        "top-1": lambda r: f"{r.quality.top1:.1f} %" if r.quality else "",
+        "lowered only": lambda r: f"{r.naive.score:.1f} %" if r.naive else "",
+        getattr(original.quality, "metric", "quality"): lambda r: f"{r.quality.score:.1f} %" if r.quality else "",
         "95 % interval": lambda r: words.interval(r.quality) if r.quality else "",
-        "top-5": lambda r: f"{r.quality.top5:.1f} %" if r.quality and r.quality.top5 is not None else "",
+        "top-5": lambda r: f"{r.quality.top5:.1f} %" if getattr(r.quality, "top5", None) is not None else "",
+        "small objects": lambda r: words.percent(r.quality.object_iou["small"]) if _has_small(r.quality) else "",
         "drop ≤ bound": lambda r: f"{words.points(r.drop.drop)} ≤ {words.bound(r.drop.upper)}" if r.drop else "",
         "verdict": lambda r: _verdict(r, original),
         "recovered by": lambda r: words.RUNGS[r.recovery.rung] if r.recovery and r is not original else "",
@@ -537,11 +597,15 @@ def _table(results: list[Any], original: Any, chosen: Any) -> Table:
             table.add_row(*(column[i] for column in cells.values()), style="dim" if result.status != "measured" else None)
         return table
 
-    for name in ("top-5", "peak memory", "95 % interval", "recovered by", "latency"):
+    for name in ("top-5", "small objects", "peak memory", "95 % interval", "recovered by", "latency"):
         if out.measure(build(), options=out.options.update(width=1000)).maximum <= out.width:
             break
         cells.pop(name, None)
     return build()
+
+
+def _has_small(quality: Any) -> bool:
+    return getattr(quality, "object_iou", {}).get("small") is not None
 
 
 def _verdict(result: Any, original: Any) -> str:

@@ -198,11 +198,14 @@ def test_no_code_of_a_folder_is_run(folder, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("vti", "transformers has no image classifier 'vti', and there is no such folder: did you mean vit"),
+        ("vti", "transformers has no classifier or segmentation network 'vti', and there is no such folder: did you mean vit"),
         ("segfromer", "did you mean segformer"),
-        ("bert", "transformers has no image classifier 'bert'"),
+        ("bert", "transformers has no classifier or segmentation network 'bert'"),
         ("zzzzz", "give a folder with config.json, a hub name org/name, or for example vit"),
-        ("/no/such/folder", "transformers has no image classifier '/no/such/folder', and there is no such folder"),
+        (
+            "/no/such/folder",
+            "transformers has no classifier or segmentation network '/no/such/folder', and there is no such folder",
+        ),
     ],
 )
 def test_unknown_names(spec, says):
@@ -216,8 +219,14 @@ def test_unknown_names(spec, says):
         ("{bad", r"cannot be read \(It looks like the config file .*\): correct its config.json"),
         ("{}", r"cannot be read \(Unrecognized model .*\): correct"),
         ('{"model_type": "vit", "hidden_size": "wide"}', r"cannot be read \(.*'hidden_size'.*\): correct"),
-        ('{"model_type": "bert"}', "transformers has no image classifier 'bert', in the configuration of .*: did you mean"),
-        ('{"model_type": "siglip_vision_model"}', "has no image classifier 'siglip_vision_model'.*did you mean siglip"),
+        (
+            '{"model_type": "bert"}',
+            "transformers has no classifier or segmentation network 'bert', in the configuration of .*: did you mean",
+        ),
+        (
+            '{"model_type": "siglip_vision_model"}',
+            "has no classifier or segmentation network 'siglip_vision_model'.*did you mean siglip",
+        ),
     ],
 )
 def test_broken_configurations(folder, text, says):

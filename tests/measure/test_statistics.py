@@ -5,9 +5,20 @@ import pytest
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import xlogy
 from scipy.stats import multinomial, norm
+from scipy.stats import t as student_t
 
 from downres.errors import DownresError
-from downres.measure.statistics import holm, inferiority_p, more_images, noninferiority_p, paired_bound, wilson
+from downres.measure.statistics import (
+    bootstrap_bound,
+    bootstrap_p,
+    holm,
+    inferiority_p,
+    more_images,
+    more_images_to,
+    noninferiority_p,
+    paired_bound,
+    wilson,
+)
 
 TABLES = [
     (0, 0, 40),
@@ -219,3 +230,53 @@ def test_confidence_out_of_range_is_an_error():
     for confidence in (0.5, 1.0, 95):
         with pytest.raises(DownresError, match="confidence"):
             paired_bound(1, 1, 10, confidence)
+
+
+def resampled_means(values: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
+    return values[np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))].mean(axis=1)
+
+
+@pytest.mark.parametrize("n", [10, 40])
+def test_bootstrap_bounds_of_a_mean_of_normal_values_are_those_of_the_t_interval(n):
+    values = norm.ppf((np.arange(n) + 0.5) / n)  # normal quantiles: no luck of the draw
+    resampled = resampled_means(values, 200_000)
+    lower, upper = bootstrap_bound(resampled, values.mean(), n, 0.05)
+    expected = student_t.interval(0.9, n - 1, values.mean(), values.std(ddof=1) / math.sqrt(n))
+    assert (lower, upper) == pytest.approx(expected, abs=0.02 * (expected[1] - expected[0]))
+
+
+def test_bootstrap_bounds_invert_the_bootstrap_p_value():
+    rng = np.random.default_rng(1)
+    for resamples, n, alpha in [(99, 10, 0.05), (1000, 12, 0.01), (1000, 100, 0.05), (500, 100, 0.001)]:
+        resampled = np.round(rng.normal(size=resamples), 1)  # with ties
+        lower, upper = bootstrap_bound(resampled, 0.0, n, alpha)
+        for margin in [*np.unique(resampled), *(np.unique(resampled) + 0.05), upper, np.nextafter(upper, math.inf)]:
+            assert (bootstrap_p(resampled, 0.0, n, float(margin)) < alpha) == (upper < margin)
+            assert (bootstrap_p(-resampled, 0.0, n, -float(margin)) < alpha) == (lower > margin)
+
+
+def test_a_bootstrap_proves_nothing_that_it_cannot_see():
+    resampled = resampled_means(np.linspace(-1, 1, 10), 1000)
+    assert bootstrap_bound(resampled, 0.0, 9, 0.05) == (-math.inf, math.inf)
+    assert bootstrap_p(resampled, 0.0, 9, 100.0) == 1.0
+    assert bootstrap_bound(resampled, 0.0, 10, 0.0001) == (-math.inf, math.inf)  # 1,000 resamples hold no 1 in 10,000
+    assert bootstrap_p(resampled, 0.0, 10, 100.0) > 0.0001
+    # what was observed at or above the margin is never proven below it, whatever the resamples say
+    assert bootstrap_p(resampled, 2.0, 50, 2.0) == 1.0
+    assert bootstrap_bound(resampled, 2.0, 50, 0.05)[1] == 2.0
+
+
+def test_a_bootstrap_p_value_without_widening_is_the_share_of_resamples():
+    resampled = np.arange(999.0)
+    assert bootstrap_p(resampled, 0.0, 10**9, 989.5) == pytest.approx(10 / 1000, rel=1e-6)
+
+
+def test_more_images_for_a_bootstrap_follow_the_square_root_law():
+    resampled = resampled_means(norm.ppf((np.arange(50) + 0.5) / 50), 20_000)
+    upper = bootstrap_bound(resampled, 0.0, 50, 0.05)[1]
+    assert more_images_to(resampled, 0.0, 50, upper / 3, 0.05) == pytest.approx(8 * 50, abs=1)
+    assert more_images_to(resampled, 0.0, 50, 0.0, 0.05) is None
+    assert more_images_to(resampled, 0.0, 4, 100.0, 0.05) == 6  # at least FEWEST_IMAGES in all
+    # no bound at this level: as for a normal distribution with the resamples' spread
+    needed = 50 * (norm.ppf(1 - 1e-9) * resampled.std() / 0.1) ** 2
+    assert more_images_to(resampled, 0.0, 50, 0.1, 1e-9) == math.floor(needed) + 1 - 50

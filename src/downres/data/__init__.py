@@ -1,4 +1,4 @@
-"""Pictures: decoding, the one preprocessing, class folders and splits."""
+"""Pictures: decoding, the one preprocessing, class folders, masks and splits."""
 
 import os
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from .decode import Unreadable, decode
 from .elpv import CLASSES, DEMO_DATA, open_elpv
 from .folders import Dataset, class_names, from_arrays, open_folder
 from .images import Images, Progress, Skip, from_files
+from .masks import IGNORE, MaskDataset, MaskFolder, find_masks, mask_classes, open_masks
 from .preprocess import batches, preprocess, resize_and_crop
 from .split import Fold, cross_folds, split_once
 
@@ -14,7 +15,10 @@ __all__ = [
     "DEMO_DATA",
     "Dataset",
     "Fold",
+    "IGNORE",
     "Images",
+    "MaskDataset",
+    "MaskFolder",
     "Progress",
     "Skip",
     "Unreadable",
@@ -23,11 +27,14 @@ __all__ = [
     "cross_folds",
     "data_classes",
     "decode",
+    "find_masks",
     "from_arrays",
     "from_files",
+    "mask_classes",
     "open_data",
     "open_elpv",
     "open_folder",
+    "open_masks",
     "preprocess",
     "resize_and_crop",
     "split_once",

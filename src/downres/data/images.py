@@ -22,6 +22,7 @@ from .decode import Unreadable, decode
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total)."""
 
+_Read = Callable[[str | os.PathLike[str]], np.ndarray]
 _Outcome = tuple[np.ndarray, int] | Unreadable
 """Of decoding a file: the picture and its checksum, or the reason why there is none."""
 
@@ -78,9 +79,12 @@ def from_files(
     names: Sequence[str],
     progress: Progress | None = None,
     workers: int = 2,
+    read: _Read | None = None,
+    stage: str = "decoding",
 ) -> tuple[Images, list[Skip]]:
     """Decode every file once, in `workers` threads, in order; the unreadable ones come back as Skips.
 
+    read: instead of `decode`, for files that are no photographs; raises Unreadable as it does. stage: for `progress`.
     The pixels are in a temporary file without a name, mapped into memory: as fast as memory while it fits, and bounded
     by the disk and not by memory when it does not. Raises DownresError when that disk is full.
     """
@@ -90,7 +94,7 @@ def from_files(
     skipped: list[Skip] = []
     written = 0
     with tempfile.TemporaryFile(buffering=0) as file:
-        for i, outcome in enumerate(_decode_in_order(paths, workers)):
+        for i, outcome in enumerate(_decode_in_order(paths, workers, read or decode)):
             if isinstance(outcome, Unreadable):
                 skipped.append(Skip(names[i], str(outcome)))
             else:
@@ -101,29 +105,31 @@ def from_files(
                 shapes.append(picture.shape)
                 checksums.append(checksum)
             if progress is not None:
-                progress("decoding", i + 1, len(paths))
+                progress(stage, i + 1, len(paths))
         # The mapping keeps the file alive after its descriptor is closed; an empty file cannot be mapped.
         pixels = np.frombuffer(mmap.mmap(file.fileno(), 0) if written else b"", np.uint8)
     return Images(_cut(pixels, shapes), [names[i] for i in kept], checksums), skipped
 
 
-def _decode_in_order(paths: Sequence[str | os.PathLike[str]], workers: int) -> Iterator[_Outcome]:
+def _decode_in_order(paths: Sequence[str | os.PathLike[str]], workers: int, read: _Read) -> Iterator[_Outcome]:
     """The outcome for each path. At most 2 · workers pictures wait, so memory stays bounded."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="downres-decode")
     todo = iter(paths)
     try:
-        waiting: deque[Future[_Outcome]] = deque(pool.submit(_decode_or_reason, path) for path in islice(todo, 2 * workers))
+        waiting: deque[Future[_Outcome]] = deque(
+            pool.submit(_decode_or_reason, path, read) for path in islice(todo, 2 * workers)
+        )
         while waiting:
             outcome = waiting.popleft().result()
-            waiting.extend(pool.submit(_decode_or_reason, path) for path in islice(todo, 1))
+            waiting.extend(pool.submit(_decode_or_reason, path, read) for path in islice(todo, 1))
             yield outcome
     finally:  # also after Ctrl-C: nothing that has not begun is decoded any more
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode_or_reason(path: str | os.PathLike[str]) -> _Outcome:
+def _decode_or_reason(path: str | os.PathLike[str], read: _Read) -> _Outcome:
     try:
-        picture = decode(path)
+        picture = read(path)
     except Unreadable as reason:
         return reason
     return picture, _checksum(picture)

@@ -1,7 +1,7 @@
 """From a decoded picture to the network's input: the one preprocessing that measuring, recovery and serving share."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -19,7 +19,8 @@ _FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode
 
 
 def resize_and_crop(image: np.ndarray, p: Preprocessing) -> torch.Tensor:
-    """The picture at the network's size: resized with antialiasing to cover hw / crop_ratio, its centre cropped to hw.
+    """The picture at the network's size, resized with antialiasing and fitted as `p.fit` says; 'crop': to cover
+    hw / crop_ratio, its centre cropped to hw.
 
     image: uint8 (H, W), (H, W, 1) or (H, W, 3). Returns uint8 (C, h, w), C as in the picture, but 1 for a network of one
     channel, for which colours become grey (ITU-R 601) before resizing. For square targets the geometry is that of
@@ -35,6 +36,8 @@ def resize_and_crop(image: np.ndarray, p: Preprocessing) -> torch.Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(image.reshape(image.shape[:2])))[None]
     else:
         pixels = torch.from_numpy(image).permute(2, 0, 1)
+    if p.fit != "crop":
+        return _whole(pixels, p)
     height, width = (math.floor(side / p.crop_ratio + 1e-6) for side in p.hw)
     size = _covering_size((pixels.shape[2], pixels.shape[1]), (width, height))
     if math.prod(size) > MAX_PIXELS:
@@ -44,6 +47,28 @@ def resize_and_crop(image: np.ndarray, p: Preprocessing) -> torch.Tensor:
         size = _covering_size((keep_width, keep_height), (width, height))
     resized = v2.resize(pixels, [size[1], size[0]], _FILTERS[p.interpolation], antialias=True)
     return v2.center_crop(resized, list(p.hw))
+
+
+def shown_size(image_size: tuple[int, int], p: Preprocessing) -> tuple[int, int]:
+    """(height, width) of the part of the network's input, from its upper left corner, that a picture of that size fills.
+
+    Smaller than p.hw only with the fit 'pad', and in one direction.
+    """
+    if p.fit != "pad":
+        return p.hw
+    scale = min(p.hw[0] / image_size[0], p.hw[1] / image_size[1])
+    height, width = (min(side, max(1, round(have * scale))) for side, have in zip(p.hw, image_size, strict=True))
+    return height, width
+
+
+def _whole(pixels: torch.Tensor, p: Preprocessing) -> torch.Tensor:
+    """Nothing cut off: stretched to hw, or inside it and the rest filled."""
+    height, width = shown_size((pixels.shape[1], pixels.shape[2]), p)
+    resized = v2.resize(pixels, [height, width], _FILTERS[p.interpolation], antialias=True)
+    if (height, width) == p.hw:
+        return resized
+    fill = [round(255 * m) for m in p.mean] if len(p.mean) == len(resized) else [round(255 * sum(p.mean) / len(p.mean))]
+    return v2.pad(resized, [0, 0, p.hw[1] - width, p.hw[0] - height], fill=fill)
 
 
 def _covering_size(size: tuple[int, int], cover: tuple[int, int]) -> tuple[int, int]:
@@ -75,7 +100,7 @@ def preprocess(image: np.ndarray, p: Preprocessing) -> torch.Tensor:
 
 def batches(
     images: Images, indices: Sequence[int] | np.ndarray, p: Preprocessing, batch_size: int, workers: int = 2
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor]:
     """`preprocess` of images[i] for each i in `indices`, in that order, as float32 (b, c, h, w), b ≤ batch_size.
 
     While the consumer works on one batch, `workers` threads prepare the next. They end with the iterator, also when it

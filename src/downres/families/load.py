@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,20 @@ from typing import Any
 from torch import nn
 
 from ..errors import DownresError
+from ..models.regseg import RegSeg
 from ..records import Preprocessing
-from . import generic, timm, torchvision
+from . import generic, regseg, timm, torchvision
 from .weights import fingerprint, load_weights, match, read_checkpoint
 
-_LIBRARIES = {"timm": timm, "torchvision": torchvision}
+_LISTED = {"timm": timm, "torchvision": torchvision}
+"""Libraries of which every model has a name of its own."""
+
+_PRETRAINED = {
+    "timm": "the library's pretrained weights",
+    "torchvision": "the library's pretrained weights",
+    "regseg": "",  # never: they are given as a file
+    "smp": "the library's pretrained weights in the encoder, the decoder drawn anew",
+}
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,13 @@ class Model:
 def load_model(
     spec: str, weights: str | Path | None = None, *, pretrained: bool = True, num_classes: int | None = None
 ) -> Model:
-    """`timm:NAME`, `torchvision:NAME`, `transformers:FOLDER` or `path/to/file.py:function`, in eval mode.
+    """`timm:NAME`, `torchvision:NAME`, `transformers:FOLDER`, `regseg:NAME`, `smp:ARCHITECTURE/ENCODER` or
+    `path/to/file.py:function`, in eval mode. Image classifiers and segmentation networks.
 
-    Of transformers, a folder made by `save_pretrained`, a `config.json`, a model type (`vit`: its default configuration, for
-    costs) or a name on the hub; image classifiers only, and code that comes with a model is never run.
+    Of transformers, a folder made by `save_pretrained`, a `config.json`, a model type (`vit`) or class
+    (`SegformerForSemanticSegmentation`), both in their default configuration, for costs, or a name on the hub; code that comes
+    with a model is never run. Of RegSeg (Gao 2021), `exp48_decoder26` or `exp53_decoder29`, with options after commas
+    (`width=0.5,depth=0.5,group_width=8,num_classes=11`). Of segmentation_models_pytorch, for example `Unet/resnet34`.
 
     Args:
         weights: a .safetensors or .pth file. A library model takes its number of classes from the file.
@@ -49,9 +62,10 @@ def load_model(
     """
     family, _, name = spec.partition(":")
     tensors = None if weights is None else read_checkpoint(weights)
-    if family in _LIBRARIES and name:
-        library = _LIBRARIES[family]
-        _check_name(family, name, library.names())
+    if family in _PRETRAINED and name:
+        library = _library(spec)
+        if family in _LISTED:
+            _check_name(family, name, library.names())
         if tensors is not None:
             module = library.create(name, False, num_classes)
             classes = _classes_of(module, tensors)
@@ -69,11 +83,11 @@ def load_model(
     else:
         raise DownresError(
             f"Cannot read the model {spec!r}: give timm:NAME, torchvision:NAME or path/to/file.py:function, "
-            "or transformers:FOLDER."
+            "or transformers:FOLDER, regseg:NAME, smp:ARCHITECTURE/ENCODER."
         )
-    how = "the library's pretrained weights" if pretrained and family in _LIBRARIES else "as the module came"
+    how = _PRETRAINED[family] if pretrained and family in _PRETRAINED else "as the module came"
     if tensors is not None:
-        how = f"{Path(str(weights)).name}, matched {load_weights(module, tensors)}"
+        how = f"{Path(str(weights)).name}, matched {_load(module, tensors)}"
     return Model(module.eval(), preprocessing, spec, how, num_classes)
 
 
@@ -85,14 +99,39 @@ def with_preprocessing(
     std: tuple[float, ...] | None = None,
     interpolation: str | None = None,
     crop_ratio: float | None = None,
+    fit: str | None = None,
 ) -> Model:
     """The same model with some of its preprocessing given by the user."""
     given = {"resolution": resolution, "mean": mean, "std": std, "interpolation": interpolation, "crop_ratio": crop_ratio}
+    given["fit"] = fit
     given = {k: v for k, v in given.items() if v is not None}
     if not given:
         return model
     source = f"{model.preprocessing.source}; {', '.join(given)} given"
     return dataclasses.replace(model, preprocessing=dataclasses.replace(model.preprocessing, source=source, **given))  # type: ignore[arg-type]
+
+
+def _library(spec: str) -> Any:
+    """The module of a library, of smp imported where it is asked for alone."""
+    family = spec.partition(":")[0]
+    if family != "smp":
+        return {**_LISTED, "regseg": regseg}[family]
+    try:
+        return importlib.import_module(".smp", __package__)
+    except ImportError as error:
+        raise DownresError(
+            f"{spec} needs the library segmentation_models_pytorch ({str(error).splitlines()[0]}): pip install 'downres[smp]'."
+        ) from None
+
+
+def _load(module: nn.Module, tensors: dict[str, Any]) -> str:
+    """`load_weights`; of a RegSeg of another width the error says which."""
+    try:
+        return load_weights(module, tensors)
+    except DownresError:
+        if isinstance(module, RegSeg):
+            regseg.explain(module, tensors)
+        raise
 
 
 def _transformers(
@@ -125,8 +164,8 @@ def _check_name(family: str, name: str, known: list[str]) -> None:
     if base not in known:
         near = difflib.get_close_matches(base.lower(), known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else f"{family} knows {len(known)} names, for example {known[0]}."
-        raise DownresError(f"{family} has no classification model {name!r}: {hint}")
-    tags = _LIBRARIES[family].tags(base) if tag else []
+        raise DownresError(f"{family} has no model {name!r}: {hint}")
+    tags = _LISTED[family].tags(base) if tag else []
     if tag and tag not in tags:
         hint = f"it has {', '.join(tags)}." if tags else f"give {family}:{base}."
         raise DownresError(f"{family} has no pretrained weights {tag!r} for {base}: {hint}")
@@ -138,6 +177,8 @@ def _create(library, spec: str, pretrained: bool, num_classes: int | None) -> nn
         return library.create(name, False, num_classes)
     try:
         return library.create(name, True, num_classes)
+    except DownresError:
+        raise
     except Exception as error:  # the hubs raise many kinds: no network, no such weights, a broken download
         raise _not_fetched(spec, error) from None
 

@@ -22,7 +22,7 @@ from .adapter import Adapter, Size, as_pair, impossible, packed_attention, swap_
 
 def names() -> list[str]:
     # Classification models live in torchvision.models itself, the others in submodules.
-    return models.list_models(module=models)
+    return models.list_models(module=models) + models.list_models(module=models.segmentation)
 
 
 def tags(name: str) -> list[str]:
@@ -35,6 +35,8 @@ def create(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
         # Their auxiliary heads exist for training alone, and change the output type.
         # The published weights, and what is fine-tuned from them, expect the input scaled by the network itself.
         kwargs |= {"aux_logits": False, "init_weights": False, "transform_input": True}
+    if name in models.list_models(module=models.segmentation):
+        kwargs["weights_backbone"] = None  # fetched otherwise
     model = models.get_model(name, weights=None, **kwargs)
     if pretrained:
         weights = models.get_model_weights(name).DEFAULT
@@ -44,6 +46,16 @@ def create(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
 
 def preprocessing(model: nn.Module, name: str) -> Preprocessing:
     transform = models.get_model_weights(name).DEFAULT.transforms()
+    if not hasattr(transform, "crop_size"):  # of segmentation: the whole picture
+        side = transform.resize_size[0]
+        return Preprocessing(
+            side,
+            interpolation=transform.interpolation.value,
+            mean=tuple(transform.mean),
+            std=tuple(transform.std),
+            source=f"torchvision weight transforms ({side} px are the short side there, the longer one here)",
+            fit="pad",
+        )
     crop, resize = transform.crop_size[0], transform.resize_size[0]
     return Preprocessing(
         resolution=crop,

@@ -1,4 +1,5 @@
-"""transformers: image classifiers from a folder, a configuration or the hub, and what their image processor says of the input.
+"""transformers: image classifiers and segmentation networks from a folder, a configuration or the hub, and what their image
+processor says of the input.
 
 Imported only where it is asked for: the library takes seconds.
 """
@@ -12,26 +13,47 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from ..errors import DownresError
 from ..parse import format_resolution
 from ..records import Preprocessing
 from . import transformers_vit  # noqa: F401  (refuses versions of the library that are too old)
-from .adapter import as_pair, find_adapter
+from .adapter import Size, as_pair, find_adapter
 from .weights import read_checkpoint
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 """Numbers of PIL's filters, as image processors store them."""
+_SEGMENTATION = {kind: name for name, kind in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.items()}
+"""Model types by the class that answers to every pixel."""
+_HEAD = re.compile(r"classifier|^(auxiliary_)?head\.head\.4\.")
+"""In the names of what the number of classes decides; the second of DPT."""
 
 
 def names() -> list[str]:
-    """The model types that have an image classifier."""
-    return list(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+    """The model types that have an image classifier or a segmentation network, and the classes of the latter."""
+    return list(
+        {**MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, **MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, **_SEGMENTATION}
+    )
+
+
+def _kind(config: Any) -> Any:
+    """A segmentation network where the configuration names one, or there is no classifier of the type."""
+    dense = (config.architectures or [""])[0] in _SEGMENTATION
+    classifies = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    return AutoModelForSemanticSegmentation if dense or not classifies else AutoModelForImageClassification
 
 
 def is_local(name: str) -> bool:
@@ -42,9 +64,10 @@ def is_local(name: str) -> bool:
 def create(
     name: str, pretrained: bool, num_classes: int | None, tensors: dict[str, Tensor] | None = None
 ) -> tuple[nn.Module, str]:
-    """An image classifier in float32, and in words where its weights are from. Code that comes with a model is never run.
+    """A network in float32, and in words where its weights are from. Code that comes with a model is never run.
 
-    name: a folder with config.json and weights, a config.json, a model type, or a repository on the hub.
+    name: a folder with config.json and weights, a config.json, a model type (of a classifier, where there is one), the class
+    of a segmentation network, or a repository on the hub.
     tensors: a checkpoint in the names of this or an older version of the library; the number of classes follows it.
     Raises DownresError for an unknown or broken model, without network, and for weights that are missing or do not fit.
     """
@@ -55,9 +78,7 @@ def create(
         module, headless = _loaded(name, None, config, tensors, follow=True)
         return module, f"matched by name{headless}"
     if not pretrained:
-        with _quiet():
-            module = AutoModelForImageClassification.from_config(config, trust_remote_code=False, dtype=torch.float32)
-        return module, "as the module came"
+        return _built(name, config, torch.float32), "as the module came"
     if name in names() or Path(name).is_file():
         raise DownresError(
             f"transformers:{name} is a configuration without weights: give a folder that has both, or a file with --weights."
@@ -69,11 +90,23 @@ def create(
     return module, f"the pretrained weights{headless}"
 
 
+def _built(name: str, config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    try:
+        with _quiet():
+            return _kind(config).from_config(config, trust_remote_code=False, dtype=dtype)
+    except Exception as error:  # some default configurations are those of no network
+        raise DownresError(
+            f"The network of transformers:{name} cannot be built ({_reason(error)}): give a folder with its config.json."
+        ) from None
+
+
 def _configuration(name: str) -> Any:
-    """The configuration, of a type that has an image classifier."""
+    """The configuration, of a type that has an image classifier or a segmentation network."""
     with _quiet():
         if name in names():
-            return AutoConfig.for_model(name)
+            config = AutoConfig.for_model(_SEGMENTATION.get(name, name))
+            config.architectures = [name] if name in _SEGMENTATION else None
+            return config
         path = Path(name)
         if path.is_dir() and not (path / "config.json").is_file():
             raise DownresError(f"The folder {name} has no config.json: give one that save_pretrained of transformers has made.")
@@ -99,7 +132,7 @@ def _unknown(kind: str, where: str = "and there is no such folder") -> DownresEr
         if near
         else "give a folder with config.json, a hub name org/name, or for example vit."
     )
-    return DownresError(f"transformers has no image classifier {kind!r}, {where}: {hint}")
+    return DownresError(f"transformers has no classifier or segmentation network {kind!r}, {where}: {hint}")
 
 
 def _loaded(
@@ -109,9 +142,9 @@ def _loaded(
 
     follow: the number of classes in the file decides.
     """
+    with torch.device("meta"):
+        kind: Any = type(_built(name, config))
     with _quiet():
-        with torch.device("meta"):
-            kind = type(AutoModelForImageClassification.from_config(config, trust_remote_code=False))
         try:
             module, seen = kind.from_pretrained(
                 where,
@@ -137,8 +170,8 @@ def _loaded(
             raise DownresError(
                 f"The weights have shape {tuple(theirs)} at {key}, the network {tuple(ours)}: the file belongs to another size."
             )
-    # A mask token is for training alone, and older files lack it.
-    missing = sorted(k for k in seen["missing_keys"] if "mask_token" not in k)
+    # Mask tokens and auxiliary heads are for training alone, and files may lack them.
+    missing = sorted(k for k in seen["missing_keys"] if "mask_token" not in k and not k.startswith("auxiliary_head."))
     more = [k for k in sorted(seen["unexpected_keys"]) if _is_next_layer(k, module)]
     if more or any(not _of_head(k) for k in missing):
         first = next((k for k in missing if not _of_head(k)), None)
@@ -152,7 +185,7 @@ def _loaded(
 
 
 def _of_head(key: str) -> bool:
-    return "classifier" in key
+    return _HEAD.search(key) is not None
 
 
 def _is_next_layer(key: str, module: nn.Module) -> bool:
@@ -168,14 +201,17 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
     found = find_adapter(model)
     fixed = None if found is None else found.image  # a network of fixed size takes no other, whatever the processor says
     processor = _processor(name)
+    dense = type(model).__name__ in _SEGMENTATION
     if processor is None:
-        size = fixed or as_pair(stated or 224)
-        said = f"assumed: ImageNet's mean and std, crop ratio 0.875; {format_resolution(size)} px by the configuration"
+        size = fixed or as_pair(stated or (512 if dense else 224))
+        ratio, fit, how = (1.0, "stretch", "stretched") if dense else (0.875, "crop", "crop ratio 0.875")
+        said = f"assumed: ImageNet's mean and std, {how}; {format_resolution(size)} px"
+        said += " by the configuration" if fixed or stated or not dense else ""
         channels = getattr(config, "num_channels", 3)
         if channels != 3:
-            return Preprocessing(size, 0.875, mean=(0.5,) * channels, std=(0.5,) * channels, source=said)
-        return Preprocessing(size, 0.875, source=said)
-    size, crop_ratio, notes = _geometry(processor, fixed or as_pair(stated or 224))
+            return Preprocessing(size, ratio, mean=(0.5,) * channels, std=(0.5,) * channels, source=said, fit=fit)
+        return Preprocessing(size, ratio, source=said, fit=fit)
+    size, crop_ratio, notes = (_whole if dense else _geometry)(processor, fixed or as_pair(stated or 224))
     if fixed is not None and size != fixed:
         notes.append(f"size {format_resolution(size)} not followed: the network takes {format_resolution(fixed)}")
         size = fixed
@@ -195,6 +231,7 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
         tuple(m / factor for m in mean),
         tuple(s / factor for s in std),
         "transformers image processor" + (f" ({'; '.join(notes)})" if notes else ""),
+        "stretch" if dense else "crop",
     )
 
 
@@ -215,7 +252,7 @@ def _processor(name: str) -> Any:
         ) from None
 
 
-def _geometry(processor: Any, otherwise: tuple[int, int]) -> tuple[tuple[int, int], float, list[str]]:
+def _geometry(processor: Any, otherwise: Size) -> tuple[Size, float, list[str]]:
     """(height, width) that the network gets, the crop ratio, and what is done differently from there."""
     notes: list[str] = []
     size, crop = processor.size, processor.crop_size if getattr(processor, "do_center_crop", False) else None
@@ -237,6 +274,28 @@ def _geometry(processor: Any, otherwise: tuple[int, int]) -> tuple[tuple[int, in
     if ratio > 1:
         notes.append(f"crop larger than the image ({ratio:.3g}) not followed: 1")
     return shown, min(ratio, 1.0), notes
+
+
+def _whole(processor: Any, otherwise: Size) -> tuple[Size, float, list[str]]:
+    """As `_geometry`, of a segmentation network: it sees the whole picture, whatever its aspect ratio."""
+    notes: list[str] = []
+    size, crop = processor.size, processor.crop_size if getattr(processor, "do_center_crop", False) else None
+    if crop is not None:
+        shown = crop.height, crop.width
+        notes.append("the centre cropped there, the whole stretched here")
+    elif not processor.do_resize or size is None:
+        shown = otherwise
+        notes.append(f"not resized there, to {format_resolution(shown)} px here")
+    elif size.height and size.width:
+        shown = size.height, size.width
+    else:
+        shown = as_pair(size.shortest_edge or size.longest_edge or otherwise)
+        notes.append(f"the aspect ratio kept there, stretched to {format_resolution(shown)} px here")
+    if getattr(processor, "keep_aspect_ratio", False):
+        notes.append("the aspect ratio kept there, stretched here")
+    if getattr(processor, "do_reduce_labels", False):
+        notes.append("do_reduce_labels: its class 0 is the labels' 1, and 0 is no class")
+    return shown, 1.0, notes
 
 
 def _reason(error: Exception) -> str:

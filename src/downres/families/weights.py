@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import DownresError
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "model_ema", "state_dict_ema", "net", "network")
-_LIBRARIES = ("torch", "torchvision", "timm", "transformers")
+_LIBRARIES = ("torch", "torchvision", "timm", "transformers", "segmentation_models_pytorch", "downres")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from ..data import Fold, split_once
 from ..measure.quality import compare, count_correct
 from ..records import OUTSIDE, WITHIN, Budget, Candidate, Drop, Recovery, Rung
+from .bank import State
 from .batchnorm import has_batchnorm
 from .crop import crop_options
-from .features import FeatureBank, State, logits
+from .features import FeatureBank, logits
 from .head import STRENGTHS, Head, fit_head, log_loss, why_not
 
 RUNGS = ("crop", "batchnorm", "head")

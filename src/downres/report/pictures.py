@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -16,8 +16,9 @@ import numpy as np
 import plotly.graph_objects as go
 from PIL import Image
 
+from ..data.masks import IGNORE
 from ..parse import format_quantity
-from ..records import Budget, Quality, Result
+from ..records import Budget, Quality, Result, SegmentationQuality
 from . import words
 
 
@@ -27,6 +28,54 @@ def png_data_uri(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image[..., 0] if grey else image)).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def jpeg_data_uri(image: np.ndarray) -> str:
+    """The uint8 image (height, width, 3) as a JPEG data URI: for photographs that only lie under something."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "JPEG", quality=82, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def palette_data_uri(indices: np.ndarray, palette: Mapping[int, tuple[int, int, int, int]]) -> str:
+    """The uint8 indices (height, width) as a PNG data URI; palette: index → red, green, blue, opacity (0 to 255)."""
+    rgba = np.zeros((256, 4), np.uint8)
+    for index, colour in palette.items():
+        rgba[index] = colour
+    image = Image.fromarray(np.ascontiguousarray(indices)).convert("P")
+    image.putpalette(rgba[:, :3].tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True, transparency=rgba[:, 3].tobytes())
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def colour_map(classes: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """Class indices uint8 (height, width) in the classes' colours: uint8 (height, width, 3); 255 and unknown ones black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(colours)] = colours
+    return table[classes]
+
+
+def overlay(image: np.ndarray, classes: np.ndarray, colours: Sequence[tuple[int, int, int]], alpha: float = 0.5) -> np.ndarray:
+    """The picture, uint8 (height, width, 3), with its classes over it: uint8 (height, width, 3).
+
+    classes: uint8 (height, width), 255 where there is none: there the picture shows through. alpha: opacity of the classes.
+    """
+    blended = (1 - alpha) * image + alpha * colour_map(classes, colours)
+    return np.where((classes == IGNORE)[..., None], image, blended.round()).astype(np.uint8)
+
+
+RIGHT, WRONG, IGNORED = 0, 1, 2
+ERROR = (255, 45, 120)
+"""RGB of wrong pixels, over a picture in grey."""
+
+
+def errors(classes: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Where a prediction is `RIGHT`, where `WRONG`, and where its label says nothing (`IGNORED`): uint8 (height, width).
+
+    classes, truth: uint8 (height, width), in truth 255 where there is no class.
+    """
+    return np.where(truth == IGNORE, IGNORED, np.where(classes == truth, RIGHT, WRONG)).astype(np.uint8)
 
 
 def mosaic(image: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -89,7 +138,7 @@ def pareto_figures(
 
 
 def pareto_figure(axis: Axis, original: Result, drawn: Sequence[Result], chosen: Result | None, budget: Budget) -> go.Figure:
-    """Top-1 against one cost. `drawn` have a quality and this cost. `layout.meta` holds the two vertical ranges."""
+    """Top-1 or mIoU against one cost. `drawn` have a quality and this cost. `layout.meta` holds the two vertical ranges."""
     figure = go.Figure(_naive_traces(axis, drawn))
     figure.add_trace(_front_trace(axis, [original, *drawn]))
     for key in SYMBOLS:
@@ -123,7 +172,7 @@ def hover_text(result: Result, trace: str) -> str:
     """Everything known of a candidate, one fact a line, in plotly's little HTML."""
     lines = [f"<b>{escape(words.label(result.candidate))}</b>" + (", the original" if trace == "original" else "")]
     if q := result.quality:
-        lines.append(f"top-1 {words.percent(q.top1)} (95 %: {words.interval(q)})")
+        lines.append(f"{q.metric} {words.percent(q.score)} (95 %: {words.interval(q)})")
         lines.append(f"on {words.count(q.n, 'image')}")
     if c := result.cost:
         lines.append(f"{format_quantity(c.macs)} MACs, {format_quantity(c.params)} parameters")
@@ -138,7 +187,7 @@ def hover_text(result: Result, trace: str) -> str:
     return "<br>".join(lines)
 
 
-def _qualities(results: Sequence[Result]) -> list[Quality]:
+def _qualities(results: Sequence[Result]) -> list[Quality | SegmentationQuality]:
     return [r.quality for r in results if r.quality]
 
 
@@ -147,10 +196,10 @@ def _points_trace(axis: Axis, results: Sequence[Result], colour: str, symbol: st
     return go.Scatter(
         name=name,
         x=[axis.value(r) for r in results],
-        y=[v.top1 for v in q],
+        y=[v.score for v in q],
         error_y={
-            "array": [v.top1_high - v.top1 for v in q],
-            "arrayminus": [v.top1 - v.top1_low for v in q],
+            "array": [v.interval[1] - v.score for v in q],
+            "arrayminus": [v.score - v.interval[0] for v in q],
             "color": colour,
             "thickness": 1.2,
             "width": 0,
@@ -170,7 +219,7 @@ def _naive_traces(axis: Axis, drawn: Sequence[Result]) -> list[go.Scatter]:
     """The quality before any recovery, and thin lines from there up to the recovered points."""
     pairs = [(axis.value(r), r.naive, r.quality, r) for r in drawn if r.naive and r.quality]
     lines_x = [x for cost, *_ in pairs for x in (cost, cost, None)]
-    lines_y = [y for _, naive, quality, _ in pairs for y in (naive.top1, quality.top1, None)]
+    lines_y = [y for _, naive, quality, _ in pairs for y in (naive.score, quality.score, None)]
     return [
         go.Scatter(
             name="naive lines", x=lines_x, y=lines_y, mode="lines", line={"color": "var(--faint)", "width": 1}, hoverinfo="skip"
@@ -178,11 +227,11 @@ def _naive_traces(axis: Axis, drawn: Sequence[Result]) -> list[go.Scatter]:
         go.Scatter(
             name="naive",
             x=[cost for cost, *_ in pairs],
-            y=[naive.top1 for _, naive, _, _ in pairs],
+            y=[naive.score for _, naive, _, _ in pairs],
             mode="markers",
             marker={"symbol": "circle-open", "color": "var(--naive)", "size": 8, "line": {"width": 1.5}},
             hovertext=[
-                f"<b>{escape(words.label(r.candidate))}, lowered naively</b><br>top-1 {words.percent(naive.top1)} "
+                f"<b>{escape(words.label(r.candidate))}, lowered naively</b><br>{naive.metric} {words.percent(naive.score)} "
                 f"(95 %: {words.interval(naive)})<br>on {words.count(naive.n, 'image')}, before any recovery"
                 for _, naive, _, r in pairs
             ],
@@ -192,7 +241,7 @@ def _naive_traces(axis: Axis, drawn: Sequence[Result]) -> list[go.Scatter]:
 
 
 def _front_trace(axis: Axis, results: Sequence[Result]) -> go.Scatter:
-    pairs = [(cost, r.quality.top1) for r in results if r.quality and (cost := axis.value(r))]
+    pairs = [(cost, r.quality.score) for r in results if r.quality and (cost := axis.value(r))]
     front = pareto_front(pairs)
     return go.Scatter(
         name="front",
@@ -209,10 +258,10 @@ def _mark_chosen(figure: go.Figure, axis: Axis, chosen: Result) -> None:
     if not cost or not quality:
         return
     ring = {"symbol": "circle-open", "size": 22, "color": "var(--accent)", "line": {"width": 2}}
-    figure.add_trace(go.Scatter(name="chosen", x=[cost], y=[quality.top1], mode="markers", marker=ring, hoverinfo="skip"))
+    figure.add_trace(go.Scatter(name="chosen", x=[cost], y=[quality.score], mode="markers", marker=ring, hoverinfo="skip"))
     figure.add_annotation(
         x=math.log10(cost),
-        y=quality.top1,
+        y=quality.score,
         text=f"<b>chosen: {escape(words.label(chosen.candidate))}</b>",
         font={"color": "var(--accent)", "size": 13},
         showarrow=True,
@@ -230,7 +279,7 @@ def _mark_chosen(figure: go.Figure, axis: Axis, chosen: Result) -> None:
 def _mark_allowed(figure: go.Figure, original: Result, budget: Budget) -> None:
     if original.quality is None:
         return
-    top = original.quality.top1
+    top = original.quality.score
     figure.add_hrect(y0=top - budget.max_drop, y1=top, fillcolor="var(--band)", line_width=0, layer="below")
     figure.add_annotation(
         xref="paper",
@@ -251,14 +300,20 @@ def _padded(low: float, high: float, share: float) -> list[float]:
 
 def _lay_out(figure: go.Figure, axis: Axis, original: Result, drawn: Sequence[Result]) -> None:
     qualities = _qualities([original, *drawn])
-    low, high = min(q.top1_low for q in qualities), max(q.top1_high for q in qualities)
-    lowest = min([low, *(r.naive.top1 for r in drawn if r.naive)])
-    costs = [math.log10(c) for r in [original, *drawn] if (c := axis.value(r))]
-    ticks = round_numbers(10 ** min(costs), 10 ** max(costs))
-    pad = 0.12 * (max(costs) - min(costs)) + 0.03
+    low, high = min(q.interval[0] for q in qualities), max(q.interval[1] for q in qualities)
+    lowest = min([low, *(r.naive.score for r in drawn if r.naive)])
+    costs = [c for r in [original, *drawn] if (c := axis.value(r))]
+    lay_out(figure, axis, costs, _padded(lowest, high, 0.06), words.score_title(qualities[0].metric))
+    figure.update_layout(meta={"everything": _padded(lowest, high, 0.06), "recovered": _padded(low, high, 0.06)})
+
+
+def lay_out(figure: go.Figure, axis: Axis, costs: Sequence[float], heights: Sequence[float], title: str) -> None:
+    """The look of a picture of quality against cost: wide enough for `costs`, `title` beside the vertical axis."""
+    low, high = math.log10(min(costs)), math.log10(max(costs))
+    ticks = round_numbers(min(costs), max(costs))
+    pad = 0.12 * (high - low) + 0.03
     line = {"gridcolor": "var(--grid)", "zeroline": False, "linecolor": "var(--line)", "automargin": True}
     figure.update_layout(
-        meta={"everything": _padded(lowest, high, 0.06), "recovered": _padded(low, high, 0.06)},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": "var(--muted)", "size": 12, "family": FONT},
@@ -276,7 +331,7 @@ def _lay_out(figure: go.Figure, axis: Axis, original: Result, drawn: Sequence[Re
     figure.update_xaxes(
         **line,
         type="log",
-        range=[min(costs) - pad, max(costs) + pad],
+        range=[low - pad, high + pad],
         tickvals=ticks,
         ticktext=[format_quantity(t, axis.unit) for t in ticks],
         title={"text": axis.title, "standoff": 12},
@@ -284,4 +339,4 @@ def _lay_out(figure: go.Figure, axis: Axis, original: Result, drawn: Sequence[Re
         ticks="outside",
         tickcolor="var(--line)",
     )
-    figure.update_yaxes(**line, range=_padded(lowest, high, 0.06), ticksuffix=" %", title={"text": "top-1 accuracy, %"})
+    figure.update_yaxes(**line, range=heights, ticksuffix=" %", title={"text": title})

@@ -14,8 +14,11 @@ from plotly.offline import get_plotlyjs
 
 from ..errors import DownresError
 from ..parse import format_quantity, format_resolution
-from ..records import Budget, Candidate, Preprocessing, Result
+from ..records import Budget, Candidate, Preprocessing, Quality, Result, SegmentationQuality
 from . import pictures, words
+from .class_picture import class_figures
+from .classes import class_table, who_loses
+from .scenes import draw
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,48 @@ class Photo:
 
 
 @dataclass(frozen=True)
+class Overlay:
+    """One candidate's class map of one image: uint8 (H, W), at the label's size; miou of this image alone, in percent.
+
+    miou is None where every pixel of the label is ignored.
+    """
+
+    label: str
+    classes: np.ndarray
+    miou: float | None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One image, uint8 (H, W, 3) at the label's size, with its label, uint8 (H, W), 255 where there is no class.
+
+    overlays: the original's first, then as many candidates as are to be shown.
+    """
+
+    name: str
+    image: np.ndarray
+    truth: np.ndarray
+    overlays: tuple[Overlay, ...]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What the page of a segmentation run shows instead of photographs.
+
+    classes, colours: name and RGB of each class, in the order of their indices. hardest: the images on which the candidate
+    that the page is about loses most against the original, worst first. notes: what to know of the classes, one sentence
+    each. shares: of each class the percentage of all labelled pixels, or empty.
+    """
+
+    classes: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    scenes: tuple[Scene, ...]
+    hardest: tuple[Scene, ...] = ()
+    notes: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class ReportView:
     """All that the page shows. `results` in the order of cost; `made` says, label → sentence, how each number was made."""
 
@@ -58,6 +103,7 @@ class ReportView:
     versions: dict[str, str]
     skipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    segmentation: Segmentation | None = None
 
 
 def build_report(view: ReportView) -> str:
@@ -71,12 +117,14 @@ def build_report(view: ReportView) -> str:
             view=view,
             chosen=chosen,
             shown=shown,
+            metric=words.metric(view.original, *view.results),
             sentence=words.verdict(view.original, view.results, chosen, view.budget),
             tiles=_tiles(view.original, shown),
             rungs=_rungs(view.results),
             tuning=sorted({rung.n for r in view.results if r.recovery for rung in r.recovery.tried if rung.n}),
             axes=pictures.AXES,
             figures=pictures.pareto_figures(view.original, view.results, chosen, view.budget),
+            masks=_masks(view, shown),
             plotlyjs=Markup(get_plotlyjs()),
         )
     )
@@ -108,6 +156,37 @@ def _chosen(view: ReportView) -> Result | None:
     raise DownresError(f"The best candidate, {view.best}, is not among the {len(view.results)} results of the report.")
 
 
+def _masks(view: ReportView, shown: Result | None) -> dict[str, Any] | None:
+    """What only the page of a segmentation run has: its table and picture of classes, and its scenes."""
+    if (s := view.segmentation) is None:
+        return None
+    if len(s.colours) != len(s.classes):
+        raise DownresError(
+            f"Every class has a name and a colour, there are {len(s.classes)} names and {len(s.colours)} colours."
+        )
+    table = class_table(view.original, view.results, s.classes, s.shares, shown)
+    scenes, hardest = ([draw(scene, s) for scene in group] for group in (s.scenes, s.hardest))
+    return {
+        "table": table,
+        "who_loses": who_loses(table) if table else "",
+        "figures": class_figures(table, s.colours) if table else {},
+        "galleries": {"scenes": scenes, "hardest": hardest},
+        "colours": s.colours,
+        "classes": s.classes,
+        "notes": s.notes,
+        "names": _colour_names(s),
+        "error": pictures.ERROR,
+    }
+
+
+def _colour_names(segmentation: Segmentation) -> dict[str, str]:
+    """`128,64,128` → `road`: what the page reads off a pixel; classes of one colour are named together."""
+    names: dict[str, list[str]] = {}
+    for name, colour in zip(segmentation.classes, segmentation.colours, strict=True):
+        names.setdefault(",".join(map(str, colour)), []).append(name)
+    return {colour: " or ".join(found) for colour, found in names.items()}
+
+
 @dataclass(frozen=True)
 class Tile:
     """One key number: of the shown candidate, of the original, and the gain between them."""
@@ -120,18 +199,18 @@ class Tile:
 
 
 def _tiles(original: Result, shown: Result | None) -> list[Tile]:
-    """Top-1, MACs, memory, latency, parameters: those that were measured on the original and on `shown`."""
+    """Top-1 or mIoU, MACs, memory, latency, parameters: those that were measured on the original and on `shown`."""
     after = shown or original
     tiles = []
     if (q := original.quality) and (p := after.quality):
         bound = f"drop at most {words.bound(after.drop.upper)} points; " if after.drop else ""
         tiles.append(
             Tile(
-                "Top-1 accuracy",
-                words.percent(p.top1),
-                words.percent(q.top1),
-                words.change(q.top1 - p.top1),
-                f"{bound}95\u00a0% interval {words.interval(p)}, was {words.interval(q)}",
+                "mIoU" if isinstance(p, SegmentationQuality) else "Top-1 accuracy",
+                words.percent(p.score),
+                words.percent(q.score),
+                words.change(q.score - p.score),
+                f"{bound}95\u00a0% interval {words.interval(p)}, was {words.interval(q)}{_beside(p, q)}",
             )
         )
     if (c := original.cost) and (d := after.cost):
@@ -152,6 +231,17 @@ def _tiles(original: Result, shown: Result | None) -> list[Tile]:
         weights = f"{format_quantity(d.param_bytes, 'B')} of weights"
         tiles.append(_cost_tile("Parameters", c.params, d.params, "", "fewer", weights))
     return tiles
+
+
+def _beside(after: Quality | SegmentationQuality, before: Quality | SegmentationQuality) -> str:
+    """Of masks also pixel accuracy and boundary mIoU, where both networks have them."""
+    if not isinstance(after, SegmentationQuality) or not isinstance(before, SegmentationQuality):
+        return ""
+    found = [
+        ("pixel accuracy", after.pixel_accuracy, before.pixel_accuracy),
+        ("boundary mIoU", after.boundary_miou, before.boundary_miou),
+    ]
+    return "".join(f"; {n} {words.percent(a)}, was {words.percent(b)}" for n, a, b in found if a is not None and b is not None)
 
 
 def _cost_tile(name: str, before: int, after: int, unit: str, less: str, note: str) -> Tile:
@@ -191,10 +281,13 @@ def _environment() -> jinja2.Environment:
         "interval": words.interval,
         "spread": words.spread,
         "points": words.points,
+        "signed": words.signed,
         "bound": words.bound,
         "count": words.count,
         "verdict_key": words.verdict_key,
         "budget_words": words.budget_words,
+        "fitting": words.fitting,
+        "rgb": lambda colour: "rgb({}, {}, {})".format(*colour),
         "rung": lambda name: words.RUNGS.get(name, name),
     }
     environment.filters.update(filters)

@@ -3,8 +3,23 @@
 import math
 from collections.abc import Sequence
 
-from ..parse import as_hw, format_quantity
-from ..records import DECREASING, MERGE, OUTSIDE, TOO_FEW, WITHIN, Budget, Candidate, Drop, Latency, Merge, Quality, Result
+from ..parse import as_hw, format_quantity, format_resolution
+from ..records import (
+    DECREASING,
+    MERGE,
+    OUTSIDE,
+    TOO_FEW,
+    WITHIN,
+    Budget,
+    Candidate,
+    Drop,
+    Latency,
+    Merge,
+    Preprocessing,
+    Quality,
+    Result,
+    SegmentationQuality,
+)
 
 RUNGS = {"none": "lowered only", "crop": "crop ratio", "batchnorm": "BatchNorm recalibration", "head": "head refit"}
 """The rungs of the recovery ladder from cheap to dear, and what the report calls them."""
@@ -15,6 +30,17 @@ VERDICT_KEYS = {WITHIN: "within", OUTSIDE: "outside", TOO_FEW: "few"}
 
 def verdict_key(result: Result) -> str:
     return VERDICT_KEYS.get(result.drop.verdict, "unknown") if result.drop else "unknown"
+
+
+def metric(*results: Result) -> str:
+    """`top-1` or `mIoU`: what these results were judged by, as far as any was measured."""
+    found = [q.metric for r in results for q in (r.quality, r.naive) if q]
+    return found[0] if found else Quality.metric
+
+
+def score_title(metric: str) -> str:
+    """Of an axis: `top-1 accuracy, %`, `mIoU, %`."""
+    return f"{metric} accuracy, %" if metric == Quality.metric else f"{metric}, %"
 
 
 def size(candidate: Candidate) -> str:
@@ -76,8 +102,21 @@ def percent(value: float) -> str:
     return f"{value:.1f}\u00a0%"
 
 
-def interval(quality: Quality) -> str:
-    return f"{quality.top1_low:.1f}–{quality.top1_high:.1f}\u00a0%"
+def interval(quality: Quality | SegmentationQuality) -> str:
+    low, high = quality.interval
+    return f"{low:.1f}–{high:.1f}\u00a0%"
+
+
+def fitting(p: Preprocessing) -> str:
+    """How a picture is brought to the network's input, in words."""
+    to = f"{format_resolution(p.resolution)} px"
+    how = f"({p.interpolation}, antialiased)"
+    if p.fit == "stretch":
+        return f"The whole picture resized {how} to {to}"
+    if p.fit == "pad":
+        rest = "the rest at the right and bottom filled with the mean"
+        return f"The whole picture resized {how} with its aspect ratio to fit {to}, {rest}"
+    return f"Short side resized {how}, centre cropped to {to}, crop ratio {p.crop_ratio:.3g}"
 
 
 def spread(latency: Latency) -> str:
@@ -92,6 +131,12 @@ def count(number: int, noun: str) -> str:
 def points(value: float) -> str:
     """Percentage points with a sign that reads well: `0.40`, `−1.30`."""
     return f"{value:.2f}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """A change in points: `+0.40`, `−1.30`, `0.00`."""
+    text = points(value)
+    return {"−0.00": "0.00"}.get(text, text if value < 0 or text == "0.00" else f"+{text}")
 
 
 def bound(value: float) -> str:
@@ -154,9 +199,9 @@ def ceilings_missed(result: Result, budget: Budget) -> list[str]:
     return missed
 
 
-def budget_words(budget: Budget) -> str:
+def budget_words(budget: Budget, metric: str = Quality.metric) -> str:
     """`a drop of at most 2.0 points of top-1 with 95 % confidence, at most 500 M MACs`."""
-    words = [f"a drop of at most {_allowed(budget.max_drop)} points of top-1 with {budget.confidence * 100:g} % confidence"]
+    words = [f"a drop of at most {_allowed(budget.max_drop)} points of {metric} with {budget.confidence * 100:g} % confidence"]
     if budget.max_macs:
         words.append(f"at most {format_quantity(budget.max_macs)} MACs")
     if budget.max_memory_bytes:
@@ -168,11 +213,21 @@ def budget_words(budget: Budget) -> str:
 
 def verdict(original: Result, results: Sequence[Result], chosen: Result | None, budget: Budget) -> str:
     """The whole report in one or two sentences."""
-    return _proven(original, chosen) if chosen is not None else _unproven(results, budget)
+    what = metric(original, *results)
+    return _proven(original, chosen, what) if chosen is not None else _unproven(results, budget, what)
 
 
-def _proven(original: Result, chosen: Result) -> str:
-    return f"{_how(chosen.candidate, original.candidate)} this network needs {_savings(original, chosen)}{_proof(chosen.drop)}."
+def _proven(original: Result, chosen: Result, metric: str) -> str:
+    how, proof = _how(chosen.candidate, original.candidate), _proof(chosen.drop, metric)
+    return f"{how} this network needs {_savings(original, chosen)}{proof}."
+
+
+def _noun(metric: str) -> str:
+    return "accuracy" if metric == Quality.metric else metric
+
+
+def _dropped(metric: str) -> str:
+    return "accuracy drop" if metric == Quality.metric else f"drop in {metric}"
 
 
 def _how(chosen: Candidate, original: Candidate) -> str:
@@ -198,21 +253,21 @@ def _savings(original: Result, chosen: Result) -> str:
     return " and ".join(p for p in parts if p) or "as much as before"
 
 
-def _proof(drop: Drop | None) -> str:
+def _proof(drop: Drop | None, metric: str) -> str:
     if drop is None:
-        return "; its accuracy was not measured"
+        return f"; its {_noun(metric)} was not measured"
     confidence = f"with {drop.confidence * 100:g} % confidence"
     if drop.verdict != WITHIN:
-        return f", but its accuracy drop of {points(drop.drop)} points is not proven to be within {_allowed(drop.allowed)}"
+        return f", but its {_dropped(metric)} of {points(drop.drop)} points is not proven to be within {_allowed(drop.allowed)}"
     if drop.upper <= 0:
-        return f", and its accuracy is proven not to drop (allowed: {_allowed(drop.allowed)} points) {confidence}"
+        return f", and its {_noun(metric)} is proven not to drop (allowed: {_allowed(drop.allowed)} points) {confidence}"
     return (
-        f", and its accuracy drop is proven to be at most {_bound(drop)} points "
+        f", and its {_dropped(metric)} is proven to be at most {_bound(drop)} points "
         f"(allowed: {_allowed(drop.allowed)}) {confidence}"
     )
 
 
-def _unproven(results: Sequence[Result], budget: Budget) -> str:
+def _unproven(results: Sequence[Result], budget: Budget, metric: str) -> str:
     near = nearest(results)
     if near is None or near.drop is None:
         return f"Nothing was proven: of {count(len(results), 'candidate')} none was measured against the original."
@@ -220,7 +275,7 @@ def _unproven(results: Sequence[Result], budget: Budget) -> str:
     if drop.verdict == WITHIN:
         missed = " and ".join(ceilings_missed(near, budget)) or "it was not chosen"
         return (
-            f"No candidate meets every limit. Nearest came {name}: its accuracy drop is proven to be "
+            f"No candidate meets every limit. Nearest came {name}: its {_dropped(metric)} is proven to be "
             f"at most {_bound(drop)} points (allowed: {_allowed(drop.allowed)}), but: {missed}."
         )
     opening = f"Nothing was proven: no candidate is shown to lose at most {_allowed(budget.max_drop)} points."

@@ -17,9 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import DownresError
 from ..families import Model, load_model
 from ..measure.cost import CONVENTION, measure_cost
-from ..parse import Resolution
-from ..records import PRUNE, Candidate, Cost, Merge
+from ..parse import Resolution, as_hw
+from ..probe import Answer, find_answer
+from ..records import PRUNE, Candidate, Cost, Dense, Merge
 from ..reduction import made_for, reduce
+from ..reductions.dense import Segmenter, check_size
 from ..report.families_picture import ORIGINAL, Row, write_families
 from .plan import Design, default_resolutions, make_axes, plan
 from .task import as_model, design_of
@@ -68,6 +70,9 @@ def costs(
     candidates: Sequence[Candidate | str] = (),
     ragged: str = "error",
     batch_size: int = 1,
+    label_size: Resolution | None = None,
+    output: str = "logits",
+    upsampling: str = "bilinear",
 ) -> Costs:
     """Cost at the model's own resolution and of families of candidates, each along its own axis; no weights are needed.
 
@@ -79,12 +84,15 @@ def costs(
         candidates: more, in any combination: `Candidate`s or their text, '168 merge4'.
         ragged: what patches do where they do not divide the input: 'error', 'floor' (cut) or 'pad'.
         batch_size: images in one pass.
+        label_size: of a segmentation network: its answer is brought to this size, None: to the model's own resolution; output,
+            upsampling: as in `search`. Always counted.
 
     A candidate that cannot be made of this network or does not run is left out, with the reason among the notes. Raises
     DownresError when that is all of them.
     """
     model = as_model(load_model(model, pretrained=False) if isinstance(model, str) else model)
     native, design = Candidate(model.preprocessing.resolution), design_of(model)
+    measure = _Measuring(model, batch_size, label_size, output, upsampling)
     chosen = default_resolutions(design.native, design.stride) if resolutions is None else resolutions
     inputs, notes = plan(design, make_axes(chosen, (), (), (), ragged=ragged), do_snap=False)
     inside = make_axes((), stem_scales or (), patch_sizes or (), merges or (), candidates, ragged)
@@ -96,7 +104,6 @@ def costs(
     for c in inside.candidates:
         planned.setdefault(c if c.resolution is not None else c.at(native.resolution), GIVEN)
     planned.pop(native, None)
-    measure = _Measuring(model, batch_size)
     rows, refused = [Row(ORIGINAL, native, measure(native))], []
     for candidate, family in planned.items():
         try:
@@ -123,14 +130,25 @@ def _family(candidate: Candidate, design: Design) -> str:
 class _Measuring:
     """Costs of candidates of one model, whose weights are copied for none of them."""
 
-    def __init__(self, model: Model, batch_size: int) -> None:
+    def __init__(self, model: Model, batch_size: int, label_size: Resolution | None, output: str, upsampling: str) -> None:
         self.model, self.batch_size = model, batch_size
         self.channels, self.native = len(model.preprocessing.mean), model.preprocessing.hw
+        self.dense: Dense | None = None
+        try:
+            answer: Answer | None = find_answer(made_for(self.weightless, self.native), (self.channels, *self.native))
+        except DownresError:  # features, or something else than one image goes in: costs are counted all the same
+            answer = None
+        if answer is not None and answer.size is not None:
+            size = self.native if label_size is None else as_hw(label_size)
+            check_size(size, answer.size)
+            self.dense = Dense(size, output, upsampling, answer.align_corners)
+        elif label_size is not None:
+            raise DownresError("Only a segmentation network's answer has a size, this one is none: leave --label-size out.")
 
     def __call__(self, candidate: Candidate) -> Cost:
         size = self.batch_size, self.channels, *(candidate.hw or self.native)
         if candidate == Candidate(self.model.preprocessing.resolution):
-            return measure_cost(made_for(self.model.module, self.native), size)
+            return measure_cost(self._answering(made_for(self.model.module, self.native)), size)
         try:
             small = _hollow(self._reduced(self.weightless, candidate), "cpu")  # whose kernels decide what is alive
             small.register_forward_pre_hook(_only_fake, prepend=True)
@@ -143,7 +161,10 @@ class _Measuring:
         return _hollow(self.model.module, "meta")
 
     def _reduced(self, network: nn.Module, candidate: Candidate) -> nn.Module:
-        return reduce(network, candidate, input_size=(self.channels, *self.native), resize_input=False)
+        return self._answering(reduce(network, candidate, input_size=(self.channels, *self.native), resize_input=False))
+
+    def _answering(self, network: nn.Module) -> nn.Module:
+        return network if self.dense is None else Segmenter(network, self.dense)
 
 
 def _hollow(network: nn.Module, device: str) -> nn.Module:

@@ -4,19 +4,18 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
-from ..data import Dataset
 from ..errors import DownresError
 from ..families import Model
 from ..measure.cost import measure_cost
-from ..measure.quality import compare, count_correct, quality
 from ..parse import Resolution
 from ..records import Budget, Candidate, Merge, Preprocessing, Result
-from ..recover.features import State, logits
-from .plan import check_trained, make_axes, plan
-from .task import Progress, prepare, prepare_model
+from ..recover.bank import State
+from .plan import make_axes, plan
+from .select import Evidence, verdicts
+from .single import quality_of
+from .task import Data, Progress, check_planned, prepare, prepare_model, with_classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Curve:
 
 def curve(
     model: Model | nn.Module | str,
-    data: Dataset | str | Path,
+    data: Data,
     resolutions: Sequence[Resolution] = (),
     *,
     stem_scales: Sequence[float] = (),
@@ -53,16 +52,22 @@ def curve(
     max_drop: float = 1.0,
     val_fraction: float = 1.0,
     preprocessing: Preprocessing | None = None,
+    classes: str | Path | None = None,
+    label_size: Resolution | None = None,
+    output: str = "logits",
+    upsampling: str = "bilinear",
     runtime: str = "torch",
     threads: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Curve:
-    """Top-1 of `model` at its own resolution and as each candidate, on the same images, decoded once.
+    """Quality of `model` at its own resolution and as each candidate, on the same images, decoded once: top-1 of a
+    classifier, mIoU of a segmentation network.
 
     What is tried is given as in `search`: `resolutions`, `stem_scales`, `patch_sizes`, `merges`, `candidates`; nothing by
-    default. A candidate that the network cannot be reduced to comes back as 'stopped', with the reason.
+    default; `classes`, `label_size`, `output` and `upsampling` of a segmentation network too. A candidate that the network
+    cannot be reduced to comes back as 'stopped', with the reason.
 
     Nothing is fitted, so every image of an undivided folder may be looked at; a `val_fraction` below 1 keeps to the
     images that `search` would prove on.
@@ -71,31 +76,35 @@ def curve(
     by it should use `search`, which pays for the number of looks.
     """
     axes = make_axes(resolutions, stem_scales, patch_sizes, merges, candidates, ragged)
-    subject = prepare_model(model, data, preprocessing=preprocessing)
+    data = with_classes(data, classes)
+    subject = prepare_model(
+        model, data, preprocessing=preprocessing, label_size=label_size, output=output, upsampling=upsampling
+    )  # fmt: skip
     planned, notes = plan(subject.design(), axes, snap)
-    check_trained(planned)
+    check_planned(planned, subject)
     if not planned:
         raise DownresError("There is nothing to try: give for example resolutions below the original's, 96:256:32.")
     task = prepare(subject, data, val_fraction=val_fraction, parts=("val",), seed=seed, progress=progress)
     p = task.subject.model.preprocessing
-    bank = task.fill(subject.bank(None, runtime=runtime, threads=threads, batch_size=batch_size, progress=progress))
-    truth = task.data.labels[task.proof]
+    options = {} if batch_size is None else {"batch_size": batch_size}
+    bank = subject.bank(None, runtime=runtime, threads=threads, progress=progress, **options)
+    task.fill(bank)
     results: list[Result] = []
-    original = np.zeros(0, bool)
+    original: Evidence | None = None
     for candidate in [task.subject.native, *planned]:
         state = State(candidate, p.crop_ratio)
         try:
-            cost = measure_cost(bank.network(state), (len(p.mean), *bank.preprocessing_of(state).hw))
+            cost = measure_cost(bank.counted(state), (len(p.mean), *bank.preprocessing_of(state).hw))
         except DownresError as error:
             if not results:
                 raise
             results.append(Result(candidate, "stopped", str(error)))
             continue
-        out = logits(bank.features(state, task.proof), task.subject.own_head)
-        correct = count_correct(out, truth)
-        correct5 = count_correct(out, truth, 5) if task.subject.outputs > 5 else None
-        drop = compare(original, correct, Budget(max_drop)) if len(original) else None
-        original = original if len(original) else correct
-        results.append(Result(candidate, "measured", "", cost, None, None, quality(correct, correct5), drop))
+        evidence, found = quality_of(task, bank, state)
+        drop = None if original is None else verdicts(original, {"it": evidence}, Budget(max_drop))["it"]
+        original = evidence if original is None else original
+        results.append(Result(candidate, "measured", "", cost, None, None, found, drop))
+    absent = getattr(task.data, "absent", ())
+    notes += [f"no proof image has {', '.join(absent)}: nothing is known of how well these are found"] if absent else []
     notes += [f"{len(task.data.skipped)} images skipped"] if task.data.skipped else []
     return Curve(results[0], tuple(results[1:]), p, task.data.description, tuple(notes))

@@ -7,7 +7,8 @@ import torch
 
 from ..data import preprocess
 from ..records import Candidate
-from ..recover.features import FeatureBank, State
+from ..recover.bank import State
+from ..recover.features import FeatureBank
 from ..reduction import token_map
 from .store import Store
 from .task import Task
@@ -21,7 +22,7 @@ def keep_photos(store: Store, task: Task, candidates: list[Candidate], bank: Fea
     crop = task.subject.model.preprocessing.crop_ratio
     all_of = [task.subject.native, *candidates]
     found = [store.arrays(f"predictions/{State(c, crop).key()}") for c in all_of]
-    labels = task.data.labels[task.proof]
+    labels = task.labels[task.proof]
     original_right = found[0]["correct"]
     always = np.logical_and.reduce([f["correct"] for f in found])
     rng = np.random.default_rng([task.seed, 3])

@@ -87,6 +87,14 @@ def snap(resolution: Resolution, stride: int) -> Resolution:
     return as_resolution((round(height / stride) * stride, round(width / stride) * stride))
 
 
+def like(native: Resolution, resolution: Resolution) -> Resolution:
+    """The resolution; one number, for a network that is not used on squares, as the short side with its aspect ratio kept."""
+    if isinstance(native, int) or not isinstance(resolution, int):
+        return resolution
+    short = min(native)
+    return as_resolution((round(native[0] * resolution / short), round(native[1] * resolution / short)))
+
+
 def default_resolutions(native: Resolution, stride: int) -> list[Resolution]:
     """Multiples of the stride (at least 14) from nine tenths of the original down to a fifth, thinned to at most eight."""
     height, width = as_hw(native)
@@ -136,7 +144,7 @@ def plan(design: Design, axes: Axes, do_snap: bool = True) -> tuple[list[Candida
         ragged = _ragged(axes, resolution, unit if patch is None else (patch, patch))
         candidates.append(dataclasses.replace(variant, resolution=resolution, ragged=ragged))
     # What is given whole is taken as it is; without a resolution it is meant at the original's.
-    candidates += [c if c.resolution is not None else c.at(design.native) for c in axes.candidates]
+    candidates += [c.at(design.native if c.resolution is None else like(design.native, c.resolution)) for c in axes.candidates]
     return [c for c in dict.fromkeys(candidates) if c != Candidate(design.native)], notes
 
 
@@ -155,7 +163,7 @@ def _ragged(axes: Axes, resolution: Resolution, unit: tuple[int, int]) -> str:
 
 
 def _resolutions(design: Design, axes: Axes, do_snap: bool, notes: list[str]) -> list[Resolution]:
-    chosen, stride = list(axes.resolutions or ()), design.stride
+    chosen, stride = [like(design.native, r) for r in axes.resolutions or ()], design.stride
     if not do_snap:
         for r in chosen:
             snap(r, stride)  # only for its error

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..records import OUTSIDE, Budget, Candidate, Cost, Latency, Preprocessing, Quality, Recovery, Result
-from ..recover.features import State
-from .select import over_budget, select, verdicts
+from ..measure.segmentation import Tallies
+from ..records import OUTSIDE, Budget, Candidate, Cost, Latency, Preprocessing, Quality, Recovery, Result, SegmentationQuality
+from ..recover.bank import State
+from .select import Evidence, over_budget, select, verdicts
 from .store import Store
 
 NOT_OPENED = {
@@ -17,7 +16,6 @@ NOT_OPENED = {
     "fold_count": 1,
     "licence": "",
     "skipped": (),
-    "majority_top1": 0.0,
 }
 """The data of a run that has not come to its images: every candidate was over a ceiling, or it was interrupted before."""
 
@@ -68,11 +66,13 @@ def load_run(folder: str | Path, store: Store | None = None) -> Run:
     results = _judge(store, native, results, budget, data["fold_count"])
     best = select(results, settings["minimize"])
     notes = [*settings["notes"]]
-    if original.quality is not None and original.quality.top1_low <= data["majority_top1"]:
+    if isinstance(original.quality, Quality) and original.quality.top1_low <= data["majority_top1"]:
         notes.append(
             "the original is not shown to be better than always answering the commonest class "
             f"({data['majority_top1']:.1f} %): a drop measured against it means little"
         )
+    if data.get("absent"):
+        notes.append(f"no proof image has {', '.join(data['absent'])}: nothing is known of how well these are found")
     unmeasured = sum(r.status == "waiting" for r in results)
     if unmeasured:
         notes.append(f"unfinished: {unmeasured} of {len(results)} candidates are not measured yet; the same command goes on")
@@ -85,8 +85,8 @@ def _judge(store: Store, native: Candidate, results: list[Result], budget: Budge
     done = [r for r in results if r.status == "measured"]
     if store.get(f"quality/{native}") is None or not done:
         return results
-    correct = {str(c): _arrays(store, c, store.settings)["correct"] for c in (native, *(r.candidate for r in done))}
-    original = correct.pop(str(native))
+    found = {str(c): _evidence(store, c) for c in (native, *(r.candidate for r in done))}
+    original = found.pop(str(native))
     ruled_out = {
         str(
             r.candidate
@@ -95,9 +95,9 @@ def _judge(store: Store, native: Candidate, results: list[Result], budget: Budge
         # With cross folds the tuning images are proof images of another fold: nothing may be ruled out by them.
         if folds == 1 and r.recovery and r.recovery.tuning and r.recovery.tuning.verdict == OUTSIDE
     }
-    drops = verdicts(original, {k: v for k, v in correct.items() if k not in ruled_out}, budget)
+    drops = verdicts(original, {k: v for k, v in found.items() if k not in ruled_out}, budget)
     for name in ruled_out:
-        drops |= verdicts(original, {name: correct[name]}, budget)
+        drops |= verdicts(original, {name: found[name]}, budget)
     return [
         dataclasses.replace(r, drop=drops[str(r.candidate)], reason=ruled_out.get(str(r.candidate), ""))
         if r.status == "measured"
@@ -118,13 +118,15 @@ def _result(store: Store, candidate: Candidate, budget: Budget) -> Result:
     measured = store.get(f"quality/{candidate}")
     if measured is None:
         return Result(candidate, "waiting", "not measured yet", cost, latency)
+    kind = SegmentationQuality if store.settings["dense"] else Quality
     return Result(
         candidate, "measured", "", cost, latency,
-        Quality.from_json(measured["naive"]), Quality.from_json(measured["quality"]), None,
+        kind.from_json(measured["naive"]), kind.from_json(measured["quality"]), None,
         Recovery.from_json(measured["recovery"]),
     )  # fmt: skip
 
 
-def _arrays(store: Store, candidate: Candidate, settings: dict[str, Any]) -> dict[str, np.ndarray]:
-    crop = Preprocessing.from_json(settings["preprocessing"]).crop_ratio
-    return store.arrays(f"predictions/{State(candidate, crop).key()}")
+def _evidence(store: Store, candidate: Candidate) -> Evidence:
+    crop = Preprocessing.from_json(store.settings["preprocessing"]).crop_ratio
+    arrays = store.arrays(f"predictions/{State(candidate, crop).key()}")
+    return Tallies.from_arrays(arrays) if store.settings["dense"] else arrays["correct"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..data import DEMO_DATA, Dataset
+from ..data import DEMO_DATA, Dataset, MaskDataset, MaskFolder
 from ..environment import versions
 from ..errors import DownresError
 from ..families import Model
@@ -20,22 +20,25 @@ from ..measure.latency import RUNTIMES, interleaved, random_batch
 from ..measure.quality import count_correct, quality
 from ..parse import Resolution
 from ..records import Budget, Candidate, Cost, Latency, Merge, Preprocessing, Recovery, Rung
-from ..recover.features import FeatureBank, State, logits
+from ..recover.bank import Bank, State
+from ..recover.features import FeatureBank, logits
 from ..recover.ladder import RUNGS, Recovered, Reference, climb
+from ..recover.masks import MaskBank
 from ..runtimes import check_threads
+from .masks import MASK_RUNGS, keep_scenes, masks_measure
 from .photos import keep_photos
-from .plan import check_trained, default_axes, make_axes, plan
+from .plan import default_axes, make_axes, plan
 from .results import Run, load_run
 from .select import MINIMIZE, over_budget
 from .ship import reference_of, ship
 from .store import FORMAT, Store
-from .task import Progress, Subject, Task, prepare, prepare_model
+from .task import Data, Progress, Subject, Task, check_planned, prepare, prepare_model, with_classes
 from .view import write_report
 
 
 def search(
     model: Model | nn.Module | str,
-    data: Dataset | str | Path,
+    data: Data,
     *,
     max_drop: float = 1.0,
     max_macs: int | None = None,
@@ -59,15 +62,23 @@ def search(
     threads: int | None = None,
     out: str | Path | None = None,
     seed: int = 0,
+    classes: str | Path | None = None,
+    label_size: Resolution | None = None,
+    output: str = "logits",
+    upsampling: str = "bilinear",
     command: str = "",
     progress: Progress | None = None,
 ) -> Run:
-    """Find the cheapest way to look at less whose drop in top-1 is proven to be within `max_drop` points, and ship it.
+    """Find the cheapest way to look at less whose drop is proven to be within `max_drop` points, and ship it.
+
+    Of a classifier the drop is in top-1, of a segmentation network in mIoU at the size of the masks: then costs and latency
+    include the upsampling of the logits, and proofs are by bootstrap over images.
 
     Args:
         model: `timm:NAME`, `torchvision:NAME`, `transformers:FOLDER`, `file.py:function`, a loaded Model, or an `nn.Module`.
-        data: folder with train/ and val/, one folder of class folders, ImageNet's layout, or a Dataset.
-        max_drop: points of top-1, proven with `confidence` for all candidates together.
+        data: folder with train/ and val/, one folder of class folders, ImageNet's layout, or a Dataset; for a segmentation
+            network images and masks (Cityscapes, CamVid, Pascal VOC, ADE20K, pairs of folders), or a MaskDataset.
+        max_drop: points of top-1 or mIoU, proven with `confidence` for all candidates together.
         max_macs, max_memory_bytes, max_latency_ms: ceilings; what is over one is stopped before data are touched.
         resolutions, stem_scales, patch_sizes, merges: what to try, each along its own axis; None takes the network's default
             (from its own resolution down; patches and merging for transformers), () leaves an axis out.
@@ -79,6 +90,11 @@ def search(
         fit_head: replace the final linear layer by one fitted for the data's classes, at full resolution first.
         folds: cross-fit on one folder, so that every image is a proof image once.
         out: folder of the run; the same call again goes on where it was. Default: a new temporary folder.
+        classes: file with the names and colours of the masks' classes, where the layout does not tell them.
+        label_size: of a segmentation network, (height, width) that its logits are brought to; None: that of the masks, where
+            they have one, else the network's own resolution.
+        output: what a segmentation network hands out at that size, 'logits' or 'classes'; see `Dense`.
+        upsampling: of its logits, 'bilinear' or 'bicubic'.
         command: how the run was asked for, to be shown in its report.
 
     Raises:
@@ -88,10 +104,17 @@ def search(
     _check_choices(rungs, minimize, runtime)
     check_threads(threads)
     axes = make_axes(resolutions, stem_scales, patch_sizes, merges, candidates, ragged)
-    subject = prepare_model(model, data, fit_head=fit_head, preprocessing=preprocessing)
+    data_source: dict[str, Any] = {"path": _place(data), "folds": folds, "val_fraction": val_fraction, "seed": seed}
+    data_source["classes_file"] = None if classes is None else str(Path(classes).resolve())
+    data = with_classes(data, classes)
+    subject = prepare_model(
+        model, data, fit_head=fit_head, preprocessing=preprocessing, label_size=label_size, output=output, upsampling=upsampling
+    )
+    if subject.dense is not None:
+        rungs = tuple(rung for rung in rungs if rung in MASK_RUNGS)
     design = subject.design()
     planned, notes = plan(design, default_axes(design, axes), snap)
-    check_trained(planned)
+    check_planned(planned, subject)
     if not planned:
         raise DownresError("There is no candidate to try: give resolutions below the original's with --resolution.")
 
@@ -105,7 +128,7 @@ def search(
         "runtime": runtime,
         "notes": notes,
         "command": command,
-        "data_source": {"path": _place(data), "folds": folds, "val_fraction": val_fraction, "seed": seed},
+        "data_source": data_source,
     }
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="downres-"))
     store = Store.open(folder, settings)
@@ -135,7 +158,7 @@ def _measure_all(
     budget: Budget,
     candidates: list[Candidate],
     rungs: tuple[str, ...],
-    bank: FeatureBank,
+    bank: FeatureBank | MaskBank,
     progress: Progress | None,
 ) -> None:
     """Everything that needs images: quality of each candidate, the photographs of the report, the shipped model."""
@@ -144,17 +167,29 @@ def _measure_all(
         sides = {f"{part}{i}": getattr(f, part) for i, f in enumerate(task.data.folds) for part in ("train", "test")}
         store.put_arrays("split", **sides)
         store.put("split", True)
-    references = _references(task, bank, rungs)
+    measure: Callable[[Candidate], dict[str, Any]]
+    if isinstance(bank, MaskBank):
+        measure = masks_measure(task, store, bank, budget, rungs)
+    else:
+        references = _references(task, bank, rungs)
+
+        def measure(candidate: Candidate) -> dict[str, Any]:
+            return _measure(task, store, bank, candidate, references(), budget, rungs)
+
     for i, candidate in enumerate(candidates):
         key = f"quality/{candidate}"
         if store.get(key) is None:
             bank.stage = f"{i + 1} of {len(candidates)}, "
-            store.put(key, _measure(task, store, bank, candidate, references(), budget, rungs))
+            store.put(key, measure(candidate))
         bank.release()
     bank.stage = ""
     run = load_run(store.folder, store)
     if store.get("photos") is None:
-        keep_photos(store, task, [r.candidate for r in run.results if r.status == "measured"], bank)
+        shown = [r.candidate for r in run.results if r.status == "measured"]
+        if isinstance(bank, MaskBank):
+            keep_scenes(store, task, shown, None if run.best is None else run.best.candidate, bank)
+        else:
+            keep_photos(store, task, shown, bank)
         store.put("photos", True)
     if run.best is not None and run.artifact is None:
         if progress:
@@ -165,7 +200,7 @@ def _measure_all(
 
 
 def _cost_gate(
-    subject: Subject, store: Store, budget: Budget, candidates: list[Candidate], bank: FeatureBank, progress: Progress | None
+    subject: Subject, store: Store, budget: Budget, candidates: list[Candidate], bank: Bank, progress: Progress | None
 ) -> list[Candidate]:
     """Candidates within the ceilings by cost; the first (the original) always stays. Touches no data."""
     alive = []
@@ -175,7 +210,7 @@ def _cost_gate(
             size = (subject.channels, *bank.preprocessing_of(state).hw)
             value: dict[str, Any]
             try:
-                value = {"cost": measure_cost(bank.network(state), size).to_json()}
+                value = {"cost": measure_cost(bank.counted(state), size).to_json()}
             except DownresError as error:
                 if i == 0:
                     raise
@@ -191,7 +226,7 @@ def _cost_gate(
 
 
 def _latency_gate(
-    subject: Subject, store: Store, budget: Budget, candidates: list[Candidate], bank: FeatureBank, progress: Progress | None
+    subject: Subject, store: Store, budget: Budget, candidates: list[Candidate], bank: Bank, progress: Progress | None
 ) -> list[Candidate]:
     """Measures all together, interleaved; stops those over the latency ceiling. Touches no data: noise has no shortcuts."""
     if store.get("latency") is None:
@@ -233,7 +268,7 @@ def _measure(
     rungs: tuple[str, ...],
 ) -> dict[str, Any]:
     """Quality on the proof images of every fold, naive and recovered; arrays first, then the record that names them."""
-    labels, native = task.data.labels, State(candidate, task.subject.model.preprocessing.crop_ratio)
+    labels, native = task.labels, State(candidate, task.subject.model.preprocessing.crop_ratio)
     naive, recovered, climbed = [], [], []
     for reference in references:
         naive.append(logits(bank.features(native, reference.fold.test), reference.head))
@@ -274,7 +309,7 @@ def _merge(found: list[Recovery]) -> Recovery:
     tried: dict[tuple[str, str], list[Rung]] = {}
     for rung in (rung for one in found for rung in one.tried):
         # A head's strength differs from fold to fold, a crop ratio or a reason tells rungs apart.
-        tried.setdefault((rung.rung, "" if rung.rung == "head" and rung.top1 is not None else rung.note), []).append(rung)
+        tried.setdefault((rung.rung, "" if rung.rung == "head" and rung.score is not None else rung.note), []).append(rung)
     merged = sorted((_together(rungs) for rungs in tried.values()), key=lambda rung: order.index(rung.rung))
     dearest = max((one.rung for one in found), key=order.index)
     crop = Counter(one.crop_ratio for one in found).most_common(1)[0][0]
@@ -284,11 +319,11 @@ def _merge(found: list[Recovery]) -> Recovery:
 def _together(rungs: list[Rung]) -> Rung:
     """One rung as tried in several folds: top-1 over the tuning images of all."""
     n = sum(rung.n for rung in rungs)
-    top1 = sum((rung.top1 or 0.0) * rung.n for rung in rungs) / n if n else None
+    score = sum((rung.score or 0.0) * rung.n for rung in rungs) / n if n else None
     note = "; ".join(dict.fromkeys(rung.note for rung in rungs if rung.note))
     where = f"{len(rungs)} folds" if len(rungs) > 1 else "1 fold"
     seconds, images = sum(rung.seconds for rung in rungs), sum(rung.images for rung in rungs)
-    return Rung(rungs[0].rung, top1, n, seconds, images, f"{note} ({where})" if note else where)
+    return Rung(rungs[0].rung, score, n, seconds, images, f"{note} ({where})" if note else where)
 
 
 def _confidence(out: np.ndarray) -> np.ndarray:
@@ -297,10 +332,12 @@ def _confidence(out: np.ndarray) -> np.ndarray:
     return (100 * shifted.max(1) / shifted.sum(1)).astype(np.float32)
 
 
-def _place(data: Dataset | str | Path) -> str:
+def _place(data: Data) -> str:
     """Where the images are, so that `check` finds them from any folder; '' for images given in Python."""
-    if isinstance(data, Dataset):
+    if isinstance(data, (Dataset, MaskDataset)):
         return ""
+    if isinstance(data, MaskFolder):
+        return str(data.root.resolve())
     return str(data) if str(data) == DEMO_DATA else str(Path(data).expanduser().resolve())
 
 

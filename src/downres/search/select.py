@@ -1,8 +1,11 @@
 """From measurements to a decision: gates, simultaneous verdicts, the cheapest candidate that is proven."""
 
+from typing import Any
+
 import numpy as np
 
 from ..measure.quality import compare_all
+from ..measure.segmentation import Tallies, compare_tallies
 from ..parse import format_quantity
 from ..records import WITHIN, Budget, Cost, Drop, Latency, Result
 
@@ -21,14 +24,22 @@ def over_budget(cost: Cost | None, latency: Latency | None, budget: Budget) -> s
     return ""
 
 
-def verdicts(original: np.ndarray, correct: dict[str, np.ndarray], budget: Budget) -> dict[str, Drop]:
-    """The drop of every measured candidate against the original on the same proof images (correct: bool (n,)).
+Evidence = np.ndarray | Tallies
+"""What a model did on the proof images: which it got right, bool (n,), or the counts of its masks."""
+
+
+def verdicts(original: Evidence, candidates: dict[str, Any], budget: Budget) -> dict[str, Drop]:
+    """The drop of every measured candidate against the original on the same proof images.
 
     All candidates are judged on the same images and the cheapest success is picked: that many looks would make some
     success by luck likely. Holm's step-down procedure pays for it, so that the probability that any candidate called
     proven is not stays at most 1 - confidence, whichever is then picked.
     """
-    return compare_all(original, correct, budget) if correct else {}
+    if not candidates:
+        return {}
+    if isinstance(original, Tallies):
+        return compare_tallies(original, candidates, budget)
+    return compare_all(original, candidates, budget)
 
 
 def expense(result: Result, minimize: str) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """From the selected candidate to the artifact: its final weights, and what its stated quality was measured with."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import torch
@@ -9,9 +10,11 @@ from torch import nn
 from ..artifact import export
 from ..data import Fold
 from ..environment import versions
-from ..recover.features import FeatureBank, State
+from ..recover.bank import State
+from ..recover.features import FeatureBank
 from ..recover.head import Head
 from ..recover.ladder import Recovered, Reference, climb, make_reference
+from ..recover.masks import MaskBank
 from .results import Run
 from .store import Store
 from .task import Task
@@ -22,13 +25,13 @@ def reference_of(task: Task, bank: FeatureBank, index: int, fold: Fold, rungs: t
         # Nothing to climb: the training images need not even be looked at.
         fold = Fold(np.zeros(0, np.int64), fold.test)
     return make_reference(
-        bank, task.subject.native_state, index, fold, len(task.data.folds), task.data.labels,
+        bank, task.subject.native_state, index, fold, len(task.data.folds), task.labels,
         task.subject.own_head, task.subject.outputs,
         task.subject.fit_new, task.seed,
     )  # fmt: skip
 
 
-def ship(task: Task, store: Store, bank: FeatureBank, run: Run, rungs: tuple[str, ...]) -> None:
+def ship(task: Task, store: Store, bank: FeatureBank | MaskBank, run: Run, rungs: tuple[str, ...]) -> None:
     """Export the selected candidate.
 
     After a single split that is the very network that was proven. After cross-fitting it is fitted once more, on all
@@ -39,10 +42,16 @@ def ship(task: Task, store: Store, bank: FeatureBank, run: Run, rungs: tuple[str
     folds = task.data.folds
     crossed = len(folds) > 1
     states = [State.from_json(s) for s in store.get(f"quality/{best.candidate}")["states"]]
-    heads = store.arrays(f"heads/{State(best.candidate, task.subject.model.preprocessing.crop_ratio).key()}")
-    if crossed:
+    native = State(best.candidate, task.subject.model.preprocessing.crop_ratio)
+    heads = store.arrays(f"heads/{native.key()}") if task.subject.dense is None else {}
+    if isinstance(bank, MaskBank):
+        # After cross-fitting, BatchNorm statistics of all images where most folds wanted them.
+        wanted = sum(state.calibration is not None for state in states) * 2 > len(states)
+        state = dataclasses.replace(native, calibration=len(folds) if wanted else None) if crossed else states[0]
+        final = Recovered(state, None, best.recovery)
+    elif crossed:
         reference = reference_of(task, bank, len(folds), task.everything(), rungs)
-        final = climb(bank, best.candidate, reference, task.data.labels, task.subject.outputs, run.budget, rungs)
+        final = climb(bank, best.candidate, reference, task.labels, task.subject.outputs, run.budget, rungs)
     else:
         head = Head(heads["weight0"], heads["bias0"]) if heads else None
         final = Recovered(states[0], head, best.recovery)
@@ -54,11 +63,14 @@ def ship(task: Task, store: Store, bank: FeatureBank, run: Run, rungs: tuple[str
         recovery=final.recovery,
         original=run.original,
         classes=task.data.classes,
+        colours=getattr(task.data, "colours", ()),
+        dense=task.subject.dense,
         source={
             "model": {
                 "spec": task.subject.model.spec,
                 "weights": task.subject.model.weights,
                 "num_classes": task.subject.outputs,
+                "dense": task.subject.dense and task.subject.dense.to_json(),
                 "preprocessing": task.subject.model.preprocessing.to_json(),
             },
             "data": {
@@ -73,7 +85,7 @@ def ship(task: Task, store: Store, bank: FeatureBank, run: Run, rungs: tuple[str
     )
 
 
-def final_network(task: Task, bank: FeatureBank, final: Recovered) -> nn.Module:
+def final_network(task: Task, bank: FeatureBank | MaskBank, final: Recovered) -> nn.Module:
     """The torch network of a recovered candidate, head included."""
     network = copy.deepcopy(bank.network(final.state))
     if final.head is not None and task.subject.head is not None:
@@ -87,7 +99,7 @@ def final_network(task: Task, bank: FeatureBank, final: Recovered) -> nn.Module:
 
 
 def _fold_tensors(
-    task: Task, bank: FeatureBank, shipped: State, states: list[State], heads: dict[str, np.ndarray]
+    task: Task, bank: FeatureBank | MaskBank, shipped: State, states: list[State], heads: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """For every fold the tensors, by their names in the state dict, in which it may differ from the shipped network."""
     tensors: dict[str, np.ndarray] = {}

@@ -5,23 +5,31 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ..data import Dataset, Fold, data_classes, open_data
+from ..data import Dataset, Fold, MaskDataset, MaskFolder, data_classes, find_masks, mask_classes, open_data, open_masks
 from ..errors import DownresError
 from ..families import Model, load_model
 from ..families.adapter import find_adapter
-from ..probe import find_head, total_stride
-from ..records import Candidate, Preprocessing
-from ..recover.features import FeatureBank, State
+from ..parse import Resolution, as_hw
+from ..probe import Answer, find_answer, total_stride
+from ..records import Candidate, Dense, Preprocessing
+from ..recover import masks
+from ..recover.bank import Bank, State
+from ..recover.features import FeatureBank
 from ..recover.head import Head
 from ..recover.ladder import split_tuning
-from ..reduction import divided_by, made_for
-from .plan import Design
+from ..recover.masks import MaskBank
+from ..reduction import divided_by, made_for, takes_any_size
+from ..reductions.dense import check_size
+from .plan import Design, check_trained
 
 Progress = Callable[[str, int, int], None]
+Data = Dataset | MaskDataset | MaskFolder | str | Path
+"""What `search` and its parts take as data: opened, found, or the name of a folder."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Subject:
 
     head: dotted name of the final linear layer or None; width: its inputs (without a head the number of logits);
     outputs: number of logits; fit_new: the head is a place to be filled, to be fitted on the training images first.
+    dense: of a segmentation network, its full-size answer; None for a classifier.
     """
 
     model: Model
@@ -37,6 +46,7 @@ class Subject:
     width: int
     outputs: int
     fit_new: bool
+    dense: Dense | None = None
 
     @property
     def native(self) -> Candidate:
@@ -65,8 +75,12 @@ class Subject:
         bias = np.zeros(len(weight), np.float32) if linear.bias is None else linear.bias.detach().numpy().astype(np.float32)
         return Head(weight, bias)
 
-    def bank(self, folder: Path | None, **options) -> FeatureBank:  # type: ignore[no-untyped-def]
+    def bank(self, folder: Path | None, **options) -> FeatureBank | MaskBank:  # type: ignore[no-untyped-def]
         """A bank without images yet: it can export and count; `Task.fill` gives it images."""
+        if self.dense is not None:
+            return MaskBank(
+                self.model.module, self.outputs, self.dense, self.model.preprocessing, folder=folder, **options
+            )  # fmt: skip
         return FeatureBank(self.model.module, self.head, self.width, self.model.preprocessing, folder=folder, **options)
 
     def describe(self) -> dict:
@@ -77,6 +91,7 @@ class Subject:
             "model_sha256": self.model.fingerprint(),
             "preprocessing": self.model.preprocessing.to_json(),
             "fit_head": self.fit_new,
+            "dense": self.dense and self.dense.to_json(),
         }
 
 
@@ -85,8 +100,14 @@ class Task:
     """What all stages that look at images work on."""
 
     subject: Subject
-    data: Dataset
+    data: Dataset | MaskDataset
     seed: int
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of a classifier's images."""
+        assert isinstance(self.data, Dataset)
+        return self.data.labels
 
     @property
     def proof(self) -> np.ndarray:
@@ -98,13 +119,17 @@ class Task:
         train = np.unique(np.concatenate([fold.train for fold in self.data.folds]))
         return Fold(train, np.zeros(0, np.int64))
 
-    def fill(self, bank: FeatureBank) -> FeatureBank:
+    def fill(self, bank: Bank) -> None:
         """Give the bank the images, and for each fold (and for everything) those that BatchNorm may be recalibrated on."""
         folds = (*self.data.folds, self.everything())
-        fitting = [split_tuning(fold, self.data.labels, len(self.data.folds), self.seed)[0] for fold in folds]
+        if isinstance(self.data, MaskDataset):
+            assert isinstance(bank, MaskBank)
+            bank.masks = self.data.masks
+            fitting = [masks.split_tuning(fold, self.seed)[0] for fold in folds]
+        else:
+            fitting = [split_tuning(fold, self.data.labels, len(self.data.folds), self.seed)[0] for fold in folds]
         bank.images = self.data.images
         bank.calibration = [np.random.default_rng([self.seed, 2]).permutation(indices) for indices in fitting]
-        return bank
 
     def describe(self) -> dict:
         """What measurements depend on, as far as the images go, and what is said of them."""
@@ -114,21 +139,43 @@ class Task:
             "fold_count": len(self.data.folds),
             "licence": self.data.licence,
             "skipped": [skip.to_json() for skip in self.data.skipped],
-            "majority_top1": 100 * float(np.bincount(self.data.labels[self.proof]).max() / len(self.proof)),
+            **self._kind(),
         }
+
+    def _kind(self) -> dict:
+        if isinstance(self.data, MaskDataset):
+            return {"classes": list(self.data.classes), "colours": self.data.colours, "absent": list(self.data.absent)}
+        return {"majority_top1": 100 * float(np.bincount(self.data.labels[self.proof]).max() / len(self.proof))}
 
 
 def prepare_model(
     model: Model | nn.Module | str,
-    data: Dataset | str | Path,
+    data: Data,
     *,
     fit_head: bool = False,
     preprocessing: Preprocessing | None = None,
+    label_size: Resolution | None = None,
+    output: str = "logits",
+    upsampling: str = "bilinear",
 ) -> Subject:
-    """The model, its head found or replaced. Of the data only the class folders are listed, and only for a new head."""
+    """The model: a classifier, its head found or replaced, or a segmentation network and its full-size answer.
+
+    Of the data only folders, and of masks their headers, are looked at: a wrong folder is said at once, not after the costs.
+    """
     model = as_model(model, preprocessing)
-    module, p = model.module, model.preprocessing
-    head, width, outputs = find_head(made_for(module, p.hw), (len(p.mean), *p.hw))
+    answer = _answer(model)
+    if answer.size is not None:
+        if fit_head:
+            raise DownresError(
+                "A head is fitted for classes of whole images, this network answers for every pixel: leave --fit-head out."
+            )
+        return _segmentation(model, answer, data, label_size, output, upsampling)
+    if label_size is not None or isinstance(data, (MaskDataset, MaskFolder)):
+        raise DownresError(
+            "Masks and a label size are for segmentation networks, this one returns one row of logits an image: "
+            "give class folders, or another network."
+        )
+    head, width, outputs = answer.head, answer.width, answer.outputs
     if fit_head:
         if head is None:
             raise DownresError(
@@ -136,7 +183,7 @@ def prepare_model(
                 "give a model that has one, or weights for these classes."
             )
         outputs = len(data.classes if isinstance(data, Dataset) else data_classes(data))
-        module = copy.deepcopy(module)
+        module = copy.deepcopy(model.module)
         linear = nn.Linear(width, outputs)
         nn.init.zeros_(linear.weight)  # a place to be filled; random numbers would make every run another one
         nn.init.zeros_(linear.bias)
@@ -144,13 +191,62 @@ def prepare_model(
         weights = f"{model.weights}; head fitted anew on the training images"
         model = Model(module, model.preprocessing, model.spec, weights, outputs)
     elif not isinstance(data, Dataset):
-        data_classes(data, outputs)  # a wrong folder is said at once, not after the costs
+        data_classes(data, outputs)
     return Subject(model, head, width, outputs, fit_head)
+
+
+def with_classes(data: Data, classes: str | Path | None) -> Data:
+    """The data with the file that names the classes of their masks, if one was given."""
+    if classes is None:
+        return data
+    if isinstance(data, (Dataset, MaskDataset, MaskFolder)):
+        raise DownresError("A file of classes goes with a folder of masks, these data are opened already: leave it out.")
+    return find_masks(data, classes=classes)
+
+
+def _answer(model: Model) -> Answer:
+    p = model.preprocessing
+    return find_answer(made_for(model.module, p.hw), (len(p.mean), *p.hw))
+
+
+def _segmentation(
+    model: Model,
+    answer: Answer,
+    data: Data,
+    label_size: Resolution | None,
+    output: str,
+    upsampling: str,
+) -> Subject:
+    """A segmentation network: nothing of a picture is cut off, and the answer has the size of the labels."""
+    if isinstance(data, Dataset):
+        raise DownresError("A segmentation network needs a mask for every image, these data have labels: give masks.")
+    known = data if isinstance(data, MaskDataset) else mask_classes(data, answer.outputs)
+    if isinstance(data, MaskDataset) and len(data.classes) != answer.outputs:
+        raise DownresError(f"The masks have {len(data.classes)} classes, the network {answer.outputs}: give other weights.")
+    p = model.preprocessing
+    if p.fit == "crop":
+        source = f"{p.source}; whole pictures, stretched"
+        p = dataclasses.replace(p, fit="stretch", crop_ratio=1.0, source=source)
+    if "assumed" in p.source and known.label_size is not None and takes_any_size(model.module):
+        source = p.source.replace("assumed: ", "assumed: the labels' size, ")
+        p = dataclasses.replace(p, resolution=known.label_size, source=source)
+    if p != model.preprocessing:
+        model = dataclasses.replace(model, preprocessing=p)
+        answer = _answer(model)
+    assert answer.size is not None
+    if label_size is not None:
+        size = as_hw(label_size)
+        check_size(size, answer.size)
+    else:
+        wanted = known.label_size or p.hw  # smaller than the logits: each image's are resized to its own mask
+        size = wanted if wanted[0] >= answer.size[0] and wanted[1] >= answer.size[1] else answer.size
+    dense = Dense(size, output, upsampling, answer.align_corners)
+    return Subject(model, None, answer.width, answer.outputs, False, dense)
 
 
 def prepare(
     subject: Subject,
-    data: Dataset | str | Path,
+    data: Data,
     *,
     folds: int | None = None,
     val_fraction: float = 0.5,
@@ -159,17 +255,34 @@ def prepare(
     progress: Progress | None = None,
 ) -> Task:
     """The data opened (every image decoded, once) and checked against the model."""
-    if not isinstance(data, Dataset):
-        data = open_data(data, None if subject.fit_new else subject.outputs, parts, val_fraction, folds, seed, progress)
+    options: dict[str, Any] = {"parts": parts, "val_fraction": val_fraction, "folds": folds, "seed": seed, "progress": progress}
+    if not isinstance(data, (Dataset, MaskDataset)):
+        outputs = None if subject.fit_new else subject.outputs
+        if subject.dense is not None:
+            data = open_masks(data, outputs=outputs, **options)
+        else:
+            assert not isinstance(data, MaskFolder)
+            data = open_data(data, outputs, **options)
     task = Task(subject, data, seed)
     if len(data.images) == 0 or len(task.proof) == 0:
         raise DownresError("There are no images left to measure quality on: check the folder and the list of skipped images.")
-    if int(data.labels.max()) >= subject.outputs:
+    if isinstance(data, Dataset) and int(data.labels.max()) >= subject.outputs:
         raise DownresError(
             f"The data have labels up to {int(data.labels.max())}, the model has {subject.outputs} outputs: "
             "use fit_head to fit a new head, or other weights."
         )
     return task
+
+
+def check_planned(candidates: list[Candidate], subject: Subject) -> None:
+    """DownresError for a candidate whose quality cannot be measured as it is."""
+    check_trained(candidates)
+    for c in candidates:
+        if subject.dense is not None and c.ragged != "error":
+            raise DownresError(
+                f"An answer to every pixel needs whole inputs, '{c}' would be cut or padded: give a resolution that the "
+                "network divides."
+            )
 
 
 def as_model(model: Model | nn.Module | str, preprocessing: Preprocessing | None = None) -> Model:

@@ -7,8 +7,9 @@ import numpy as np
 from ..artifact import read_manifest
 from ..data import resize_and_crop
 from ..measure.cost import CONVENTION
-from ..records import Candidate, Preprocessing
-from ..report import Photo, ReportView, View, pictures, words
+from ..parse import format_resolution
+from ..records import LOGITS, Candidate, Dense, Preprocessing
+from ..report import Overlay, Photo, ReportView, Scene, Segmentation, View, pictures, words
 from ..report import write_report as write_page
 from .results import Run, load_run
 from .select import expense
@@ -50,7 +51,8 @@ def view_of(run: Run) -> ReportView:
         results=tuple(ordered),
         best=shipped.candidate if shipped is not None else None,
         preprocessing=preprocessing,
-        photos=_photos(store, native, run),
+        photos=() if settings["dense"] else _photos(store, native, run),
+        segmentation=_segmentation(store, run) if settings["dense"] else None,
         made=_made(run),
         command=settings["command"],
         created=started["when"],
@@ -67,13 +69,7 @@ def _photos(store: Store, native: Preprocessing, run: Run) -> tuple[Photo, ...]:
     crops = {str(r.candidate): r.recovery.crop_ratio for r in run.results if r.recovery is not None}
     # What else shrinks inside the network sees the same pixels as the original: input variants and merged tokens tell it all.
     columns = [(i, Candidate.parse(str(name))) for i, name in enumerate(kept["candidates"])]
-    columns = [(i, c) for i, c in columns if c.is_input_only or f"map{i}" in kept]
-    if len(columns) > SHOWN:
-        # The ends and the chosen one always, the rest evenly.
-        wanted = {0, len(columns) - 1, *(i for i, (_, c) in enumerate(columns) if run.best and c == run.best.candidate)}
-        evenly = np.linspace(0, len(columns) - 1, SHOWN).round().astype(int).tolist()
-        wanted |= set([i for i in evenly if i not in wanted][: SHOWN - len(wanted)])
-        columns = [columns[i] for i in sorted(wanted)]
+    columns = _shown([(i, c) for i, c in columns if c.is_input_only or f"map{i}" in kept], run)
     classes = [str(c) for c in kept["classes"]]
     photos = []
     for k, name in enumerate(kept["names"]):
@@ -97,6 +93,42 @@ def _photos(store: Store, native: Preprocessing, run: Run) -> tuple[Photo, ...]:
     return tuple(photos)
 
 
+def _shown(columns: list[tuple[int, Candidate]], run: Run) -> list[tuple[int, Candidate]]:
+    """As many as fit beside a picture: the ends and the chosen one always, the rest evenly."""
+    if len(columns) <= SHOWN:
+        return columns
+    wanted = {0, len(columns) - 1, *(i for i, (_, c) in enumerate(columns) if run.best and c == run.best.candidate)}
+    evenly = np.linspace(0, len(columns) - 1, SHOWN).round().astype(int).tolist()
+    wanted |= set([i for i in evenly if i not in wanted][: SHOWN - len(wanted)])
+    return [columns[i] for i in sorted(wanted)]
+
+
+def _segmentation(store: Store, run: Run) -> Segmentation | None:
+    if store.get("photos") is None:
+        return None
+    kept = store.arrays("photos")
+    columns = _shown([(j, Candidate.parse(str(name))) for j, name in enumerate(kept["candidates"])], run)
+    scenes: list[Scene] = []
+    for k, name in enumerate(kept["names"]):
+        scores = [float(kept["miou"][j, k]) for j, _ in columns]
+        overlays = tuple(
+            Overlay(words.label(c), kept[f"map{j}_{k}"], None if np.isnan(score) else score)
+            for (j, c), score in zip(columns, scores, strict=True)
+        )
+        picture = np.ascontiguousarray(np.broadcast_to(kept[f"image{k}"], (*kept[f"image{k}"].shape[:2], 3)))
+        scenes.append(Scene(str(name), picture, kept[f"truth{k}"], overlays))
+    hardest = kept["hardest"]
+    truth = kept["truth"].sum()
+    return Segmentation(
+        classes=tuple(run.data["classes"]),
+        colours=tuple((r, g, b) for r, g, b in run.data["colours"]),
+        scenes=tuple(scene for scene, hard in zip(scenes, hardest, strict=True) if not hard),
+        hardest=tuple(scene for scene, hard in zip(scenes, hardest, strict=True) if hard),
+        notes=tuple(f"No proof image has {name}." for name in run.data["absent"]),
+        shares=tuple(float(100 * pixels / truth) for pixels in kept["truth"]),
+    )
+
+
 def _made(run: Run) -> dict[str, str]:
     """How every number was made, one sentence each."""
     settings, budget = run.settings, run.budget
@@ -116,6 +148,8 @@ def _made(run: Run) -> dict[str, str]:
         else ""
     )
     runtime = settings["runtime"]
+    if settings["dense"]:
+        return {**_made_of_masks(run, proof, many), "MACs and memory": CONVENTION}
     return {
         "Top-1": f"Correct images / all proof images, measured through {runtime}; in brackets the two-sided 95 % "
         f"Wilson interval. {proof}",
@@ -128,4 +162,26 @@ def _made(run: Run) -> dict[str, str]:
         "Resizing and decoding of the image are not in it.",
         "Recovery": "Rungs are tried from cheap to dear on tuning images, until the drop there is shown to be within "
         "the allowed one; otherwise the best rung is taken. Seconds are wall-clock time for all folds together.",
+    }
+
+
+def _made_of_masks(run: Run, proof: str, many: str) -> dict[str, str]:
+    """The sentences that differ for segmentation."""
+    dense = Dense.from_json(run.settings["dense"])
+    size, confidence = format_resolution(dense.size), 100 * run.budget.confidence
+    handed = "logits" if dense.output == LOGITS else "class map, made class by class,"
+    corners = ", corners aligned" if dense.align_corners else ""
+    return {
+        "mIoU": "Of one confusion matrix over all proof images, at the size of each mask, ignored pixels left out, measured "
+        f"through {run.settings['runtime']}; mean over the classes that occur, with a 95 % interval by bootstrap over images. "
+        f"{proof}",
+        "Drop": "mIoU of the original minus mIoU of the candidate, in points; one-sided bound by paired bootstrap over images "
+        f"at {confidence:g} % confidence.{many} Neighbouring frames of one drive are worth fewer than their number.",
+        "Lowered only": "The original's own weights on smaller pictures: what happens without recovery.",
+        "Full size": f"The {handed} at {size} px, upsampled {dense.interpolation}{corners}, is part of what is counted and timed.",
+        "Boundary": "Boundary IoU (Cheng et al. 2021): within 2 % of the diagonal from the edges of each class.",
+        "Objects": "Connected regions of one class in the masks, by their share of the image: small below 0.33 %, large from 3 % "
+        "on (COCO's limits on its usual picture); mean IoU over the objects.",
+        "Latency": "Median of interleaved runs after warm-up, batch 1, random input; 10th to 90th percentile beside it. "
+        "Decoding and resizing of the picture are not in it, the upsampling of the answer is.",
     }
