@@ -196,8 +196,10 @@ def train(options: argparse.Namespace) -> Path:
                 average.update(model, step=step)
             total += loss.item()
         seconds += time.perf_counter() - start
-        state = {"options": asked, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "average": None if average is None else average.module.state_dict(), "epoch": epoch + 1, "seconds": seconds}  # fmt: skip
+        state = {
+            "options": asked, "epoch": epoch + 1, "seconds": seconds, "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(), "average": None if average is None else average.module.state_dict(),
+        }  # fmt: skip
         partial = checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         os.replace(partial, checkpoint)

@@ -1,8 +1,12 @@
 """Fixtures for all tests."""
 
 import dataclasses
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,3 +144,31 @@ def real_run(large_cells: Cells, tmp_path_factory: pytest.TempPathFactory) -> tu
         out=tmp_path_factory.mktemp("real") / "run",
     )  # fmt: skip
     return run, dataset
+
+
+@pytest.fixture(scope="session")
+def shapes() -> ModuleType:
+    """tests/shapes.py: scenes with masks and networks that find them."""
+    spec = importlib.util.spec_from_file_location("shapes", Path(__file__).with_name("shapes.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def scenes(shapes: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """44 scenes to fit on and 16 to prove on, 48×64, as folders of images and palette masks."""
+    return shapes.write(tmp_path_factory.mktemp("scenes"), train=44, val=16)
+
+
+@pytest.fixture(scope="session")
+def segmenter(shapes: ModuleType) -> Callable[..., Model]:
+    """A network of tests/shapes.py, by its function there, as a loaded model at 48×64."""
+
+    def load(name: str = "make", **preprocessing: Any) -> Model:
+        given = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "fit": "stretch", "resolution": shapes.HW} | preprocessing
+        model = load_model(f"{shapes.__file__}:{name}")
+        return dataclasses.replace(model, preprocessing=Preprocessing(**given))
+
+    return load

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from downres.errors import DownresError
-from downres.probe import find_head, input_size_of, logits_of
+from downres.probe import Answer, find_answer, input_size_of, logits_of
 
 
 class Wrapped(nn.Module):
@@ -49,12 +49,12 @@ HEADS = {
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_find_head(name):
+def test_find_answer_of_classifiers(name):
     torch.manual_seed(0)
     make, size, expected = HEADS[name]
     model = make().train()
     keys, hooks = list(model.state_dict()), sum(len(m._forward_hooks) for m in model.modules())
-    assert find_head(model, size) == expected
+    assert find_answer(model, size) == Answer(*expected)
     assert list(model.state_dict()) == keys and sum(len(m._forward_hooks) for m in model.modules()) == hooks and model.training
     if expected[0] is None:
         return
@@ -68,24 +68,76 @@ def test_find_head(name):
         torch.testing.assert_close(out, seen["x"] @ seen["m"].weight.T + seen["m"].bias)
 
 
-def test_find_head_says_what_is_wrong():
-    maps = nn.Conv2d(3, 8, 3)
-    with pytest.raises(DownresError, match=r"^A classifier returns logits .*, this model returns \(1, 8, 62, 62\): give"):
-        find_head(maps, SMALL)
+class Dense(nn.Module):
+    """A small segmentation network of stride 4 that returns its logits in some wrapping."""
+
+    def __init__(self, wrap=lambda out, aux: out, align_corners=None, mode="bilinear", classes=5):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, classes, 3, 2, 1))
+        self.aux, self.wrap, self.mode, self.align_corners = nn.Conv2d(classes, 9, 1), wrap, mode, align_corners
+
+    def forward(self, x):
+        out = self.body(x)
+        if self.align_corners is not None:
+            out = nn.functional.interpolate(out, x.shape[-2:], mode=self.mode, align_corners=self.align_corners)
+        return self.wrap(out, self.aux(out))
+
+
+DENSE = {
+    "tensor": (Dense(), Answer(None, 5, 5, (16, 24))),
+    "dictionary": (Dense(lambda out, aux: {"aux": aux, "out": out}), Answer(None, 5, 5, (16, 24))),
+    "attribute": (Dense(lambda out, aux: SimpleNamespace(logits=out, states=aux)), Answer(None, 5, 5, (16, 24))),
+    "tuple": (Dense(lambda out, aux: (out, aux)), Answer(None, 5, 5, (16, 24))),
+    "its own upsampling": (Dense(align_corners=False), Answer(None, 5, 5, (64, 96))),
+    "with aligned corners": (Dense(align_corners=True), Answer(None, 5, 5, (64, 96), True)),
+    "bicubic with aligned corners": (Dense(align_corners=True, mode="bicubic"), Answer(None, 5, 5, (64, 96), True)),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_find_answer_of_segmentation_networks(name):
+    model, expected = DENSE[name]
+    assert find_answer(model.train(), (3, 64, 96)) == expected
+    assert model.training and not model._forward_hooks
+
+
+def test_the_last_upsampling_decides_the_corners():
+    class Twice(Dense):
+        def forward(self, x):
+            half = nn.functional.interpolate(super().forward(x), scale_factor=2, mode="bilinear", align_corners=True)
+            return nn.functional.interpolate(half, x.shape[-2:], mode="bilinear", align_corners=False)
+
+    assert find_answer(Twice(), (3, 64, 96)).align_corners is False
+
+
+def test_a_network_of_torchvision_answers_for_every_pixel():
+    model = torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=7)
+    assert find_answer(model, (3, 64, 96)) == Answer(None, 7, 7, (64, 96), False)
+
+
+def test_find_answer_says_what_is_wrong():
+    volume = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Unflatten(1, (2, 4)))
+    with pytest.raises(DownresError, match=r"^A classifier returns logits .*, this model returns \(1, 2, 4, 62, 62\): give"):
+        find_answer(volume, SMALL)
     with pytest.raises(DownresError, match="^A classifier returns logits .*, this model returns dict: give"):
-        find_head(Wrapped(lambda out, aux, features: {"boxes": out}), SMALL)
+        find_answer(Wrapped(lambda out, aux, features: {"boxes": out}), SMALL)
     with pytest.raises(DownresError, match="does not run on an input of 1x1x64x64"):
-        find_head(maps, (1, 64, 64))
+        find_answer(Dense(), (1, 64, 64))
 
 
-def test_logits_of():
-    logits, other = torch.rand(2, 5), torch.rand(2, 9)
+@pytest.mark.parametrize("shape", [(2, 5), (2, 5, 3, 4)])
+def test_logits_of(shape):
+    logits, other = torch.rand(shape), torch.rand(2, 9)
     named = type("Named", (dict,), {"logits": logits})()
     for output in (logits, {"logits": logits, "a": other}, {"out": logits}, (logits, other), [logits], named):
         assert logits_of(output) is logits
     assert logits_of(SimpleNamespace(logits=logits)) is logits
-    for output in (torch.rand(5), torch.rand(2, 5, 3, 3), {}, {"a": logits}, (), [], None, "text", (None, logits)):
-        with pytest.raises(DownresError, match=r"logits of shape \(batch, classes\), this model returns .*: give another"):
+
+
+def test_what_holds_no_logits():
+    logits = torch.rand(2, 5)
+    for output in (torch.rand(5), torch.rand(2, 5, 3), {}, {"a": logits}, (), [], None, "text", (None, logits)):
+        with pytest.raises(DownresError, match=r"logits of shape \(batch, classes\), .* this model returns .*: give another"):
             logits_of(output)
 
 

@@ -15,6 +15,7 @@ from downres.records import (
     Candidate,
     Change,
     Cost,
+    Dense,
     Drop,
     Latency,
     Merge,
@@ -24,9 +25,13 @@ from downres.records import (
     Recovery,
     Result,
     Rung,
+    SegmentationQuality,
 )
 
 DROP = Drop(0.5, -0.25, 1.25, 2.0, records.WITHIN, 400, 12, 10, 0.95, 3, None)
+MASKS = SegmentationQuality(
+    60.5, 57.25, 63.0, 88.5, 101, (91.0, 30.0, None), 41.5, (51.0, 32.0, None), {"small": 20.5, "large": None}, {"small": 7}
+)
 EXAMPLES = [
     Candidate(),
     Candidate(128),
@@ -42,6 +47,14 @@ EXAMPLES = [
     Quality(352, 400, 88.0, 84.4, 90.8, 390, 97.5),
     Quality(3, 4, 75.0, 30.0, 95.0),
     DROP,
+    MASKS,
+    SegmentationQuality(60.5, 0.0, 100.0, 88.5, 3, (91.0, 30.0)),
+    Drop(0.5, -0.25, 1.25, 2.0, records.TOO_FEW, 101, more_images=50),
+    Dense((360, 480)),
+    Dense((1024, 2048), "classes", "bicubic", True),
+    Preprocessing((360, 480), fit="stretch"),
+    Preprocessing((192, 384), fit="pad"),
+    Result(Candidate((240, 320)), "measured", naive=MASKS, quality=MASKS, drop=DROP),
     Preprocessing(224, 0.875),
     Preprocessing((192, 384), 1.0, "bicubic", (0.5,), (0.25,), "given"),
     Rung("head", 83.5, 120, 2.5, 500, "logistic regression, C=0.01"),
@@ -98,6 +111,37 @@ def test_row():
     stopped = EXAMPLES[-2].row()
     assert stopped["macs"] is None and stopped["top1"] is None and stopped["reason"] == "over max_macs"
     assert stopped.keys() == row.keys()
+
+
+def test_row_of_masks():
+    result = next(e for e in EXAMPLES if isinstance(e, Result) and isinstance(e.quality, SegmentationQuality))
+    row = result.row()
+    assert json.loads(json.dumps(row)) == row
+    assert (row["naive_miou"], row["miou"], row["miou_low"], row["n"]) == (60.5, 60.5, 57.25, 101)
+    assert row["iou"] == [91.0, 30.0, None] and row["object_iou"] == {"small": 20.5, "large": None}
+    assert not row.keys() & {"top1", "naive_top1", "correct", "lost", "won"}
+
+
+def test_qualities_speak_of_their_metric():
+    assert (MASKS.metric, MASKS.score, MASKS.interval) == ("mIoU", 60.5, (57.25, 63.0))
+    quality = Quality(352, 400, 88.0, 84.4, 90.8)
+    assert (quality.metric, quality.score, quality.interval) == ("top-1", 88.0, (84.4, 90.8))
+
+
+def test_either_quality_comes_back_from_json():
+    for quality in (MASKS, Quality(352, 400, 88.0, 84.4, 90.8)):
+        result = Result(Candidate(64), "measured", quality=quality, naive=quality)
+        assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_dense():
+    assert Dense([360, 480]).size == (360, 480) and Dense(96).size == (96, 96)  # always height and width
+    with pytest.raises(DownresError, match="logits or classes, 'colours' is neither"):
+        Dense((4, 4), "colours")
+    with pytest.raises(DownresError, match="bilinear or bicubic interpolation, 'nearest' is neither"):
+        Dense((4, 4), interpolation="nearest")
+    with pytest.raises(DownresError, match="between 1 and"):
+        Dense((0, 4))
 
 
 def test_candidate_text_round_trip():
@@ -193,6 +237,9 @@ def test_preprocessing():
     for mean, std in (((0.5,), (0.5, 0.5)), ((0.5,), (0.0,)), ((), ())):
         with pytest.raises(DownresError, match="one value a channel"):
             Preprocessing(96, mean=mean, std=std)
+    with pytest.raises(DownresError, match="crop, stretch, pad; 'squeeze' is none"):
+        Preprocessing(96, fit="squeeze")
+    assert Preprocessing(96).fit == "crop" and Preprocessing(96, fit="pad").at(48).fit == "pad"
 
 
 def test_change():

@@ -6,15 +6,20 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .artifact import Finding, Prediction, check, predict
-    from .data import Dataset, Fold, Images, from_arrays, open_folder
+    from .artifact import Finding, MaskPrediction, Prediction, check, predict
+    from .data import Dataset, Fold, Images, MaskDataset, MaskFolder, find_masks, from_arrays, open_folder, open_masks
     from .demo import demo
     from .errors import DownresError
     from .families import Model, load_model, with_preprocessing
     from .measure.cost import CONVENTION, measure_cost
     from .measure.latency import measure_latency
-    from .records import Budget, Candidate, Change, Cost, Drop, Latency, Merge, Preprocessing, Quality, Recovery, Result, Rung
+    from .models.regseg import regseg
+    from .records import (
+        Budget, Candidate, Change, Cost, Dense, Drop, Latency, Merge, Preprocessing, Quality, Recovery, Result, Rung,
+        SegmentationQuality,
+    )  # fmt: skip
     from .reduction import Reduction, reduce, token_map
+    from .reductions.dense import Segmenter
     from .search import Run, costs, curve, evaluate, load_run, recover, search, write_report
 
 __all__ = [
@@ -23,25 +28,30 @@ __all__ = [
     "check", "predict", "write_report",
     # models and data
     "load_model", "with_preprocessing", "Model", "open_folder", "from_arrays", "Dataset", "Images", "Fold",
+    "find_masks", "open_masks", "MaskFolder", "MaskDataset", "Segmenter", "regseg",
     # records
-    "Candidate", "Merge", "Budget", "Cost", "Latency", "Quality", "Drop", "Preprocessing", "Recovery", "Rung", "Result", "Run",
-    "Change", "Reduction", "Finding", "Prediction", "load_run", "CONVENTION", "DownresError",
+    "Candidate", "Merge", "Budget", "Cost", "Latency", "Quality", "SegmentationQuality", "Dense", "Drop", "Preprocessing", "Recovery", "Rung", "Result", "Run",
+    "Change", "Reduction", "Finding", "Prediction", "MaskPrediction", "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
 
 # Importing torch, timm and the runtimes takes seconds; a name is imported when it is first used, so that
 # `downres --help` and a mistyped option answer at once. The imports above say the same to type checkers.
 _HOMES = {
-    "artifact": ("Finding", "Prediction", "check", "predict"),
-    "data": ("Dataset", "Fold", "Images", "from_arrays", "open_folder"),
+    "artifact": ("Finding", "MaskPrediction", "Prediction", "check", "predict"),
+    "data": (
+        "Dataset", "Fold", "Images", "MaskDataset", "MaskFolder", "find_masks", "from_arrays", "open_folder", "open_masks",
+    ),
     "demo": ("demo",),
     "errors": ("DownresError",),
     "families": ("Model", "load_model", "with_preprocessing"),
     "measure.cost": ("CONVENTION", "measure_cost"),
     "measure.latency": ("measure_latency",),
     "records": (
-        "Budget", "Candidate", "Change", "Cost", "Drop", "Latency", "Merge", "Preprocessing", "Quality", "Recovery",
-        "Result", "Rung",
+        "Budget", "Candidate", "Change", "Cost", "Dense", "Drop", "Latency", "Merge", "Preprocessing", "Quality", "Recovery",
+        "Result", "Rung", "SegmentationQuality",
     ),
+    "models.regseg": ("regseg",),
+    "reductions.dense": ("Segmenter",),
     "reduction": ("Reduction", "reduce", "token_map"),
     "search": ("Run", "costs", "curve", "evaluate", "load_run", "recover", "search", "write_report"),
 }  # fmt: skip

@@ -12,6 +12,7 @@ from torchvision import transforms
 
 from downres.data import batches, decode, preprocess, resize_and_crop
 from downres.data.images import Images, from_arrays
+from downres.data.preprocess import shown_size
 from downres.errors import DownresError
 from downres.records import Preprocessing
 
@@ -82,6 +83,57 @@ def test_agrees_with_the_evaluation_transforms_of_torchvision_and_timm(p):
         # timm resizes to floor(r / crop_ratio) without our 1e-6; where that is another size, there is nothing to compare.
         if int(p.hw[0] / p.crop_ratio) == short:
             torch.testing.assert_close(ours, timms(picture), rtol=0, atol=level)
+
+
+WHOLE = [Preprocessing((96, 128), fit=fit, interpolation=how) for fit in ("stretch", "pad") for how in ("bilinear", "bicubic")]
+
+
+@pytest.mark.parametrize("p", WHOLE, ids=str)
+@pytest.mark.parametrize("image", NOISE, ids=lambda image: f"{image.shape[0]}x{image.shape[1]}")
+def test_whole_pictures_agree_with_pil(p, image):
+    """Stretched to the input, or inside it with the aspect ratio and the mean at right and bottom."""
+    height, width = p.hw
+    if p.fit == "pad":
+        scale = min(p.hw[0] / image.shape[0], p.hw[1] / image.shape[1])
+        height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+        assert height == p.hw[0] or width == p.hw[1]
+    assert shown_size(image.shape[:2], p) == (height, width)
+    ours = resize_and_crop(image, p).permute(1, 2, 0).numpy().astype(int)
+    theirs = np.array(Image.fromarray(image).resize((width, height), PIL_MODES[p.interpolation])).astype(int)
+    assert ours.shape == (96, 128, 3) and np.abs(ours[:height, :width] - theirs).max() <= 2
+    rest = np.concatenate([ours[height:].reshape(-1, 3), ours[:, width:].reshape(-1, 3)])
+    assert (rest == [124, 116, 104]).all()  # 255 times ImageNet's mean
+    assert len(rest) > 0 or (height, width) == p.hw
+    normalised = preprocess(image, p)[:, height:]
+    assert normalised.abs().max() < 0.01 if normalised.numel() else True
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+def test_whole_pictures_keep_every_place(fit):
+    """A picture whose colours are its own coordinates: every pixel comes from the same share of height and width."""
+    for size in ((48, 64), (30, 90), (200, 70)):
+        rows, columns = ((np.arange(n) + 0.5) / n for n in size)
+        picture = np.zeros((*size, 3), np.uint8)
+        picture[..., 0], picture[..., 1] = np.round(255 * rows)[:, None], np.round(255 * columns)[None]
+        p = Preprocessing((96, 128), mean=(0.0,) * 3, std=(1.0,) * 3, fit=fit)
+        height, width = shown_size(size, p)
+        seen = preprocess(picture, p)[:, :height, :width].numpy()
+        edge = 0.5 / min(size) + 2 / 255  # at its border a picture is continued, not extrapolated
+        assert np.abs(seen[0] - ((np.arange(height) + 0.5) / height)[:, None]).max() < edge
+        assert np.abs(seen[1] - ((np.arange(width) + 0.5) / width)[None]).max() < edge
+
+
+def test_padding_of_grey_and_slivers():
+    p = Preprocessing((8, 16), mean=(0.25,), std=(0.5,), fit="pad")
+    grey = resize_and_crop(np.full((8, 8, 3), 200, np.uint8), p)
+    assert grey.shape == (1, 8, 16) and (grey[0, :, :8] == 200).all() and (grey[0, :, 8:] == 64).all()
+    colour = Preprocessing((8, 16), mean=(0.2, 0.4, 0.6), std=(0.5,) * 3, fit="pad")
+    one = resize_and_crop(np.full((8, 8), 200, np.uint8), colour)  # is expanded only after resizing
+    assert one.shape == (1, 8, 16) and (one[0, :, 8:] == 102).all()
+    for size in ((1, 4000), (4000, 1), (1, 1)):
+        height, width = shown_size(size, p)
+        assert 1 <= height <= 8 and 1 <= width <= 16 and (height == 8 or width == 16)
+        assert resize_and_crop(np.full((*size, 3), 9, np.uint8), p).shape == (1, 8, 16)
 
 
 def test_ratios_just_below_a_whole_size_round_up_to_it():

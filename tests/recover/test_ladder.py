@@ -91,7 +91,7 @@ def test_the_head_is_refitted_last_and_on_all_training_images():
     bank = Bank(wrong(0.0, 0.0, 0.0), shift=2.0)
     found, tried = run(bank)
     assert tried[-1] == "head" and found.recovery.rung == "head" and "C=" in found.recovery.tried[-1].note
-    assert found.recovery.tried[-1].top1 == 100.0
+    assert found.recovery.tried[-1].score == 100.0
     out = found.head(bank.features(found.state, np.arange(N)))
     assert (out.argmax(1) == LABELS).all()
 
@@ -112,7 +112,7 @@ def test_a_hopeless_recalibration_is_given_up_after_a_glance():
 
 def test_what_cannot_be_tried_says_why():
     found, _ = run(Bank(wrong(), norm=False, head=None))
-    notes = {r.rung: r.note for r in found.recovery.tried if r.top1 is None}
+    notes = {r.rung: r.note for r in found.recovery.tried if r.score is None}
     assert "no BatchNorm" in notes["batchnorm"] and "linear layer" in notes["head"]
     labels = np.where(np.arange(N) < 300, 0, LABELS)
     found, _ = run(Bank(wrong()), labels=labels)

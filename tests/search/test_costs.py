@@ -295,3 +295,71 @@ def test_figure5_says_what_was_counted(figure5):
         saved = [100 * (1 - peaks[0] / peak) for peak in peaks[1:]]
         words = " | ".join(f"{percent:.0f} %".replace("-", "−") for percent in saved)
         assert re.search(rf"^\| {one['tokens']} \| .*\| {words} \|$", text, re.M)
+
+
+# --- segmentation networks: the answer at full size counts ---
+
+
+class Quarter(nn.Module):
+    """Two classes at a quarter of the input: 3×3 convolutions of stride 2 from 3 to 4 and from 4 to 2 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.Conv2d(4, 2, 3, 2, 1, bias=False))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": self.body(x)}
+
+
+def quarter_macs(side: int) -> int:
+    return side**2 // 4 * 4 * 27 + side**2 // 16 * 2 * 36
+
+
+def test_upsampling_and_full_size_logits_by_hand():
+    found = costs(Quarter(), [112], stem_scales=[0.5], label_size=448)
+    logits = 2 * 448**2
+    original, half, stem = (row.cost for row in found.rows)
+    assert original.macs == quarter_macs(224) + 4 * logits
+    assert original.peak_activation_bytes == 4 * (logits + 2 * 56**2)
+    assert half.macs == quarter_macs(112) + 4 * logits and half.peak_activation_bytes == 4 * (logits + 2 * 28**2)
+    assert stem.macs < original.macs and stem.peak_activation_bytes == 4 * (logits + 2 * 28**2)
+    own = costs(Quarter(), [112])  # without a size that of its input
+    assert own.original.macs == quarter_macs(224) + 4 * 2 * 224**2
+    assert own.rows[1].cost.macs == quarter_macs(112) + 4 * 2 * 224**2  # the same labels
+    bicubic = costs(Quarter(), [112], label_size=448, upsampling="bicubic")
+    assert bicubic.original.macs == quarter_macs(224) + 16 * logits
+
+
+def test_batches_multiply_the_upsampling():
+    one, four = (costs(Quarter(), [112], label_size=448, batch_size=n).rows[1].cost for n in (1, 4))
+    assert four.macs == 4 * one.macs and four.peak_activation_bytes == 4 * one.peak_activation_bytes
+
+
+def test_class_maps_never_hold_all_logits():
+    class Many(Quarter):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).repeat(1, 10, 1, 1)
+
+    logits, maps = (costs(Many(), [112], label_size=448, output=output).rows[1].cost for output in ("logits", "classes"))
+    assert logits.macs == maps.macs
+    assert logits.peak_activation_bytes == 4 * (20 * 448**2 + 20 * 28**2)
+    # Two float maps, an index and what compares them: about as much as four classes instead of twenty.
+    assert 2 * 4 * 448**2 < maps.peak_activation_bytes < 5 * 4 * 448**2
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"label_size": 32}, "32x32 is below the 56x56"),
+        ({"output": "colours"}, "logits or classes"),
+        ({"upsampling": "nearest"}, "bilinear or bicubic"),
+    ],
+)
+def test_bad_answers_get_their_sentence(given, what):
+    with pytest.raises(DownresError, match=what):
+        costs(Quarter(), [112], **given)
+
+
+def test_a_classifier_has_no_label_size(vit):
+    with pytest.raises(DownresError, match="this one is none: leave --label-size out"):
+        costs(vit, [32], label_size=64)

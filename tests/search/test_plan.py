@@ -4,7 +4,7 @@ import pytest
 
 from downres.errors import DownresError
 from downres.records import Candidate, Merge
-from downres.search.plan import KEPT, STEM_SCALES, Axes, Design, default_axes, default_resolutions, make_axes, plan, snap
+from downres.search.plan import KEPT, STEM_SCALES, Axes, Design, default_axes, default_resolutions, like, make_axes, plan, snap
 
 
 @pytest.mark.parametrize(
@@ -142,3 +142,26 @@ def test_ragged_is_what_the_network_divides_by_not_its_total_stride():
     swin = Design(224, 32, patch=4, unit=(4, 4))
     candidates, _ = plan(swin, make_axes([208, 210], (), (), (), ragged="floor"))
     assert [str(c) for c in candidates] == ["208", "210 floor"]
+
+
+@pytest.mark.parametrize(
+    ("native", "given", "meant"),
+    [
+        ((360, 480), 240, (240, 320)),
+        ((480, 360), 240, (320, 240)),
+        ((1024, 2048), 512, (512, 1024)),
+        ((360, 480), 100, (100, 133)),
+        ((360, 480), (90, 480), (90, 480)),
+        (224, 112, 112),
+        (224, (112, 224), (112, 224)),
+    ],
+)
+def test_one_number_is_the_short_side_of_what_is_not_square(native, given, meant):
+    assert like(native, given) == meant
+
+
+def test_the_short_side_counts_in_axes_and_in_candidates():
+    axes = make_axes([240, (90, 480)], candidates=["180", "360 stem×0.5"])
+    candidates, notes = plan(Design((360, 480), 16), axes)
+    assert [c.hw for c in candidates] == [(240, 320), (96, 480), (180, 240), (360, 480)]
+    assert candidates[-1].stem_scale == 0.5 and len(notes) == 1

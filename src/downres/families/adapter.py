@@ -214,6 +214,10 @@ def library_transformers(model: nn.Module) -> Iterator[Adapter]:
             from . import transformers_vit
 
             families.append(transformers_vit)
+    if "segmentation_models_pytorch" in sys.modules:
+        from . import smp
+
+        families.append(smp)
     parts: set[nn.Module] = set()
     for name, module in model.named_modules():
         found = None if module in parts else next(filter(None, (family.adapter(name, module) for family in families)), None)

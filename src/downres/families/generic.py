@@ -79,12 +79,12 @@ def preprocessing(model: nn.Module) -> Preprocessing:
 
 def adapter(name: str, module: nn.Module) -> Adapter | None:
     """Asked last, for a whole model in which no library's transformer was found. None for a convnet, at no cost."""
-    if not _may_be_fixed(module):
+    if not may_be_fixed(module):
         return None
     return own.find(module) or Unknown(name, module)
 
 
-def _may_be_fixed(model: nn.Module) -> bool:
+def may_be_fixed(model: nn.Module) -> bool:
     """Whether something in the model is a sign of attention or positions, which often hold one input size alone."""
     names = (name for name, _ in [*model.named_parameters(), *model.named_buffers()])
     return any(_SIGN_IN_NAME.search(name) for name in names) or any(

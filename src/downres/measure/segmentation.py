@@ -7,7 +7,7 @@ belong to no class, to no boundary's inside and to no object. Percent and percen
 
 import dataclasses
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -332,8 +332,9 @@ def segmentation_quality(tallies: Tallies, seed: int = 0) -> SegmentationQuality
     Raises DownresError where every pixel is ignored.
     """
     _check_some_pixel(tallies)
-    iou, boundary = (_iou(h.sum(0), p.sum(0) + t.sum(0) - h.sum(0)) for h, p, t in _counts(tallies))
-    miou = float(100 * np.nanmean(iou))
+    iou = _class_iou(tallies.hits, tallies.predicted, tallies.truth)
+    boundary = _class_iou(tallies.boundary_hits, tallies.boundary_predicted, tallies.boundary_truth)
+    miou = _miou(tallies)
     (resampled,) = _resampled_miou([tallies], seed)
     low, high = bootstrap_bound(resampled, miou, int(_informative(tallies).sum()), 0.025)
     share = tallies.object_area / tallies.image_area[tallies.object_image]
@@ -394,11 +395,6 @@ def compare_tallies(original: Tallies, candidates: Mapping[str, Tallies], budget
     return records
 
 
-def _counts(tallies: Tallies) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    yield tallies.hits, tallies.predicted, tallies.truth
-    yield tallies.boundary_hits, tallies.boundary_predicted, tallies.boundary_truth
-
-
 def _iou(hits: np.ndarray, union: np.ndarray) -> np.ndarray:
     """Fractions; NaN for a class that is in neither truth nor prediction, so that the mean leaves it out."""
     return np.divide(hits, union, out=np.full(np.shape(hits), np.nan), where=union > 0)
@@ -408,9 +404,14 @@ def _percent(values: np.ndarray) -> tuple[float | None, ...]:
     return tuple(None if np.isnan(value) else float(100 * value) for value in values)
 
 
+def _class_iou(hits: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Fractions (K,) over all images, from counts (n, K) each."""
+    return _iou(hits.sum(axis=0), (predicted + truth - hits).sum(axis=0))
+
+
 def _miou(tallies: Tallies) -> float:
-    hits = tallies.hits.sum(0)
-    return float(100 * np.nanmean(_iou(hits, tallies.predicted.sum(0) + tallies.truth.sum(0) - hits)))
+    """Percent."""
+    return float(100 * np.nanmean(_class_iou(tallies.hits, tallies.predicted, tallies.truth)))
 
 
 def _informative(tallies: Tallies) -> np.ndarray:

@@ -85,10 +85,12 @@ def regseg(
 ) -> "RegSeg":
     """A RegSeg with random weights: `exp48_decoder26` or `exp53_decoder29`, at another width and depth if asked for.
 
-    Raises DownresError for an unknown name, or a scale that is none.
+    Raises DownresError for an unknown name, no classes, or a scale that is none.
     """
     if name not in DESIGNS:
         raise DownresError(f"There is no RegSeg {name!r}: choose {' or '.join(DESIGNS)}.")
+    if num_classes < 1:
+        raise DownresError(f"A network has at least one class, {num_classes} is too few: give 19.")
     design = DESIGNS[name]
     if (width, depth, group_width) != (1.0, 1.0, None):
         design = design.scaled(width, depth, group_width)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..errors import DownresError
 from ..probe import logits_of
@@ -98,31 +99,30 @@ class FullSizeLogits:
         self._input = _image_size(args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return self._full(output)
-        if isinstance(getattr(output, "logits", None), Tensor):  # transformers: other maps beside them are not logits
-            output.logits = self._full(output.logits)
-        elif isinstance(output, dict):
-            for name, value in output.items():
-                output[name] = self._full(value)
-        elif type(output) in (tuple, list):
-            return type(output)(self._full(value) for value in output)
-        return output
-
-    def _full(self, logits: Any) -> Any:
-        if not isinstance(logits, Tensor) or logits.ndim != 4:
-            return logits
-        if self.ragged:
+        main = logits_of(output)
+        if self.ragged and main.ndim == 4:
             raise DownresError(
                 "An answer to every pixel needs an input that is neither cut nor padded: reduce to a resolution that "
                 "the network divides, with ragged='error'."
             )
-        have: Size = (logits.shape[-2], logits.shape[-1])
-        size = self.size
-        if size is None:
-            size = full_size(self._input, self.strides)
+        if isinstance(getattr(output, "logits", None), Tensor) and not isinstance(output, tuple):
+            output.logits = self._full(main, main)  # transformers: other maps beside them are not logits
+        elif isinstance(output, dict):  # of whatever class
+            for name, value in output.items():
+                output[name] = tree_map_only(Tensor, lambda x: self._full(x, main), value)
         else:
-            check_size(size, have)
+            output = tree_map_only(Tensor, lambda x: self._full(x, main), output)
+        return output
+
+    def _full(self, logits: Tensor, main: Tensor) -> Tensor:
+        """`logits` where they are the network's answer (`main`) or auxiliary, of as many classes, perhaps at another stride."""
+        if logits.ndim != 4 or logits.shape[1] != main.shape[1]:
+            return logits
+        size = self.size or full_size(self._input, self.strides)
+        if self.size is not None:
+            check_size(self.size, (main.shape[-2], main.shape[-1]))
+        if logits.shape[-2:] != main.shape[-2:]:
+            size = full_size(size, (main.shape[-2] / logits.shape[-2], main.shape[-1] / logits.shape[-1]))
         return upsample(logits, size, self.interpolation, self.align_corners)
 
 

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..errors import DownresError
 from ..records import Result, SegmentationQuality
 from . import words
+
+LEAST_WHOLE = 1.0
+"""Percent: of an IoU below this no share is told that is left of it."""
 
 LEAST_SCALE = 5.0
 """Points: a loss so large has the full colour at least, so that tenths of a point do not look dramatic."""
@@ -26,6 +30,14 @@ class Line:
         first = self.values[0]
         return tuple(None if v is None or first is None else v - first for v in self.values)
 
+    @property
+    def kept(self) -> tuple[float | None, ...]:
+        """Percent of the original's value that each candidate has; None where that is next to nothing."""
+        first = self.values[0]
+        if first is None or first < LEAST_WHOLE:
+            return (None,) * len(self.values)
+        return tuple(None if v is None else 100 * v / first for v in self.values)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -37,10 +49,15 @@ class Table:
     sizes: tuple[Line, ...]
     classes: tuple[Line, ...]
 
+    @cached_property
+    def largest(self) -> float:
+        """Points: the largest change of the table, `LEAST_SCALE` at least."""
+        every = [abs(c) for line in (*self.whole, *self.sizes, *self.classes) for c in line.changes if c is not None]
+        return max([LEAST_SCALE, *every])
+
     def share(self, change: float | None) -> float:
         """How much colour a change deserves: 0 to 1, the largest of the table 1."""
-        every = [abs(c) for line in (*self.whole, *self.sizes, *self.classes) for c in line.changes if c is not None]
-        return 0.0 if change is None else abs(change) / max([LEAST_SCALE, *every])
+        return 0.0 if change is None else abs(change) / self.largest
 
 
 def class_table(
@@ -71,14 +88,17 @@ def class_table(
         Line(f"{size} objects", tuple(q.object_iou.get(size) for q in found), words.count(number, "object"))
         for size, number in found[0].objects.items()
     ]
-    classes = [
-        Line(name, tuple(q.iou[i] for q in found), _share(shares[i]) if shares else "", i) for i, name in enumerate(names)
-    ]
-    classes.sort(key=lambda line: line.changes[at] if line.changes[at] is not None else float("inf"))
+    classes = [Line(name, tuple(q.iou[i] for q in found), _note(found, i, shares), i) for i, name in enumerate(names)]
+    classes.sort(key=lambda line: float("inf") if (change := line.changes[at]) is None else change)
     return Table(columns, at, tuple(whole), tuple(sizes), tuple(classes))
 
 
-def _share(percent: float) -> str:
+def _note(found: Sequence[SegmentationQuality], index: int, shares: Sequence[float]) -> str:
+    if all(q.iou[index] is None for q in found):
+        return "in no label and no answer"
+    if not shares:
+        return ""
+    percent = shares[index]
     text = "<0.01" if 0 < percent < 0.01 else f"{percent:.2g}" if percent < 10 else f"{percent:.0f}"
     return f"{text}\u00a0% of pixels"
 
@@ -87,10 +107,9 @@ def who_loses(table: Table) -> str:
     """One or two sentences: what the sorted column loses by size of object, and which classes lose most."""
     if table.at == 0:
         return ""
-    sizes = [(line.name, line.changes[table.at]) for line in table.sizes]
-    parts = [f"{name} {words.change(-change)}" for name, change in sizes if change is not None]
+    parts = [f"{line.name} {kept:.0f}\u00a0%" for line in table.sizes if (kept := line.kept[table.at]) is not None]
     name = words.label(table.columns[table.at].candidate)
-    sentence = f"At {name}, mean IoU against the original: {', '.join(parts)}." if parts else ""
+    sentence = f"Of the IoU that they have in the original, at {name} there is left: of {', of '.join(parts)}." if parts else ""
     losing = [(line.name, c) for line in table.classes if (c := line.changes[table.at]) is not None and c < -0.005]
     if losing:
         most = ", ".join(f"{name} ({words.signed(change)})" for name, change in losing[:3])

@@ -16,7 +16,7 @@ from ..errors import DownresError
 from ..parse import format_quantity, format_resolution
 from ..records import Budget, Candidate, Preprocessing, Quality, Result, SegmentationQuality
 from . import pictures, words
-from .class_picture import class_figures
+from .class_picture import MOST, class_figures
 from .classes import class_table, who_loses
 from .scenes import draw
 
@@ -176,6 +176,7 @@ def _masks(view: ReportView, shown: Result | None) -> dict[str, Any] | None:
         "notes": s.notes,
         "names": _colour_names(s),
         "error": pictures.ERROR,
+        "most": MOST,
     }
 
 
@@ -196,6 +197,7 @@ class Tile:
     before: str
     gain: str = ""
     note: str = ""
+    more: str = ""
 
 
 def _tiles(original: Result, shown: Result | None) -> list[Tile]:
@@ -210,7 +212,8 @@ def _tiles(original: Result, shown: Result | None) -> list[Tile]:
                 words.percent(p.score),
                 words.percent(q.score),
                 words.change(q.score - p.score),
-                f"{bound}95\u00a0% interval {words.interval(p)}, was {words.interval(q)}{_beside(p, q)}",
+                f"{bound}95\u00a0% interval {words.interval(p)}, was {words.interval(q)}",
+                _beside(p, q),
             )
         )
     if (c := original.cost) and (d := after.cost):
@@ -241,7 +244,7 @@ def _beside(after: Quality | SegmentationQuality, before: Quality | Segmentation
         ("pixel accuracy", after.pixel_accuracy, before.pixel_accuracy),
         ("boundary mIoU", after.boundary_miou, before.boundary_miou),
     ]
-    return "".join(f"; {n} {words.percent(a)}, was {words.percent(b)}" for n, a, b in found if a is not None and b is not None)
+    return "; ".join(f"{n} {words.percent(a)}, was {words.percent(b)}" for n, a, b in found if a is not None and b is not None)
 
 
 def _cost_tile(name: str, before: int, after: int, unit: str, less: str, note: str) -> Tile:

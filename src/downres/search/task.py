@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from ..data import Dataset, Fold, MaskDataset, MaskFolder, data_classes, find_masks, mask_classes, open_data, open_masks
+from ..data.mask_layouts import locate
 from ..errors import DownresError
 from ..families import Model, load_model
 from ..families.adapter import find_adapter
@@ -170,7 +172,7 @@ def prepare_model(
                 "A head is fitted for classes of whole images, this network answers for every pixel: leave --fit-head out."
             )
         return _segmentation(model, answer, data, label_size, output, upsampling)
-    if label_size is not None or isinstance(data, (MaskDataset, MaskFolder)):
+    if label_size is not None or _has_masks(data):
         raise DownresError(
             "Masks and a label size are for segmentation networks, this one returns one row of logits an image: "
             "give class folders, or another network."
@@ -193,6 +195,16 @@ def prepare_model(
     elif not isinstance(data, Dataset):
         data_classes(data, outputs)
     return Subject(model, head, width, outputs, fit_head)
+
+
+def _has_masks(data: Data) -> bool:
+    """Also of a folder, in which images and masks would pass for two classes of images."""
+    if isinstance(data, (Dataset, MaskDataset, MaskFolder)):
+        return not isinstance(data, Dataset)
+    try:
+        return bool(locate(Path(data).expanduser(), None))
+    except DownresError:
+        return False
 
 
 def with_classes(data: Data, classes: str | Path | None) -> Data:
@@ -225,10 +237,11 @@ def _segmentation(
         raise DownresError(f"The masks have {len(data.classes)} classes, the network {answer.outputs}: give other weights.")
     p = model.preprocessing
     if p.fit == "crop":
-        source = f"{p.source}; whole pictures, stretched"
+        source = re.sub(r", crop ratio [\d.]+", "", f"{p.source}; whole pictures, stretched")
         p = dataclasses.replace(p, fit="stretch", crop_ratio=1.0, source=source)
-    if "assumed" in p.source and known.label_size is not None and takes_any_size(model.module):
-        source = p.source.replace("assumed: ", "assumed: the labels' size, ")
+    assumed = "assumed" in p.source and "resolution" not in p.source  # which is there where the user gave it
+    if assumed and known.label_size is not None and takes_any_size(model.module):
+        source = re.sub(r"\d+(x\d+)? px", "the labels' size", p.source)
         p = dataclasses.replace(p, resolution=known.label_size, source=source)
     if p != model.preprocessing:
         model = dataclasses.replace(model, preprocessing=p)
