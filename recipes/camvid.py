@@ -54,6 +54,8 @@ STEM_SCALES = (0.75, 0.5)
 INTERPOLATIONS = ("bilinear", "bicubic")
 SMALL = ("pole", "sign", "pedestrian", "cyclist")
 """Named before anything was measured: the classes of thin or small things."""
+LEARNT = 5.0
+"""IoU in percent below which a class counts as not learnt."""
 TRAINING_IMAGES = 96
 """For BatchNorm's statistics, evenly spread over the training part."""
 BLOCK = 10
@@ -95,15 +97,18 @@ class Trained:
         return Path(self.about["model"]).name if self.about.get("model") else f"{self.about['name']} ×{self.about['width']:g}"
 
     def ways(self) -> Iterator[Way]:
-        """The own size first, then the next larger and all smaller ones; what is recalibrated only at sizes trained for."""
+        """The own size first, then the next larger and all smaller ones; what is recalibrated only at sizes trained for.
+
+        Of networks trained at lower sizes, seed 0 alone is run at sizes that no network was trained for.
+        """
         yield Way(self.size)
-        own = SIZES.index(self.size)
+        first, own = self.seed == 0, SIZES.index(self.size)
         for hw in SIZES[max(0, own - 1) :]:
-            if hw != self.size:
+            if hw != self.size and (first or self.size == LABELS or (hw < self.size and hw in TRAINED_FOR)):
                 yield Way(hw)
             if hw < self.size and hw in TRAINED_FOR:
                 yield Way(hw, batchnorm=True)
-        if self.size == LABELS and self.seed == 0 and not self.about.get("model"):
+        if first and self.size == LABELS and not self.about.get("model"):
             for scale in STEM_SCALES:
                 yield Way(self.size, scale)
                 yield Way(self.size, scale, batchnorm=True)
@@ -503,20 +508,24 @@ def said(group: Group) -> str:
 
 
 def classes_lost(groups: Groups, classes: Sequence[str]) -> list[dict]:
-    """What is left of every class's IoU at full size, in percent of it, where it is trained small and where only run small."""
+    """What is left of every class's IoU at full size, in percent of it, where it is trained small and where only run small.
+
+    None for classes below LEARNT at full size: they have nothing to lose, and the means leave them out.
+    """
     found = []
     for network in (WIDE, NARROW):
         whole = groups.get(own(network, LABELS))
         for size in TRAINED_FOR[1:]:
             for how, group in (("trained small", own(network, size)), ("run small", Group(network, LABELS, Way(size)))):
                 if whole is not None and group in groups:
-                    left = dict(zip(classes, 100 * _iou_by_class(groups[group]) / _iou_by_class(whole), strict=True))
+                    before, after = _iou_by_class(whole), _iou_by_class(groups[group])
+                    left = {c: float(100 * after[k] / before[k]) for k, c in enumerate(classes) if 100 * before[k] >= LEARNT}
                     objects = 100 * _iou_by_size(groups[group]) / _iou_by_size(whole)
                     found.append({
                         "network": network, "run": format_resolution(size), "how": how,
-                        "left": {name: round(float(v), 1) for name, v in left.items()},
-                        "left_small": round(float(np.mean([left[name] for name in SMALL])), 1),
-                        "left_others": round(float(np.mean([v for name, v in left.items() if name not in SMALL])), 1),
+                        "left": {name: _mean([left.get(name)]) for name in classes},
+                        "left_small": _mean([left.get(name) for name in SMALL]),
+                        "left_others": _mean([v for name, v in left.items() if name not in SMALL]),
                         "left_objects": dict(zip(SIZES_OF_OBJECTS, objects.round(1).tolist(), strict=True)),
                     })  # fmt: skip
     return found

@@ -92,12 +92,16 @@ def against_macs(measured: dict) -> go.Figure:
              {"line": {"color": colour, "width": 1.2, "dash": "dash"}, "marker": {"size": 8, "symbol": "circle-open"}}),
         ):  # fmt: skip
             labels = [row["run"].replace("x", "×") for row in rows]
+            labels[0] = "" if style else labels[0]  # both begin at the same network
             where = "top center" if not style else "bottom center"
             figure.add_trace(
                 line(rows, [row["macs"] / 1e9 for row in rows], f"{NAMES[network]}, {what}", colour, text=labels,
                      textposition=where, **style)
             )  # fmt: skip
-    figure.update_xaxes(title="GMACs per image, answer at 360×480 included", type="log", dtick="D2")
+    ticks = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2]
+    figure.update_xaxes(
+        title="GMACs per image, answer at 360×480 included", type="log", tickvals=ticks, ticktext=list(map(str, ticks))
+    )
     figure.update_yaxes(title="mIoU on 101 validation images")
     return styled(figure, "RegSeg on CamVid: fewer channels (dotted) and fewer pixels (solid); bars: worst and best seed")
 
@@ -168,7 +172,9 @@ def by_class(measured: dict) -> go.Figure:
     figure = styled(
         figure, "IoU of each class (share of the pixels) and of objects by size, against the input's height", 1200, 760
     )
-    return figure.update_layout(margin_t=100, legend={"orientation": "h", "y": 1.1, "x": 0, "yanchor": "bottom"})
+    return figure.update_layout(
+        margin_t=110, legend={"orientation": "h", "y": 1.06, "x": 0, "xanchor": "left", "yanchor": "bottom"}
+    )
 
 
 def styled(figure: go.Figure, title: str, width: int = 1000, height: int = 620) -> go.Figure:
@@ -193,7 +199,12 @@ def latency(measured: dict, row: dict, output: str = "logits") -> float | None:
 
 
 def tables(measured: dict) -> dict[str, str]:
-    return {"networks": networks(measured), "comparisons": comparisons(measured), "classes": classes(measured)}
+    return {
+        "networks": networks(measured),
+        "comparisons": comparisons(measured),
+        "classes": classes(measured),
+        "objects": objects(measured),
+    }
 
 
 def listed(measured: dict) -> Iterator[dict]:
@@ -259,9 +270,24 @@ def classes(measured: dict) -> str:
             cells = " | ".join(f"{row['iou'][name]:.1f}" for name in names)
             lines.append(f"| IoU, {NAMES[network]}, {FULL.replace('x', '×')} | {cells} | | |")
     for one in measured["classes_lost"]:
-        cells = " | ".join(f"{one['left'][name]:.0f}" for name in names)
+        values = [*(one["left"][name] for name in names), one["left_small"], one["left_others"]]
+        cells = " | ".join("" if value is None else f"{value:.0f}" for value in values)
         what = f"left of it, %: {NAMES[one['network']]}, {one['how']}, {one['run'].replace('x', '×')}"
-        lines.append(f"| {what} | {cells} | {one['left_small']:.0f} | {one['left_others']:.0f} |")
+        lines.append(f"| {what} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def objects(measured: dict) -> str:
+    """IoU of objects by size, at full size and what is left of it."""
+    sizes = ("small", "medium", "large")
+    lines = ["| | " + " | ".join(sizes) + " |", "|---|" + "--:|" * len(sizes)]
+    for network in (WIDE, NARROW):
+        for row in trained_small(measured, network)[:1]:
+            cells = " | ".join(f"{row['object_iou'][size]:.1f}" for size in sizes)
+            lines.append(f"| IoU, {NAMES[network]}, {FULL.replace('x', '×')} | {cells} |")
+    for one in measured["classes_lost"]:
+        cells = " | ".join(f"{one['left_objects'][size]:.0f}" for size in sizes)
+        lines.append(f"| left of it, %: {NAMES[one['network']]}, {one['how']}, {one['run'].replace('x', '×')} | {cells} |")
     return "\n".join(lines) + "\n"
 
 

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from downres import artifact, check, load_model, predict, search
-from downres.artifact import read_manifest
+from downres import check, load_model, predict, search
+from downres.artifact import proof, read_manifest, write
+from downres.artifact.manifest import changed_files
 from downres.data import preprocess
 from downres.errors import DownresError
 from downres.measure.quality import count_correct
@@ -62,7 +63,7 @@ def test_the_files_and_what_the_manifest_says(real_run):
         "model.onnx", "model.safetensors", "folds.safetensors", "manifest.json",
     }  # fmt: skip
     manifest = read_manifest(run.artifact)
-    assert manifest["format"] == 1 and manifest["candidate"]["resolution"] == 64
+    assert manifest["format"] == 2 and manifest["candidate"]["resolution"] == 64
     assert manifest["input"] == {"name": "input", "shape": ["batch", 3, 64, 64], "dtype": "float32"}
     assert manifest["output"] == {"name": "logits", "shape": ["batch", 2]}
     assert Preprocessing.from_json(manifest["preprocessing"]).hw == (64, 64)
@@ -112,7 +113,7 @@ def test_check_works_where_the_folder_was_moved_to(shipped, folder):
 
 def test_the_weights_are_those_of_the_onnx_file(shipped):
     folder, dataset, model = shipped
-    torch_side = artifact._network(folder, read_manifest(folder), model)[0]
+    torch_side = proof._network(folder, read_manifest(folder), model)[0]
     p = Preprocessing.from_json(read_manifest(folder)["preprocessing"])
     x = torch.stack([preprocess(dataset.images[i], p) for i in range(20)])
     with torch.no_grad():
@@ -139,12 +140,12 @@ def test_every_changed_byte_of_the_manifest_is_noticed(folder):
             manifest = read_manifest(folder)
         except DownresError:
             continue
-        assert artifact._changed(folder, manifest) == ["manifest.json"], whole[max(0, i - 20) : i + 20]
+        assert changed_files(folder, manifest) == ["manifest.json"], whole[max(0, i - 20) : i + 20]
     for i in [i for i, byte in enumerate(whole) if byte == ord("\n")][::9]:
         file.write_bytes(whole[:i] + b" " + whole[i + 1 :])
-        assert artifact._changed(folder, read_manifest(folder)) == ["manifest.json"]
+        assert changed_files(folder, read_manifest(folder)) == ["manifest.json"]
     file.write_bytes(whole)
-    assert artifact._changed(folder, read_manifest(folder)) == []
+    assert changed_files(folder, read_manifest(folder)) == []
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.safetensors"])
@@ -153,10 +154,10 @@ def test_every_changed_byte_of_a_file_is_noticed(folder, name):
     whole = file.read_bytes()
     for i in range(0, len(whole), max(1, len(whole) // 400)):
         file.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
-        assert artifact._changed(folder, manifest) == [name]
+        assert changed_files(folder, manifest) == [name]
     for spoilt in (whole[:-1], whole + b"\0", b""):
         file.write_bytes(spoilt)
-        assert artifact._changed(folder, manifest) == [name]
+        assert changed_files(folder, manifest) == [name]
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.safetensors", "manifest.json"])
@@ -278,7 +279,7 @@ def test_predict_needs_only_the_artifact(shipped, tmp_path, cells):
     done = subprocess.run(command, capture_output=True, text=True, cwd=moved.parent)
     assert done.returncode == 0, done.stderr
     predictions = json.loads(done.stdout)["predictions"]
-    network = artifact._network(folder, read_manifest(folder), model)[0]
+    network = proof._network(folder, read_manifest(folder), model)[0]
     p = Preprocessing.from_json(read_manifest(folder)["preprocessing"])
     with torch.no_grad():
         shares = network(torch.stack([preprocess(cells.pictures[i], p) for i in range(12)])).softmax(1)
@@ -352,13 +353,13 @@ def test_an_export_that_fails_leaves_the_old_artifact(shipped, tmp_path, monkeyp
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifact, "save_file", full)
+    monkeypatch.setattr(write, "save_file", full)
     manifest = read_manifest(folder)
     from downres.records import Result
 
     with pytest.raises(OSError):
         result = Result.from_json(manifest["result"])
-        artifact.export(
+        write.export(
             copied, model.module, preprocessing=model.preprocessing, result=result, recovery=result.recovery,
             original=Result.from_json(manifest["original"]), classes=("a", "b"), source={},
         )  # fmt: skip

@@ -178,18 +178,16 @@ def test_a_regseg_by_name_from_its_weights_to_a_proof(cli, scenes, tmp_path):
     spec = "regseg:exp48_decoder26,width=0.25,depth=0.25"
     torch.manual_seed(0)
     save_file(load_model(f"{spec},num_classes=4", pretrained=False).module.state_dict(), tmp_path / "own.safetensors")
+    weights = ["--weights", tmp_path / "own.safetensors", "--data", scenes]
     done = cli(
-        "search", spec, "--weights", tmp_path / "own.safetensors", "--data", scenes, "--out", tmp_path / "run", "--native-resolution",
-        "64x96", "--resolution", "48x64", "--stem-scale", "none", "--runtime", "torch", "--max-drop", "90", "--rungs", "none",
-        "--threads", "1", "--json",
+        "search", spec, *weights, "--out", tmp_path / "run", "--native-resolution", "64x96", "--resolution", "48x64",
+        "--stem-scale", "none", "--runtime", "torch", "--max-drop", "90", "--rungs", "none", "--threads", "1", "--json",
     )  # fmt: skip
     assert done.json["artifact"] and "own.safetensors" in done.json["settings"]["weights"]
     found = cli("check", tmp_path / "run" / "best", "--threads", "1", "--json").json
     assert [f["ok"] for f in found["findings"]] == [True] * 4
-    refused(
-        cli("curve", "regseg:exp48_decoder26,width=0.5,depth=0.25", "--weights", tmp_path / "own.safetensors", "--data", scenes,
-            "--resolution", "48"), "another RegSeg", "width=0.25",
-    )  # fmt: skip
+    other = cli("curve", "regseg:exp48_decoder26,width=0.5,depth=0.25", *weights, "--resolution", "48")
+    refused(other, "another RegSeg", "give regseg:exp48_decoder26,width=0.25,depth=0.25")
 
 
 # --- notes ---

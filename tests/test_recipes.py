@@ -223,7 +223,7 @@ def test_interrupted_training_ends_with_the_same_weights(
 def test_killed_command_goes_on(regseg: ModuleType, street: Path, tmp_path: Path) -> None:
     """The command itself, ended by SIGKILL."""
     out = tmp_path / "run"
-    command = [sys.executable, regseg.__file__, *asked(street, out, "--epochs", "12")]
+    command = [sys.executable, regseg.__file__, *asked(street, out, "--epochs", "8")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
@@ -233,8 +233,8 @@ def test_killed_command_goes_on(regseg: ModuleType, street: Path, tmp_path: Path
         process.kill()
         process.wait()
     epochs = torch.load(out / "checkpoint.pth", weights_only=True)["epoch"]
-    assert 1 <= epochs < 12
-    again, whole = (trained(regseg, street, folder, "--epochs", "12") for folder in (out, tmp_path / "whole"))
+    assert 1 <= epochs < 8
+    again, whole = (trained(regseg, street, folder, "--epochs", "8") for folder in (out, tmp_path / "whole"))
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
@@ -252,7 +252,11 @@ def test_other_options_for_the_same_run_are_refused(
     trained(regseg, street, out)
     with pytest.raises(DownresError, match=r"\(lr 0.05, not 0.1; seed 0, not 1\)"):  # also where it has finished
         trained(regseg, street, out, "--lr", "0.1", "--seed", "1")
-    next((street / "train").iterdir()).unlink()
+    gone = next((street / "train").iterdir())
+    gone.write_bytes(b"no picture")
+    with pytest.raises(DownresError, match=rf"The image train/{gone.name} cannot be read \(not an image\): replace it"):
+        trained(regseg, street, tmp_path / "other")
+    gone.unlink()
     with pytest.raises(DownresError, match=r"\(images 12, not 11\)"):
         trained(regseg, street, out)
     with pytest.raises(DownresError, match="A batch of 16 needs as many images, there are 11: lower --batch-size"):

@@ -6,7 +6,7 @@ from torch import nn
 
 from downres.data import Fold, cross_folds
 from downres.records import OUTSIDE, WITHIN, Budget, Candidate, Preprocessing
-from downres.recover.features import State
+from downres.recover.bank import State
 from downres.recover.head import Head
 from downres.recover.ladder import GLANCE, TUNING_IMAGES, climb, make_reference, split_tuning
 

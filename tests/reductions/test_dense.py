@@ -79,7 +79,6 @@ def torchvision(build, **how):
 NETWORKS = {
     "RegSeg": lambda: regseg("exp48_decoder26", CLASSES, width=0.25, depth=0.5),
     "LR-ASPP": lambda: torchvision(segmentation.lraspp_mobilenet_v3_large),
-    "DeepLabV3, auxiliary": lambda: torchvision(segmentation.deeplabv3_mobilenet_v3_large, aux_loss=True),
     "SegFormer": segformer,
     "UperNet": upernet,
     "smp DeepLabV3+": lambda: smp.DeepLabV3Plus("mobilenet_v2", encoder_weights=None, classes=CLASSES),
@@ -110,6 +109,11 @@ def shape(x):
     return tuple(x.shape) if isinstance(x, torch.Tensor) else x
 
 
+def near(found, expected):
+    """Rounding apart: kernels differ with the number of channels."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def sizes_of(model):
     unit = 32 if isinstance(model, smp.base.SegmentationModel) else 1  # the library refuses others itself
     return [size for size in SIZES if size[0] % unit == size[1] % unit == 0]
@@ -120,7 +124,7 @@ def sizes_of(model):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize("classes", [1, 2, 19, 150])
+@pytest.mark.parametrize("classes", [1, 2, 3, 19, 150])
 def test_class_map_is_the_argmax_of_the_upsampled_logits(interpolation, align_corners, classes):
     drawn = torch.Generator().manual_seed(classes)
     for size in ((48, 96), (37, 53), (12, 24), (13, 90)):
@@ -132,16 +136,21 @@ def test_class_map_is_the_argmax_of_the_upsampled_logits(interpolation, align_co
             expected = whole
             if whole.shape[-2:] != size:
                 expected = F.interpolate(whole, size=size, mode=interpolation, align_corners=align_corners)
-            assert torch.equal(upsample(logits, size, interpolation, align_corners).to(expected), expected)
+            plain = upsample(logits, size, interpolation, align_corners)
+            torch.testing.assert_close(plain.to(expected), expected, rtol=0, atol=3e-5)
             found = class_map(logits, size, interpolation, align_corners)
-            assert found.dtype == torch.uint8 and torch.equal(found.long(), expected.argmax(1))
+            assert found.dtype == torch.uint8 and torch.equal(found.long(), plain.argmax(1))
+            # F.interpolate on all classes at once may differ in the last bits, which matters between classes as close as that.
+            highest = expected.double().topk(min(2, classes), dim=1).values
+            clear = highest[:, 0] - highest[:, -1] > 1e-4 if classes > 1 else torch.ones_like(found, dtype=torch.bool)
+            assert torch.equal(found[clear].long(), expected.argmax(1)[clear])
 
 
 def test_more_classes_than_a_byte_holds():
-    logits = torch.randn(1, 300, 4, 4)
+    logits = torch.arange(300.0).view(1, 300, 1, 1) + torch.randn(1, 300, 4, 4)
     found = class_map(logits, (9, 7))
     assert found.dtype == torch.int16
-    assert torch.equal(found.long(), F.interpolate(logits, size=(9, 7), mode="bilinear").argmax(1))
+    assert torch.equal(found.long(), upsample(logits, (9, 7)).argmax(1)) and found.max() > 255
 
 
 def test_equal_logits_are_the_first_class():
@@ -152,7 +161,7 @@ def test_equal_logits_are_the_first_class():
 def test_half_precision_keeps_close_classes_apart():
     """1000 and 1000.5 are neighbours in half precision: between them there is nothing that interpolation could give."""
     logits = torch.tensor([[1000.0, 1000.0], [1000.5, 999.5]]).view(1, 2, 1, 2).half()
-    expected = F.interpolate(logits.float(), size=(1, 64), mode="bilinear").argmax(1)
+    expected = F.interpolate(logits.double(), size=(1, 64), mode="bilinear").argmax(1)
     assert torch.equal(class_map(logits, (1, 64)).long(), expected) and upsample(logits, (1, 64)).dtype == torch.float32
 
 
@@ -208,7 +217,7 @@ def test_equal_to_doing_it_by_hand(network, interpolation):
         wanted = logits_of(run(network, x)).shape[-2:]
         logits = logits_of(run(network, F.interpolate(x, size=(64, 96), mode="bilinear", antialias=True)))
         by_hand = F.interpolate(logits, size=wanted, mode=interpolation, align_corners=aligned)
-        assert torch.equal(logits_of(run(small, x)), by_hand)
+        near(logits_of(run(small, x)), by_hand)
 
 
 def test_auxiliary_logits_follow_and_features_do_not():
@@ -217,9 +226,19 @@ def test_auxiliary_logits_follow_and_features_do_not():
     x = picture((97, 131))
     found = run(reduce(net, resolution=(48, 64)), x)
     by_hand = run(net, F.interpolate(x, size=(48, 64), mode="bilinear", antialias=True))
-    assert torch.equal(found["logits"], F.interpolate(by_hand["logits"], size=(97, 131), mode="bilinear"))
-    assert torch.equal(found["aux"][0], F.interpolate(by_hand["aux"][0], size=(25, 33), mode="bilinear"))  # stride 4
+    near(found["logits"], F.interpolate(by_hand["logits"], size=(97, 131), mode="bilinear"))
+    near(found["aux"][0], F.interpolate(by_hand["aux"][0], size=(25, 33), mode="bilinear"))  # stride 4
     assert torch.equal(found["features"], by_hand["features"]) and found["loss"] is None
+
+
+def test_auxiliary_logits_of_torchvision():
+    torch.manual_seed(0)
+    net, x = torchvision(segmentation.deeplabv3_mobilenet_v3_large, aux_loss=True).eval(), picture((97, 131))
+    found = run(reduce(net, resolution=(48, 64)), x)
+    by_hand = run(net, F.interpolate(x, size=(48, 64), mode="bilinear", antialias=True))
+    assert type(found) is type(by_hand) and list(found) == ["out", "aux"]
+    for key, logits in found.items():
+        near(logits, F.interpolate(by_hand[key], size=(97, 131), mode="bilinear"))
 
 
 def test_hidden_states_are_no_logits():
@@ -276,7 +295,7 @@ def test_align_corners_as_the_network_does_it(inside, given):
     small = reduce(net, resolution=(36, 52), align_corners=given)
     aligned = inside if given is None else given
     logits = run(net, F.interpolate(x, size=(36, 52), mode="bilinear", antialias=True))
-    assert torch.equal(run(small, x), F.interpolate(logits, size=(72, 100), mode="bilinear", align_corners=aligned))
+    near(run(small, x), F.interpolate(logits, size=(72, 100), mode="bilinear", align_corners=aligned))
     assert str(small.downres.changes[-1]).endswith(f"align_corners={aligned}")
 
 
@@ -288,13 +307,13 @@ def test_output_size():
     inside = run(net, F.interpolate(x, size=(48, 80), mode="bilinear", antialias=True)).logits
     for asked, size in (("input", (96, 160)), ((90, 150), (90, 150)), ((12, 20), (12, 20))):
         found = run(reduce(net, resolution=(48, 80), output_size=asked), x).logits
-        assert torch.equal(found, F.interpolate(inside, size=size, mode="bilinear"))
+        near(found, F.interpolate(inside, size=size, mode="bilinear"))
     with pytest.raises(DownresError, match="10x20 is below the 12x20 that the network gives: name the labels' own size"):
         run(reduce(net, resolution=(48, 80), output_size=(10, 20)), x)
     # Nothing but the answer changes, and that is a change.
     with warnings.catch_warnings(action="error"):
         full = reduce(net, output_size="input")
-    assert torch.equal(run(full, x).logits, F.interpolate(run(net, x).logits, size=(96, 160), mode="bilinear"))
+    near(run(full, x).logits, F.interpolate(run(net, x).logits, size=(96, 160), mode="bilinear"))
 
 
 @pytest.mark.parametrize(
@@ -354,8 +373,8 @@ def test_segmenter(network):
     expected = F.interpolate(logits, size=(120, 200), mode="bicubic", align_corners=aligned)
     whole = Segmenter(network, Dense((120, 200), "logits", "bicubic", aligned)).eval()
     classes = Segmenter(network, Dense((120, 200), "classes", "bicubic", aligned)).eval()
-    assert torch.equal(run(whole, x), expected)
-    assert torch.equal(run(classes, x).long(), expected.argmax(1))
+    near(run(whole, x), expected)
+    assert torch.equal(run(classes, x).long(), run(whole, x).argmax(1))
 
 
 def test_segmenter_of_what_cannot_be():
@@ -394,7 +413,7 @@ def test_memory_with_and_without_all_logits():
     assert 19 * plane == 159_383_552
     whole, classes = (Segmenter(net, Dense(size, output)).eval() for output in ("logits", "classes"))
     plain = measure_cost(whole, (3, 128, 256)).peak_activation_bytes
-    assert plain == 19 * plane + 19 * 4 * 128 * 256 + 0 * x.nbytes  # the small logits are there until all are upsampled
+    assert plain == 19 * plane + 19 * 4 * 128 * 256  # the small logits are there until all are upsampled
     assert live_bytes(whole, x) == pytest.approx(plain, rel=0.01)
     frugal = measure_cost(classes, (3, 128, 256)).peak_activation_bytes
     assert live_bytes(classes, x) == pytest.approx(frugal, rel=0.05)

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from downres import Budget, Preprocessing, artifact, curve, load_model, load_run, search
+from downres import Budget, Preprocessing, curve, load_model, load_run, search
+from downres.artifact import write
 from downres.errors import DownresError
 from downres.measure.quality import compare_all, count_correct
 from downres.records import OUTSIDE, WITHIN, Candidate
-from downres.recover import features as features_module
-from downres.recover.features import FeatureBank, State
+from downres.recover import bank as bank_module
+from downres.recover.bank import State
+from downres.recover.features import FeatureBank
 from downres.runtimes.onnxruntime import OnnxRuntime
 from downres.runtimes.torch import TorchRuntime
 from downres.search.store import Store
@@ -56,7 +58,7 @@ class Counter:
 
     def __init__(self, monkeypatch):
         self.images = self.exports = self.forwards = 0
-        features, export, ship = FeatureBank.features, features_module.export_onnx, artifact.export_onnx
+        features, export, ship = FeatureBank.features, bank_module.export_onnx, write.export_onnx
 
         def counted_features(bank, state, indices, **options):
             before = bank.passes
@@ -73,8 +75,8 @@ class Counter:
             return call
 
         monkeypatch.setattr(FeatureBank, "features", counted_features)
-        monkeypatch.setattr(features_module, "export_onnx", counted(export))
-        monkeypatch.setattr(artifact, "export_onnx", counted(ship))
+        monkeypatch.setattr(bank_module, "export_onnx", counted(export))
+        monkeypatch.setattr(write, "export_onnx", counted(ship))
         for runtime in (OnnxRuntime, TorchRuntime):
             monkeypatch.setattr(runtime, "__call__", self._forward(runtime.__call__))
 
@@ -352,7 +354,7 @@ def test_interrupted_while_shipping(tiny, cells, tmp_path, uninterrupted, where)
 
 
 def test_interrupted_during_an_export_leaves_no_half_file(tiny, cells, tmp_path, monkeypatch):
-    export = features_module.export_onnx
+    export = bank_module.export_onnx
     calls = []
 
     def cut(model, size, path, names=("logits",)):
@@ -363,7 +365,7 @@ def test_interrupted_during_an_export_leaves_no_half_file(tiny, cells, tmp_path,
         return export(model, size, path, names)
 
     options = {"runtime": "onnxruntime", "resolutions": [16], "stem_scales": (), "rungs": ("head",)}
-    monkeypatch.setattr(features_module, "export_onnx", cut)
+    monkeypatch.setattr(bank_module, "export_onnx", cut)
     with pytest.raises(KeyboardInterrupt):
         run_search(tiny, cells.dataset(), tmp_path / "r", **options)
     run = run_search(tiny, cells.dataset(), tmp_path / "r", **options)

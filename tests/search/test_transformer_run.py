@@ -150,7 +150,7 @@ def test_positions_are_resampled_once_from_the_original(vit_file, cells):
     """An original at 40 px of a network built for 48: a candidate at 24 px goes 6×6 → 3×3, not by way of 5×5."""
     from timm.layers import resample_abs_pos_embed
 
-    from downres.recover.features import State
+    from downres.recover.bank import State
     from downres.search.task import prepare_model
 
     model = with_preprocessing(load_model(vit_file), resolution=40)

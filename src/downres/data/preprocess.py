@@ -64,6 +64,9 @@ def shown_size(image_size: tuple[int, int], p: Preprocessing) -> tuple[int, int]
 def _whole(pixels: torch.Tensor, p: Preprocessing) -> torch.Tensor:
     """Nothing cut off: stretched to hw, or inside it and the rest filled."""
     height, width = shown_size((pixels.shape[1], pixels.shape[2]), p)
+    if height < pixels.shape[1] and width > pixels.shape[2]:
+        # Less work, and PIL's order of the passes, between which bicubic overshoot is cut off.
+        pixels = v2.resize(pixels, [height, pixels.shape[2]], _FILTERS[p.interpolation], antialias=True)
     resized = v2.resize(pixels, [height, width], _FILTERS[p.interpolation], antialias=True)
     if (height, width) == p.hw:
         return resized

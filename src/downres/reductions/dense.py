@@ -22,7 +22,11 @@ def upsample(logits: Tensor, size: Size, interpolation: str = "bilinear", align_
         return logits
     if logits.dtype in (torch.float16, torch.bfloat16):  # classes that are close would become equal
         logits = logits.float()
-    return F.interpolate(logits, size=size, mode=interpolation, align_corners=align_corners)
+    # Every class on a plane of its own: torch's kernels differ in the last bit with the number of channels and the memory
+    # format, and `class_map` must find the very same numbers.
+    batch, classes, *have = logits.shape
+    planes = logits.reshape(batch * classes, 1, *have)
+    return F.interpolate(planes, size=size, mode=interpolation, align_corners=align_corners).view(batch, classes, *size)
 
 
 def class_map(logits: Tensor, size: Size, interpolation: str = "bilinear", align_corners: bool = False) -> Tensor:

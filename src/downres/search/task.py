@@ -172,7 +172,7 @@ def prepare_model(
                 "A head is fitted for classes of whole images, this network answers for every pixel: leave --fit-head out."
             )
         return _segmentation(model, answer, data, label_size, output, upsampling)
-    if label_size is not None or _has_masks(data):
+    if label_size is not None or isinstance(data, (MaskDataset, MaskFolder)) or _has_masks(data):
         raise DownresError(
             "Masks and a label size are for segmentation networks, this one returns one row of logits an image: "
             "give class folders, or another network."
@@ -197,10 +197,10 @@ def prepare_model(
     return Subject(model, head, width, outputs, fit_head)
 
 
-def _has_masks(data: Data) -> bool:
-    """Also of a folder, in which images and masks would pass for two classes of images."""
-    if isinstance(data, (Dataset, MaskDataset, MaskFolder)):
-        return not isinstance(data, Dataset)
+def _has_masks(data: Dataset | str | Path) -> bool:
+    """Whether it is a folder of images and masks, which would pass for two classes of images."""
+    if isinstance(data, Dataset):
+        return False
     try:
         return bool(locate(Path(data).expanduser(), None))
     except DownresError:

@@ -27,7 +27,7 @@ from ..recover.masks import classes_at
 from ..reduction import made_for, reduce
 from ..runtimes.onnxruntime import OnnxRuntime, export_onnx
 from ..runtimes.torch import TorchRuntime
-from .export import answering
+from .write import answering
 from .manifest import changed_files, read_manifest
 
 PARITY_IMAGES = 32
