@@ -163,6 +163,12 @@ def test_masks_that_moved_and_masks_that_changed(run, scenes, shapes, folder, se
         check(folder, data=other, threads=1)
 
 
+def test_a_file_of_classes_that_is_gone(folder, segmenter):
+    """Its names are in the manifest."""
+    rewritten(folder, lambda m: m["source"]["data"].update(classes_file="/nowhere/classes.txt"))
+    assert found(check(folder, model=segmenter("rough"), threads=1)) == ALL
+
+
 def test_masks_that_are_gone(run, folder):
     rewritten(folder, lambda m: m["source"]["data"].update(path="/nowhere/at/all"))
     findings = check(folder, threads=1)

@@ -15,7 +15,19 @@ if TYPE_CHECKING:
     from .measure.latency import measure_latency
     from .models.regseg import regseg
     from .records import (
-        Budget, Candidate, Change, Cost, Dense, Drop, Latency, Merge, Preprocessing, Quality, Recovery, Result, Rung,
+        Budget,
+        Candidate,
+        Change,
+        Cost,
+        Dense,
+        Drop,
+        Latency,
+        Merge,
+        Preprocessing,
+        Quality,
+        Recovery,
+        Result,
+        Rung,
         SegmentationQuality,
     )  # fmt: skip
     from .reduction import Reduction, reduce, token_map
@@ -30,8 +42,8 @@ __all__ = [
     "load_model", "with_preprocessing", "Model", "open_folder", "from_arrays", "Dataset", "Images", "Fold",
     "find_masks", "open_masks", "MaskFolder", "MaskDataset", "Segmenter", "regseg",
     # records
-    "Candidate", "Merge", "Budget", "Cost", "Latency", "Quality", "SegmentationQuality", "Dense", "Drop", "Preprocessing", "Recovery", "Rung", "Result", "Run",
-    "Change", "Reduction", "Finding", "Prediction", "MaskPrediction", "load_run", "CONVENTION", "DownresError",
+    "Candidate", "Merge", "Budget", "Cost", "Latency", "Quality", "SegmentationQuality", "Dense", "Drop", "Preprocessing",
+    "Recovery", "Rung", "Result", "Run", "Change", "Reduction", "Finding", "Prediction", "MaskPrediction", "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
 
 # Importing torch, timm and the runtimes takes seconds; a name is imported when it is first used, so that

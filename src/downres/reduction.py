@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import DownresError
 from .families.adapter import Adapter, Size, find_adapter, library_transformers, said
+from .models.regseg import RegSeg
 from .parse import Resolution, format_resolution
 from .probe import Answer, fake_run, find_answer, find_stem, input_size_of, total_stride
 from .records import MERGE, PRUNE, Candidate, Change, Merge, Record
@@ -197,6 +198,18 @@ class _Work:
         """Depth and width: another network."""
         c = self.candidate
         if c.depth is None and c.width == 1.0:
+            return
+        if isinstance(self.small, RegSeg):
+            if c.depth is not None:
+                raise DownresError(
+                    "The depth of a RegSeg is a factor on its blocks and no number of them: name it in the model, "
+                    "regseg:exp48_decoder26,depth=0.5."
+                )
+            design = self.small.design.scaled(c.width)
+            self.small = RegSeg(self.small.num_classes, design).train(self.small.training)
+            self.note(
+                "model scaling", "", f"channels ×{c.width:g}, {design.group_width} a group; weights drawn anew, to be trained"
+            )
             return
         adapter = self.need_adapter("Scaling depth and width")
         self.small = _replaced(self.small, adapter.name, adapter.scale(c.depth, c.width))

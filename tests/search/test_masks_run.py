@@ -23,6 +23,7 @@ from downres.recover.masks import MaskBank, split_tuning
 from downres.reductions.dense import Segmenter
 from downres.runtimes.torch import TorchRuntime
 from downres.search.store import Store
+from downres.search.task import prepare_model
 
 SMALLER = [(36, 48), (24, 32)]
 OPTIONS = {"max_drop": 15.0, "resolutions": SMALLER, "stem_scales": (), "runtime": "torch", "threads": 1}
@@ -153,6 +154,7 @@ def test_what_the_network_returns_does_not_matter(seen, segmenter, shapes, scene
     for hw, found in (((48, 64), quarter.original), ((36, 48), quarter.results[0])):
         assert found.quality.miou == pytest.approx(by_hand(shapes, shapes.quarter().eval(), scenes / "val", hw), abs=RESIZES)
     assert quarter.original.quality.miou == pytest.approx(seen.original.quality.miou, abs=1e-4)  # the same upsampling
+    assert prepare_model(segmenter("dictionary"), scenes).dense == Dense((48, 64), align_corners=True)
     aligned = curve(segmenter("dictionary"), scenes, [(36, 48)], threads=1)
     for hw, found in (((48, 64), aligned.original), ((36, 48), aligned.results[0])):
         wanted = by_hand(shapes, shapes.dictionary().eval(), scenes / "val", hw, align=True)

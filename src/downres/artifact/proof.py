@@ -27,8 +27,8 @@ from ..recover.masks import classes_at
 from ..reduction import made_for, reduce
 from ..runtimes.onnxruntime import OnnxRuntime, export_onnx
 from ..runtimes.torch import TorchRuntime
-from .write import answering
 from .manifest import changed_files, read_manifest
+from .write import answering
 
 PARITY_IMAGES = 32
 TOLERANCE = 1e-3
@@ -275,7 +275,10 @@ def _dataset(
         if manifest["dense"] is None:
             dataset = open_data(where, outputs, **how)
         else:
-            dataset = open_masks(find_masks(where, classes=source["classes_file"]), outputs=outputs, **how)
+            classes = source["classes_file"]
+            if classes is not None and not Path(classes).is_file():
+                classes = manifest["classes"]  # enough for masks of indices; what comes out otherwise is refused below
+            dataset = open_masks(find_masks(where, classes=classes), outputs=outputs, **how)
     if dataset.fingerprint() != source["sha256"]:
         raise DownresError(
             "The images are not those that the quality was measured on (names, pixels, labels or split differ): "

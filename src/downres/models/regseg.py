@@ -52,14 +52,14 @@ class Design:
             unit = group_width * groups
             return max(unit, round(count * width / unit) * unit)
 
-        stages = [grouped(count) for count in self.channels[:2]] + [grouped(count, 2) for count in self.channels[2:]]
+        c4, c8, c16, last = self.channels
         kinds = list(dict.fromkeys(self.dilations))
         return replace(
             self,
             stem=max(1, round(self.stem * width)),
-            channels=tuple(stages),
+            channels=(grouped(c4), grouped(c8), grouped(c16, 2), grouped(last, 2)),
             group_width=group_width,
-            blocks=tuple(max(1, round(n * depth)) for n in self.blocks),
+            blocks=(max(1, round(self.blocks[0] * depth)), max(1, round(self.blocks[1] * depth))),
             dilations=tuple(d for d in kinds for _ in range(max(1, round(self.dilations.count(d) * depth)))),
             heads=(max(1, round(self.heads[0] * width)), max(1, round(self.heads[1] * width))),
             mixed=max(1, round(self.mixed * width)),

@@ -178,10 +178,10 @@ def _made_of_masks(run: Run, proof: str, many: str) -> dict[str, str]:
         "Drop": "mIoU of the original minus mIoU of the candidate, in points; one-sided bound by paired bootstrap over images "
         f"at {confidence:g} % confidence.{many} Neighbouring frames of one drive are worth fewer than their number.",
         "Lowered only": "The original's own weights on smaller pictures: what happens without recovery.",
-        "Full size": f"The {handed} at {size} px, upsampled {dense.interpolation}{corners}, is part of what is counted and timed.",
+        "Full size": f"The {handed} at {size} px, upsampled {dense.interpolation}{corners}, counts and is timed.",
         "Boundary": "Boundary IoU (Cheng et al. 2021): within 2 % of the diagonal from the edges of each class.",
-        "Objects": "Connected regions of one class in the masks, by their share of the image: small below 0.33 %, large from 3 % "
-        "on (COCO's limits on its usual picture); mean IoU over the objects.",
+        "Objects": "Connected regions of one class in the masks, by their share of the image: small below 0.33 %, large from "
+        "3 % on (COCO's limits on its usual picture); mean IoU over the objects.",
         "Latency": "Median of interleaved runs after warm-up, batch 1, random input; 10th to 90th percentile beside it. "
         "Decoding and resizing of the picture are not in it, the upsampling of the answer is.",
     }
