@@ -43,7 +43,8 @@ __all__ = [
     "find_masks", "open_masks", "MaskFolder", "MaskDataset", "Segmenter", "regseg",
     # records
     "Candidate", "Merge", "Budget", "Cost", "Latency", "Quality", "SegmentationQuality", "Dense", "Drop", "Preprocessing",
-    "Recovery", "Rung", "Result", "Run", "Change", "Reduction", "Finding", "Prediction", "MaskPrediction", "load_run", "CONVENTION", "DownresError",
+    "Recovery", "Rung", "Result", "Run", "Change", "Reduction", "Finding", "Prediction", "MaskPrediction", "load_run",
+    "CONVENTION", "DownresError",
 ]  # fmt: skip
 
 # Importing torch, timm and the runtimes takes seconds; a name is imported when it is first used, so that

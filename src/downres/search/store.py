@@ -138,6 +138,8 @@ def _refuse_other(folder: Path, stored: dict[str, Any], now: dict[str, Any], wha
     other = [k for k in now if now[k] != stored.get(k)]
     if other:
         k = other[0]
+        if isinstance(stored.get(k), dict) and isinstance(now[k], dict):  # name what differs in it, and not all of it
+            return _refuse_other(folder, stored[k], now[k], f"{what}{k} ")
         raise DownresError(
             f"{folder} holds a run with another {what}{k} ({_short(stored.get(k))}, now {_short(now[k])}): "
             "give another folder with --out, or delete that one."
