@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from regseg import load_run
-from scipy.stats import ttest_1samp, ttest_ind
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
 import downres
@@ -170,6 +170,7 @@ def main() -> None:
         ],
         "rows": rows(groups, costs_of(runs), found.classes),
         "latency": latencies(runs, given.runs / "latency.json", given.threads),
+        "between_seeds": dict(zip(("sd", "freedom"), between_seeds(groups), strict=True)),
         "comparisons": comparisons(groups),
         "classes_lost": classes_lost(groups, found.classes),
     }  # fmt: skip
@@ -293,13 +294,13 @@ def latencies(runs: list[Trained], kept: Path, threads: int) -> dict:
     if kept.exists():
         return json.loads(kept.read_text())
     runtimes, inputs, about = {}, {}, {}
-    before = os.getloadavg()
     for name, network, way, mode in timed(runs):
         size = (3, *way.hw)
         runtimes[name] = load_runtime(segmenter(network, way, mode), size, threads=threads)
         inputs[name] = random_batch((1, *size))
         about[name] = {"run": format_resolution(way.hw), "stem_scale": way.stem_scale, "output": mode}
         print(f"exported {name}", file=sys.stderr, flush=True)
+    before = os.getloadavg()
     times = interleaved(runtimes, inputs, runs=40)
     first = next(iter(times.values()))
     document = {
@@ -409,30 +410,47 @@ def scores(seeds: dict[int, Tallies]) -> list[float]:
 Seeds = dict[int, Tallies]
 
 
-def compared(claim: str, what: str, plus: Sequence[Seeds], minus: Sequence[Seeds], times: np.ndarray) -> dict:
-    """The sum of the mIoU of `plus` less that of `minus`, in points, with 95 % intervals over seeds and over frames.
+def between_seeds(groups: Groups) -> tuple[float, int]:
+    """Standard deviation of mIoU from training to training, and its degrees of freedom.
 
-    Over seeds: Student's t on the differences seed by seed; Welch's where two networks of different weights are compared.
-    Over frames: percentiles of the block bootstrap of the mean over seeds. holds: 'yes' where both are above zero.
+    Pooled over the networks at their own sizes: two or three seeds of one alone would hardly tell.
+    """
+    found = [scores(seeds) for group, seeds in groups.items() if group.way == Way(group.trained) and len(seeds) > 1]
+    freedom = sum(len(one) - 1 for one in found)
+    return float(np.sqrt(sum(np.var(one) * len(one) for one in found) / max(1, freedom))), freedom
+
+
+def compared(
+    claim: str, what: str, plus: Sequence[Seeds], minus: Sequence[Seeds], times: np.ndarray, between: tuple[float, int],
+    share: float = 1.0,
+) -> dict:  # fmt: skip
+    """The mIoU of `plus` less that of `minus`, summed and times `share`, in points, with 95 % intervals over seeds and frames.
+
+    Over seeds: Student's t, for the same weights run in two ways on the differences seed by seed, for different weights with
+    the standard deviation `between_seeds`. Over frames: percentiles of the block bootstrap of the mean over seeds.
+    holds: 'yes' where both intervals are above zero.
     """
     common = sorted(set.intersection(*(set(seeds) for seeds in (*plus, *minus))))
     plus, minus = ([{s: seeds[s] for s in common} for seeds in side] for side in (plus, minus))
-    a, b = (np.sum([scores(seeds) for seeds in side], axis=0) for side in (plus, minus))
+    a, b = (share * np.sum([scores(seeds) for seeds in side], axis=0) for side in (plus, minus))
+    difference = a - b
     spread = np.sum([resampled(seeds, times) for seeds in plus], axis=0) - np.sum([resampled(s, times) for s in minus], axis=0)
-    intervals = [np.percentile(spread, (2.5, 97.5))]
-    if len(common) > 1:
-        alone = len(plus) == 1 and not claim.endswith("same weights")
-        test = ttest_ind(a, b, equal_var=False) if alone else ttest_1samp(a - b, 0.0)
-        intervals.append(np.array(test.confidence_interval(0.95)))
-    holds = "not told apart"
-    if len(common) > 1 and all(low > 0 for low, _ in intervals):
+    intervals, n = [share * np.percentile(spread, (2.5, 97.5))], len(common)
+    if n > 1:
+        if claim.endswith("same weights"):
+            error, freedom = difference.std(ddof=1) / np.sqrt(n), n - 1
+        else:
+            error, freedom = share * between[0] * np.sqrt((len(plus) + len(minus)) / n), between[1]
+        intervals.append(difference.mean() + stdtrit(freedom, np.array([0.025, 0.975])) * error)
+    holds = "not told apart" if n > 1 else "one seed only"
+    if n > 1 and all(low > 0 for low, _ in intervals):
         holds = "yes"
-    elif len(common) > 1 and all(high < 0 for _, high in intervals):
+    elif n > 1 and all(high < 0 for _, high in intervals):
         holds = "no, the reverse"
     return {
         "claim": claim, "what": what, "seeds": common, "miou": [round(float(x.mean()), 2) for x in (a, b)],
-        "difference": round(float((a - b).mean()), 2), "by_seed": (a - b).round(2).tolist(),
-        "over_seeds": intervals[1].round(2).tolist() if len(common) > 1 else None,
+        "difference": round(float(difference.mean()), 2), "by_seed": difference.round(2).tolist(),
+        "over_seeds": intervals[1].round(2).tolist() if n > 1 else None,
         "over_frames": intervals[0].round(2).tolist(), "holds": holds,
     }  # fmt: skip
 
@@ -454,13 +472,28 @@ TOGETHER = "what narrow and small costs together, less than what each costs alon
 def comparisons(groups: Groups) -> list[dict]:
     """Everything that the text says, those of which the networks are there."""
     n = len(next(iter(next(iter(groups.values())).values())))
-    times, found = drawn(n), []
+    times, between, found = drawn(n), between_seeds(groups), []
 
     def add(claim: str, better: Group, other: Group) -> None:
         if better in groups and other in groups:
-            found.append(compared(claim, f"{said(better)}, minus {said(other)}", [groups[better]], [groups[other]], times))
+            found.append(
+                compared(claim, f"{said(better)}, minus {said(other)}", [groups[better]], [groups[other]], times, between)
+            )
+
+    def add_both(claim: str, what: str, pairs: Sequence[tuple[Group, Group]]) -> None:
+        """The mean of several pairs, of which no two share weights."""
+        if all(group in groups for pair in pairs for group in pair):
+            sides = ([groups[group] for group in side] for side in zip(*pairs, strict=True))
+            found.append(compared(claim, what, *sides, times, between, 1 / len(pairs)))
 
     full, two_thirds, half = TRAINED_FOR
+    widths = (WIDE, NARROW)
+    for size in TRAINED_FOR[1:]:
+        mean = f"mean of both widths, {format_resolution(size)}"
+        for claim, batchnorm in ((TRAINED_SMALL, False), (RECALIBRATED, True)):
+            add_both(claim, mean, [(own(w, size), Group(w, full, Way(size, batchnorm=batchnorm))) for w in widths])
+        add_both(SMALLER_TRAINING, f"{mean}, minus 360x480", [(own(w, size), own(w, full)) for w in widths])
+    add_both(NARROWER, "mean of three sizes", [(own(WIDE, size), own(NARROW, size)) for size in TRAINED_FOR])
     add(EQUAL_MACS, own(WIDE, half), own(NARROW, full))
     for network in (WIDE, NARROW):
         for size in (two_thirds, half):
@@ -475,12 +508,12 @@ def comparisons(groups: Groups) -> list[dict]:
         each, both = (own(NARROW, full), own(WIDE, size)), (own(WIDE, full), own(NARROW, size))
         if all(group in groups for group in (*each, *both)):
             what = f"half width and {format_resolution(size)}"
-            found.append(compared(TOGETHER, what, [groups[g] for g in both], [groups[g] for g in each], times))
+            found.append(compared(TOGETHER, what, [groups[g] for g in both], [groups[g] for g in each], times, between))
     kinds = dict.fromkeys((g.network, g.trained) for g in groups)
     for network, trained in kinds:
         for hw in SIZES:
             at = Group(network, trained, Way(hw))
-            if hw != trained and abs(SIZES.index(hw) - SIZES.index(trained)) == 1:
+            if hw != trained and (abs(SIZES.index(hw) - SIZES.index(trained)) == 1 or hw in TRAINED_FOR):
                 add(LARGER_IS_BETTER if hw > trained else LOWER_IS_BETTER, at, own(network, trained))
             add(RECOVERS, replace(at, way=Way(hw, batchnorm=True)), at)
         for hw in SIZES:
@@ -493,7 +526,8 @@ def comparisons(groups: Groups) -> list[dict]:
             add(STEM, Group(network, trained, Way(hw)), stem)
             add(STEM, Group(network, trained, Way(hw, batchnorm=True)), replace(stem, way=replace(stem.way, batchnorm=True)))
             add(RECOVERS, replace(stem, way=replace(stem.way, batchnorm=True)), stem)
-    return found
+    claims = list(dict.fromkeys(one["claim"] for one in found))
+    return sorted(found, key=lambda one: claims.index(one["claim"]))
 
 
 def own(network: str, size: tuple[int, int]) -> Group:

@@ -119,6 +119,7 @@ def save_png(figure: go.Figure, file: Path) -> None:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium") or shutil.which("google-chrome"))
         page = browser.new_page(viewport={"width": figure.layout.width, "height": figure.layout.height}, device_scale_factor=2)
+        page.set_default_timeout(300_000)  # ms: a busy machine takes its time over plotly's megabytes
         page.set_content(figure.to_html(include_plotlyjs=True, config={"staticPlot": True}))
         page.locator(".js-plotly-plot").screenshot(path=file)
         browser.close()

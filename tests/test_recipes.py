@@ -540,25 +540,29 @@ def test_comparisons_against_arithmetic(camvid: ModuleType) -> None:
     good, poor = [[0, 1], [1, 1], [2, 1]], [[10, 12], [14, 12], [11, 13]]
     a, b = ({s: maps_with_errors(w) for s, w in enumerate(side)} for side in (good, poor))
     x, y = (np.array([exact(w) for w in side]) for side in (good, poor))
-    one = camvid.compared("anything", "a, minus b", [a], [b], times)
+    own = {camvid.own("one", (360, 480)): a, camvid.own("one", (180, 240)): b, camvid.own("two", (180, 240)): {0: a[0]}}
+    between = camvid.between_seeds(own)
+    pooled = np.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
+    assert between == (pytest.approx(pooled), 4)
+    one = camvid.compared("anything", "a, minus b", [a], [b], times, between)
     assert one["difference"] == pytest.approx((x - y).mean(), abs=0.006)
     assert one["by_seed"] == pytest.approx((x - y), abs=0.006)
-    va, vb = x.var(ddof=1) / 3, y.var(ddof=1) / 3
-    freedom = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 2)  # Welch and Satterthwaite
-    half = stdtrit(freedom, 0.975) * np.sqrt(va + vb)
+    half = stdtrit(4, 0.975) * pooled * np.sqrt(2 / 3)
     assert one["over_seeds"] == pytest.approx([(x - y).mean() - half, (x - y).mean() + half], abs=0.006)
     low, high = one["over_frames"]
     assert low <= one["difference"] <= high and 0 < high - low < 3
     assert one["holds"] == "yes"
-    assert camvid.compared("anything", "", [b], [a], times)["holds"] == "no, the reverse"
-    assert camvid.compared("anything", "", [a], [a], times)["holds"] == "not told apart"
-    paired = camvid.compared("one of same weights", "", [a], [b], times)["over_seeds"]
+    assert camvid.compared("anything", "", [b], [a], times, between)["holds"] == "no, the reverse"
+    assert camvid.compared("anything", "", [a], [a], times, between)["holds"] == "not told apart"
+    paired = camvid.compared("one of same weights", "", [a], [b], times, between)["over_seeds"]
     half = stdtrit(2, 0.975) * (x - y).std(ddof=1) / np.sqrt(3)
     assert paired == pytest.approx([(x - y).mean() - half, (x - y).mean() + half], abs=0.006)
-    alone = camvid.compared("anything", "", [{0: a[0]}], [b], times)
-    assert alone["seeds"] == [0] and alone["over_seeds"] is None and alone["holds"] == "not told apart"
-    both = camvid.compared("anything", "", [a, a], [b, a], times)
-    assert both["difference"] == one["difference"] and both["over_seeds"] == paired
+    alone = camvid.compared("anything", "", [{0: a[0]}], [b], times, between)
+    assert alone["seeds"] == [0] and alone["over_seeds"] is None and alone["holds"] == "one seed only"
+    four = camvid.compared("anything", "", [a, a], [b, a], times, between)
+    half = stdtrit(4, 0.975) * pooled * np.sqrt(4 / 3)
+    assert four["difference"] == one["difference"]
+    assert four["over_seeds"] == pytest.approx([(x - y).mean() - half, (x - y).mean() + half], abs=0.006)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .errors import DownresError
 from .families.adapter import Adapter, Size, find_adapter, library_transformers, said
 from .models.regseg import RegSeg
-from .parse import Resolution, format_resolution
+from .parse import Resolution, as_hw, format_resolution
 from .probe import Answer, fake_run, find_answer, find_stem, input_size_of, total_stride
 from .records import MERGE, PRUNE, Candidate, Change, Merge, Record
 from .reductions.dense import FullSizeLogits
@@ -422,7 +422,7 @@ class _Work:
         # Of the original: resampling behind the embedding changes what the reduced network gives.
         strides = (1.0, 1.0) if size == "input" else (own[0] / found.size[0], own[1] / found.size[1])
         aligned = found.align_corners if align_corners is None else align_corners
-        fixed = None if isinstance(size, str) else size
+        fixed = None if size is None or isinstance(size, str) else as_hw(size)
         full = FullSizeLogits(fixed, strides, interpolation, aligned, c.ragged != "error")
         self.small.register_forward_pre_hook(full.before, with_kwargs=True, prepend=True)
         self.small.register_forward_hook(full.after, with_kwargs=True)

@@ -202,16 +202,18 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
     fixed = None if found is None else found.image  # a network of fixed size takes no other, whatever the processor says
     processor = _processor(name)
     dense = type(model).__name__ in _SEGMENTATION
+    known = fixed or stated
+    stated = as_pair(stated or (512 if dense else 224))
     if processor is None:
-        size = fixed or as_pair(stated or (512 if dense else 224))
+        size = fixed or stated
         ratio, fit, how = (1.0, "stretch", "stretched") if dense else (0.875, "crop", "crop ratio 0.875")
         said = f"assumed: ImageNet's mean and std, {how}; {format_resolution(size)} px"
-        said += " by the configuration" if fixed or stated or not dense else ""
+        said += " by the configuration" if known or not dense else ""
         channels = getattr(config, "num_channels", 3)
         if channels != 3:
             return Preprocessing(size, ratio, mean=(0.5,) * channels, std=(0.5,) * channels, source=said, fit=fit)
         return Preprocessing(size, ratio, source=said, fit=fit)
-    size, crop_ratio, notes = (_whole if dense else _geometry)(processor, fixed or as_pair(stated or 224))
+    size, crop_ratio, notes = (_whole if dense else _geometry)(processor, fixed or stated)
     if fixed is not None and size != fixed:
         notes.append(f"size {format_resolution(size)} not followed: the network takes {format_resolution(fixed)}")
         size = fixed

@@ -40,7 +40,7 @@ def classes_at(answer: np.ndarray, size: tuple[int, int], dense: Dense, part: tu
     else:
         options = {} if same else {"mode": dense.interpolation, "align_corners": dense.align_corners}
         found = (cut if same else F.interpolate(cut[None], size=size, **options)[0]).argmax(0)  # type: ignore[arg-type]
-    return found.numpy().astype(np.uint8 if answer.ndim == 2 or len(answer) <= 256 else np.int16)
+    return found.numpy().astype(answer.dtype if answer.ndim == 2 else np.uint8 if len(answer) <= 256 else np.int16)
 
 
 class MaskBank(Bank):

@@ -1,6 +1,7 @@
 """Logits of a segmentation network at full size: pure tensor functions, and the hook that `reduce` installs."""
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -103,13 +104,14 @@ class FullSizeLogits:
         self._input = _image_size(args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        main = logits_of(output)
+        plain = type(output) in (dict, OrderedDict)  # torch.compile looks for no attributes in these
+        main = output["logits" if "logits" in output else "out"] if plain else logits_of(output)
         if self.ragged and main.ndim == 4:
             raise DownresError(
                 "An answer to every pixel needs an input that is neither cut nor padded: reduce to a resolution that "
                 "the network divides, with ragged='error'."
             )
-        if isinstance(getattr(output, "logits", None), Tensor) and not isinstance(output, tuple):
+        if not plain and not isinstance(output, tuple) and isinstance(getattr(output, "logits", None), Tensor):
             output.logits = self._full(main, main)  # transformers: other maps beside them are not logits
         elif isinstance(output, dict):  # of whatever class
             for name, value in output.items():

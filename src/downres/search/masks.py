@@ -71,15 +71,15 @@ def _merge(found: list[Recovery]) -> Recovery:
 def keep_scenes(store: Store, task: Task, candidates: list[Candidate], best: Candidate | None, bank: MaskBank) -> None:
     """A few proof images with the class maps of every candidate, so that a moved run can still show them.
 
-    First those that together show every class soonest, then the hardest: on which the chosen candidate (without one, the
-    smallest) loses most against the original, by the mIoU of the image alone.
+    First those that together show every class soonest, then the hardest: on which the chosen candidate (without one, that
+    nearest to a proof) loses most against the original, by the mIoU of the image alone.
     """
     data, crop = task.data, task.subject.model.preprocessing.crop_ratio
     all_of = [task.subject.native, *candidates]
     found = {c: Tallies.from_arrays(store.arrays(f"predictions/{State(c, crop).key()}")) for c in all_of}
     shown = best or all_of[-1]
     lost = image_miou(found[all_of[0]]) - image_miou(found[shown])
-    order = np.argsort(np.where(np.isnan(lost), -np.inf, -lost), kind="stable")
+    order = np.argsort(np.where(np.isnan(lost), np.inf, -lost), kind="stable")
     hardest = [int(i) for i in order[:HARDEST]] if shown != all_of[0] else []
     scenes: list[int] = []
     seen = np.zeros(task.subject.outputs, bool)

@@ -24,6 +24,7 @@ from ..recover.bank import Bank, State
 from ..recover.features import FeatureBank, logits
 from ..recover.ladder import RUNGS, Recovered, Reference, climb
 from ..recover.masks import MaskBank
+from ..report import words
 from ..runtimes import check_threads
 from .masks import MASK_RUNGS, keep_scenes, masks_measure
 from .photos import keep_photos
@@ -187,7 +188,8 @@ def _measure_all(
     if store.get("photos") is None:
         shown = [r.candidate for r in run.results if r.status == "measured"]
         if isinstance(bank, MaskBank):
-            keep_scenes(store, task, shown, None if run.best is None else run.best.candidate, bank)
+            told = run.best or words.nearest(run.results)  # the one that the page is about
+            keep_scenes(store, task, shown, None if told is None else told.candidate, bank)
         else:
             keep_photos(store, task, shown, bank)
         store.put("photos", True)

@@ -48,7 +48,8 @@ def ship(task: Task, store: Store, bank: FeatureBank | MaskBank, run: Run, rungs
         # After cross-fitting, BatchNorm statistics of all images where most folds wanted them.
         wanted = sum(state.calibration is not None for state in states) * 2 > len(states)
         state = dataclasses.replace(native, calibration=len(folds) if wanted else None) if crossed else states[0]
-        final = Recovered(state, None, best.recovery)
+        rung = "none" if state.calibration is None else "batchnorm"
+        final = Recovered(state, None, dataclasses.replace(best.recovery, rung=rung))
     elif crossed:
         reference = reference_of(task, bank, len(folds), task.everything(), rungs)
         final = climb(bank, best.candidate, reference, task.labels, task.subject.outputs, run.budget, rungs)

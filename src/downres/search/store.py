@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import DownresError
 
-FORMAT = 1
+FORMAT = 2
 """Of run.json and measurements.jsonl; a run of another format is refused."""
 
 
