@@ -457,6 +457,7 @@ def compared(
 
 WIDE, NARROW = "exp48_decoder26 ×1", "exp48_decoder26 ×0.5"
 EQUAL_MACS = "resolution instead of width, at equal MACs"
+EQUAL_TIME = "resolution instead of width, at equal latency"
 TRAINED_SMALL = "trained small, instead of trained large and run small"
 RECALIBRATED = "trained small, instead of trained large, run small and recalibrated"
 RECOVERS = "BatchNorm recalibrated where it runs, same weights"
@@ -494,7 +495,9 @@ def comparisons(groups: Groups) -> list[dict]:
             add_both(claim, mean, [(own(w, size), Group(w, full, Way(size, batchnorm=batchnorm))) for w in widths])
         add_both(SMALLER_TRAINING, f"{mean}, minus 360x480", [(own(w, size), own(w, full)) for w in widths])
     add_both(NARROWER, "mean of three sizes", [(own(WIDE, size), own(NARROW, size)) for size in TRAINED_FOR])
-    add(EQUAL_MACS, own(WIDE, half), own(NARROW, full))
+    for small, claim in ((half, EQUAL_MACS), (two_thirds, EQUAL_TIME)):
+        add(claim, own(WIDE, small), own(NARROW, full))
+        add(claim, Group(WIDE, full, Way(small)), own(NARROW, full))
     for network in (WIDE, NARROW):
         for size in (two_thirds, half):
             small = own(network, size)

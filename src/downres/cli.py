@@ -95,7 +95,9 @@ RaggedOption = Annotated[
 ]
 FitOption = Annotated[
     str | None,
-    typer.Option("--fit", help="Of a whole picture: crop, stretch or pad; default: crop, for segmentation networks stretch."),
+    typer.Option(
+        "--fit", help="Of a whole picture: crop, stretch or pad; default: as the model has it, never crop for segmentation."
+    ),
 ]
 ClassesOption = Annotated[
     Path | None,
@@ -105,7 +107,11 @@ ClassesOption = Annotated[
 ]
 LabelSizeOption = Annotated[
     str | None,
-    typer.Option("--label-size", metavar="HxW", help="Size of a segmentation network's answer; default: that of the masks."),
+    typer.Option(
+        "--label-size",
+        metavar="HxW",
+        help="Size of a segmentation network's answer; default: the masks', for cost the input's.",
+    ),
 ]
 OutputOption = Annotated[
     str,

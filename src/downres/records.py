@@ -416,6 +416,7 @@ class Preprocessing(Record):
     fit: 'crop' resizes the short side to floor(side / crop_ratio), antialiased, and crops the centre to `resolution`. For
     answers to every pixel nothing may be cut off: 'stretch' resizes the whole picture to `resolution`, 'pad' the whole picture
     with its aspect ratio to the largest size inside it, the rest, at the right and the bottom, being filled with `mean`.
+    any_size: `resolution` is only what is usual, nobody chose it: a segmentation network is then used at its labels' size.
     """
 
     resolution: Resolution
@@ -425,6 +426,7 @@ class Preprocessing(Record):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     source: str = "given"
     fit: str = "crop"
+    any_size: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "resolution", check_resolution(as_resolution(self.resolution)))  # type: ignore[arg-type]

@@ -99,6 +99,8 @@ def reduce(
     work.scale()
     work.geometry(resize_input)
     work.shorten(model)
+    if not resize_input and output_size is not None:
+        raise DownresError("Without the resize of its input a network gives logits of that size: leave output_size out.")
     if resize_input:
         work.answer(model, output_size, output_interpolation, align_corners)
     if not work.changes and resize_input:

@@ -124,10 +124,10 @@ def sizes_of(model):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize("classes", [1, 2, 3, 19, 150])
+@pytest.mark.parametrize("classes", [1, 3, 19, 150])
 def test_class_map_is_the_argmax_of_the_upsampled_logits(interpolation, align_corners, classes):
     drawn = torch.Generator().manual_seed(classes)
-    for size in ((48, 96), (37, 53), (12, 24), (13, 90)):
+    for size in ((48, 96), (37, 53), (12, 24), (13, 150)):
         random = torch.randn(2, classes, 12, 24, generator=drawn)
         tied = torch.randint(0, 3, (2, classes, 12, 24), generator=drawn).float()  # the first of equal ones wins
         nhwc = random.contiguous(memory_format=torch.channels_last)
@@ -350,7 +350,7 @@ def test_neither_cut_nor_padded():
 # --- graphs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["RegSeg", "LR-ASPP", "own, tuple"])
+@pytest.mark.parametrize("name", ["RegSeg", "LR-ASPP"])
 def test_compiled_and_exported(name):
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -375,6 +375,15 @@ def test_segmenter(network):
     classes = Segmenter(network, Dense((120, 200), "classes", "bicubic", aligned)).eval()
     near(run(whole, x), expected)
     assert torch.equal(run(classes, x).long(), run(whole, x).argmax(1))
+
+
+def test_segmenter_compiled():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    net, x = NETWORKS["LR-ASPP"]().eval(), picture((64, 96))
+    for output in ("logits", "classes"):
+        segmenter = Segmenter(net, Dense((100, 150), output)).eval()
+        assert torch.equal(run(torch.compile(segmenter, fullgraph=True, backend="eager"), x), run(segmenter, x))
 
 
 def test_segmenter_of_what_cannot_be():

@@ -108,9 +108,15 @@ def _parity(
         ours, theirs = runtime(image)[0][0], torch_side(image)[0][0]
         if dense is None or dense.output != CLASSES:
             worst, scale = max(worst, float(np.abs(ours - theirs).max())), max(scale, float(np.abs(theirs).max()))
+            if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+                return Finding("torch = onnxruntime", False, "NaN or infinite logits on real images")
             ours, theirs = ours.argmax(0), theirs.argmax(0)
         agree, total = agree + int((ours == theirs).sum()), total + ours.size
-    ok = worst <= TOLERANCE * max(scale, 1.0) and agree >= total * (1.0 if dense is None else PIXELS_ALIKE)
+    ok = (
+        bool(np.isfinite(worst))
+        and worst <= TOLERANCE * max(scale, 1.0)
+        and agree >= total * (1.0 if dense is None else PIXELS_ALIKE)
+    )
     detail = f"largest difference {worst:.2g} at logits up to {scale:.3g}, " if scale else ""
     if dense is None:
         detail += f"same class on {agree} of {total} real images"

@@ -69,7 +69,7 @@ def preprocessing(model: nn.Module) -> Preprocessing:
     else:
         _, height, width = input_size_of(model)
         source = f"assumed: ImageNet's mean and std, {format_resolution((height, width))} px, crop ratio 0.875"
-        found = Preprocessing((height, width), 0.875, "bilinear", source=source)
+        found = Preprocessing((height, width), 0.875, "bilinear", source=source, any_size=True)
     transformer = find_adapter(model)
     if transformer is None or transformer.image in (None, found.hw):
         return found

@@ -108,6 +108,8 @@ def with_preprocessing(
     if not given:
         return model
     source = f"{model.preprocessing.source}; {', '.join(given)} given"
+    if resolution is not None:
+        given["any_size"] = False
     return dataclasses.replace(model, preprocessing=dataclasses.replace(model.preprocessing, source=source, **given))  # type: ignore[arg-type]
 
 

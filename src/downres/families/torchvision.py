@@ -55,6 +55,7 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
             std=tuple(transform.std),
             source=f"torchvision weight transforms ({side} px are the short side there, the longer one here)",
             fit="pad",
+            any_size=True,
         )
     crop, resize = transform.crop_size[0], transform.resize_size[0]
     return Preprocessing(

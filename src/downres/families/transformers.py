@@ -211,8 +211,10 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
         said += " by the configuration" if known or not dense else ""
         channels = getattr(config, "num_channels", 3)
         if channels != 3:
-            return Preprocessing(size, ratio, mean=(0.5,) * channels, std=(0.5,) * channels, source=said, fit=fit)
-        return Preprocessing(size, ratio, source=said, fit=fit)
+            return Preprocessing(
+                size, ratio, mean=(0.5,) * channels, std=(0.5,) * channels, source=said, fit=fit, any_size=not known
+            )
+        return Preprocessing(size, ratio, source=said, fit=fit, any_size=not known)
     size, crop_ratio, notes = (_whole if dense else _geometry)(processor, fixed or stated)
     if fixed is not None and size != fixed:
         notes.append(f"size {format_resolution(size)} not followed: the network takes {format_resolution(fixed)}")

@@ -40,7 +40,7 @@ def classes_at(answer: np.ndarray, size: tuple[int, int], dense: Dense, part: tu
     else:
         options = {} if same else {"mode": dense.interpolation, "align_corners": dense.align_corners}
         found = (cut if same else F.interpolate(cut[None], size=size, **options)[0]).argmax(0)  # type: ignore[arg-type]
-    return found.numpy().astype(answer.dtype if answer.ndim == 2 else np.uint8 if len(answer) <= 256 else np.int16)
+    return found.numpy().astype(answer.dtype if answer.ndim == 2 else np.uint8 if len(answer) <= 255 else np.int16)
 
 
 class MaskBank(Bank):
@@ -88,7 +88,8 @@ class MaskBank(Bank):
                 (answers,) = runtime(np.asarray(batch))
                 for answer in answers:
                     i = int(indices[done])
-                    if answer.ndim == 3 and not np.isfinite(answer).all():
+                    nowhere = answer == np.iinfo(answer.dtype).max if answer.ndim == 2 else ~np.isfinite(answer)
+                    if nowhere.any():
                         raise DownresError(
                             f"The model returns NaN or infinite values at {state.candidate} on real images "
                             f"({self.images.names[i]}): check its weights and the preprocessing."

@@ -15,6 +15,7 @@ from ..records import CLASSES, Dense
 from .resize import on_image
 
 Size = tuple[int, int]
+_DICTS = (dict, OrderedDict)
 
 
 def upsample(logits: Tensor, size: Size, interpolation: str = "bilinear", align_corners: bool = False) -> Tensor:
@@ -34,16 +35,18 @@ def class_map(logits: Tensor, size: Size, interpolation: str = "bilinear", align
     """(B, K, h, w) → (B, *size), the argmax of the upsampled logits, without ever holding more than two of them.
 
     Goes class by class: each is upsampled on its own, which gives the very numbers of `upsample`, and compared with the
-    largest so far, of equal ones the first counting. uint8 for up to 256 classes, else int16.
+    largest so far, of equal ones the first counting. uint8 for up to 255 classes, else int16; where a logit is NaN the largest
+    value of that type.
     """
     classes = logits.shape[1]
     best = upsample(logits[:, :1], size, interpolation, align_corners)
-    index = torch.zeros_like(best, dtype=torch.uint8 if classes <= 256 else torch.int16)
+    index = torch.zeros_like(best, dtype=torch.uint8 if classes <= 255 else torch.int16)
     for k in range(1, classes):
         one = upsample(logits[:, k : k + 1], size, interpolation, align_corners)
         index = torch.where(one > best, torch.full((), k, dtype=index.dtype, device=index.device), index)
         best = torch.maximum(best, one)
-    return index[:, 0]
+    nowhere = torch.full((), torch.iinfo(index.dtype).max, dtype=index.dtype, device=index.device)
+    return torch.where(best.isnan(), nowhere, index)[:, 0]  # the maximum keeps a NaN
 
 
 def full_size(input_size: Size, strides: tuple[float, float]) -> Size:
@@ -67,7 +70,7 @@ class Segmenter(nn.Module):
         self.network, self.dense = network, dense
 
     def forward(self, x: Tensor) -> Tensor:
-        d, logits = self.dense, logits_of(self.network(x))
+        d, logits = self.dense, _answer(self.network(x))
         if logits.ndim != 4:
             raise DownresError(
                 f"A segmentation network returns logits (batch, classes, height, width), this one returns "
@@ -104,14 +107,13 @@ class FullSizeLogits:
         self._input = _image_size(args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        plain = type(output) in (dict, OrderedDict)  # torch.compile looks for no attributes in these
-        main = output["logits" if "logits" in output else "out"] if plain else logits_of(output)
+        main = _answer(output)
         if self.ragged and main.ndim == 4:
             raise DownresError(
                 "An answer to every pixel needs an input that is neither cut nor padded: reduce to a resolution that "
                 "the network divides, with ragged='error'."
             )
-        if not plain and not isinstance(output, tuple) and isinstance(getattr(output, "logits", None), Tensor):
+        if type(output) not in _DICTS and not isinstance(output, tuple) and hasattr(output, "logits"):
             output.logits = self._full(main, main)  # transformers: other maps beside them are not logits
         elif isinstance(output, dict):  # of whatever class
             for name, value in output.items():
@@ -130,6 +132,12 @@ class FullSizeLogits:
         if logits.shape[-2:] != main.shape[-2:]:
             size = full_size(size, (main.shape[-2] / logits.shape[-2], main.shape[-1] / logits.shape[-1]))
         return upsample(logits, size, self.interpolation, self.align_corners)
+
+
+def _answer(output: Any) -> Tensor:
+    """`logits_of`, without a look at attributes that dictionaries do not have: torch.compile refuses it."""
+    found = output.get("logits", output.get("out")) if type(output) in _DICTS else None
+    return logits_of(output) if found is None else found
 
 
 def _image_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Size:

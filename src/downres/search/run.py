@@ -112,9 +112,12 @@ def search(
         model, data, fit_head=fit_head, preprocessing=preprocessing, label_size=label_size, output=output, upsampling=upsampling
     )
     if subject.dense is not None:
-        rungs = tuple(rung for rung in rungs if rung in MASK_RUNGS)
+        wanted, rungs = rungs, tuple(rung for rung in rungs if rung in MASK_RUNGS)
+        no_rung = wanted and not rungs
     design = subject.design()
     planned, notes = plan(design, default_axes(design, axes), snap)
+    if subject.dense is not None and no_rung:
+        notes.append(f"of the recovery ladder a segmentation network has {', '.join(MASK_RUNGS)} alone: nothing is recovered")
     check_planned(planned, subject)
     if not planned:
         raise DownresError("There is no candidate to try: give resolutions below the original's with --resolution.")

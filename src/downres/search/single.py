@@ -14,6 +14,7 @@ from ..recover.features import FeatureBank, logits
 from ..recover.ladder import RUNGS, climb
 from ..recover.masks import MaskBank
 from .masks import MASK_RUNGS
+from .plan import like
 from .select import Evidence
 from .ship import final_network, reference_of
 from .task import Data, Progress, Task, check_planned, prepare, prepare_model
@@ -29,6 +30,7 @@ def evaluate(
     val_fraction: float = 0.5,
     runtime: str = "torch",
     threads: int | None = None,
+    batch_size: int | None = None,
     label_size: Resolution | None = None,
     upsampling: str = "bilinear",
     seed: int = 0,
@@ -39,8 +41,10 @@ def evaluate(
     """
     subject = prepare_model(model, data, preprocessing=preprocessing, label_size=label_size, upsampling=upsampling)
     task = prepare(subject, data, val_fraction=val_fraction, parts=("val",), seed=seed, progress=progress)
-    p = task.subject.model.preprocessing.at(resolution, crop_ratio)
-    bank = subject.bank(None, runtime=runtime, threads=threads, progress=progress)
+    p = task.subject.model.preprocessing
+    p = p.at(None if resolution is None else like(p.resolution, as_resolution(resolution)), crop_ratio)  # type: ignore[arg-type]
+    options = {} if batch_size is None else {"batch_size": batch_size}
+    bank = subject.bank(None, runtime=runtime, threads=threads, progress=progress, **options)
     task.fill(bank)
     return quality_of(task, bank, State(Candidate(p.resolution), p.crop_ratio))[1]
 
@@ -79,7 +83,7 @@ def recover(
         raise DownresError("Give recover either a candidate or a resolution: for example resolution=128.")
     subject = prepare_model(model, data, preprocessing=preprocessing)
     task = prepare(subject, data, val_fraction=val_fraction, seed=seed, progress=progress)
-    candidate = candidate or Candidate(as_resolution(resolution))  # type: ignore[arg-type]
+    candidate = candidate or Candidate(like(task.subject.native.resolution, as_resolution(resolution)))  # type: ignore[arg-type]
     if candidate.resolution is None:
         candidate = candidate.at(task.subject.native.resolution)
     check_planned([candidate], subject)

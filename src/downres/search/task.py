@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..families import Model, load_model
 from ..families.adapter import find_adapter
 from ..parse import Resolution, as_hw
 from ..probe import Answer, find_answer, total_stride
-from ..records import Candidate, Dense, Preprocessing
+from ..records import LOGITS, Candidate, Dense, Preprocessing
 from ..recover import masks
 from ..recover.bank import Bank, State
 from ..recover.features import FeatureBank
@@ -164,6 +165,7 @@ def prepare_model(
 
     Of the data only folders, and of masks their headers, are looked at: a wrong folder is said at once, not after the costs.
     """
+    Dense((1, 1), output, upsampling)  # for its errors
     model = as_model(model, preprocessing)
     answer = _answer(model)
     if answer.size is not None:
@@ -172,10 +174,11 @@ def prepare_model(
                 "A head is fitted for classes of whole images, this network answers for every pixel: leave --fit-head out."
             )
         return _segmentation(model, answer, data, label_size, output, upsampling)
-    if label_size is not None or isinstance(data, (MaskDataset, MaskFolder)) or _has_masks(data):
+    chosen = label_size is not None or output != LOGITS or upsampling != "bilinear"
+    if chosen or isinstance(data, (MaskDataset, MaskFolder)) or _has_masks(data):
         raise DownresError(
-            "Masks and a label size are for segmentation networks, this one returns one row of logits an image: "
-            "give class folders, or another network."
+            "Masks, a label size, another output or upsampling are for segmentation networks, this one returns one row of "
+            "logits an image: give class folders and none of these, or another network."
         )
     head, width, outputs = answer.head, answer.width, answer.outputs
     if fit_head:
@@ -205,6 +208,21 @@ def _has_masks(data: Dataset | str | Path) -> bool:
         return bool(locate(Path(data).expanduser(), None))
     except DownresError:
         return False
+
+
+def _at_label_size(model: Model, p: Preprocessing, size: tuple[int, int]) -> Preprocessing:
+    """For a network that nobody chose a resolution for: its labels' size, brought up to what it divides."""
+    for unit in (1, 8, 16, 32, 64):
+        hw = (math.ceil(size[0] / unit) * unit, math.ceil(size[1] / unit) * unit)
+        said = f"{p.source}; used at the labels' size" + (f", to multiples of {unit}" if hw != size else "")
+        # A few pixels more in one direction than in the other are no reason to leave a border empty.
+        found = dataclasses.replace(p, resolution=hw, fit="stretch", source=said, any_size=False)
+        try:
+            find_answer(model.module, (len(p.mean), *hw))
+        except DownresError:
+            continue
+        return found
+    return p
 
 
 def with_classes(data: Data, classes: str | Path | None) -> Data:
@@ -239,10 +257,8 @@ def _segmentation(
     if p.fit == "crop":
         source = re.sub(r", crop ratio [\d.]+", "", f"{p.source}; whole pictures, stretched")
         p = dataclasses.replace(p, fit="stretch", crop_ratio=1.0, source=source)
-    assumed = "assumed" in p.source and "resolution" not in p.source  # which is there where the user gave it
-    if assumed and known.label_size is not None and takes_any_size(model.module):
-        source = re.sub(r"\d+(x\d+)? px", "the labels' size", p.source)
-        p = dataclasses.replace(p, resolution=known.label_size, source=source)
+    if p.any_size and known.label_size is not None and takes_any_size(model.module):
+        p = _at_label_size(model, p, known.label_size)
     if p != model.preprocessing:
         model = dataclasses.replace(model, preprocessing=p)
         answer = _answer(model)
