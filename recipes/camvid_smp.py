@@ -6,7 +6,8 @@
     CAMVID_SMP_RUN=runs/smp downres search recipes/camvid_smp.py:trained --data ../shared/data/camvid
 
 Trained as RegSeg is (regseg.py), with a lower learning rate and for a third of the epochs, as the encoder is trained already.
-Expected time: a quarter of an hour on one core.
+Expected time: a quarter of an hour on one core. Expected result: 30 mIoU on the validation images, 33 where it is run at
+180×240: so few epochs show that the recipe takes the network, and not what it can do.
 """
 
 import os

@@ -14,8 +14,8 @@ one that was never interrupted. What is written: model.safetensors (the weights 
 training.json (every option, hours, device, versions).
 
 Expected time: 45 epochs of CamVid's 367 images at 360×480 take 25 minutes on one core of an AMD EPYC with bfloat16 (--bf16),
-at 180×240 seven. Expected result: 57 mIoU on its 101 validation images at 360×480, 51 at 180×240: see README.md, where
-poles and signs are not learnt yet. On Cityscapes 1000 epochs should give the paper's 78; that was not run here.
+at 180×240 seven. Expected result: about 56 mIoU on its 101 validation images at 360×480, 50 at 180×240 (README.md),
+with poles and signs not learnt yet. On Cityscapes 1000 epochs should give the paper's 78; that was not run here.
 """
 
 import argparse

@@ -100,7 +100,6 @@ def test_search_goes_on_and_prints_what_it_found(cli, model, scenes, run_folder)
         "48 × 64",
         "★",
         "proven within",
-        "BatchNorm",
         "stretch",
         "44 in train to fit on and 16 in val",
     ):

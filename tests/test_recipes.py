@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -541,9 +542,10 @@ def test_comparisons_against_arithmetic(camvid: ModuleType) -> None:
     a, b = ({s: maps_with_errors(w) for s, w in enumerate(side)} for side in (good, poor))
     x, y = (np.array([exact(w) for w in side]) for side in (good, poor))
     own = {camvid.own("one", (360, 480)): a, camvid.own("one", (180, 240)): b, camvid.own("two", (180, 240)): {0: a[0]}}
+    own |= {replace(group, interpolation="bicubic"): seeds for group, seeds in own.items()}  # the same weights, counted once
     between = camvid.between_seeds(own)
     pooled = np.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
-    assert between == (pytest.approx(pooled), 4)
+    assert between == (pytest.approx(pooled, abs=1e-4), 4)
     one = camvid.compared("anything", "a, minus b", [a], [b], times, between)
     assert one["difference"] == pytest.approx((x - y).mean(), abs=0.006)
     assert one["by_seed"] == pytest.approx((x - y), abs=0.006)
@@ -586,12 +588,19 @@ def test_recorded_segmentation_agrees_with_itself(streets: dict) -> None:
         intervals = [pair for pair in (one["over_frames"], one["over_seeds"]) if pair]
         assert one["difference"] == pytest.approx(np.mean(one["by_seed"]), abs=0.01)
         assert all(low <= one["difference"] <= high for low, high in intervals)
-        assert (one["holds"] == "yes") == (len(intervals) == 2 and min(low for low, _ in intervals) > 0)
+        lowest, highest = min(low for low, _ in intervals), max(high for _, high in intervals)
+        if one["holds"] == "yes":
+            assert len(intervals) == 2 and lowest >= 0  # above, before it was rounded
+        elif one["holds"] == "no, the reverse":
+            assert len(intervals) == 2 and highest <= 0
+        else:
+            assert one["holds"] == ("not told apart" if len(one["seeds"]) > 1 else "one seed only")
+            assert len(one["seeds"]) == 1 or lowest <= 0 <= highest
     assert sum(streets["share_of_pixels"]) == pytest.approx(100, abs=0.06)
 
 
 def test_recorded_macs_are_those_of_torch(streets: dict, regseg: ModuleType) -> None:
-    """Convolutions as FlopCounterMode counts them, and four a value for the upsampling, which it does not count."""
+    """Convolutions as FlopCounterMode counts them, and for the upsampling, which it does not count, every tap of a value."""
     for row in streets["rows"]:
         if row["trained"] != row["run"] or row["stem_scale"] != 1.0 or not row["network"].startswith("exp48"):
             continue
@@ -600,7 +609,8 @@ def test_recorded_macs_are_those_of_torch(streets: dict, regseg: ModuleType) -> 
         height, width = regseg._size(row["run"])
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(torch.zeros(1, 3, height, width))
-        upsampled = 4 * 11 * (height * width + (360 * 480 if (height, width) != (360, 480) else 0))
+        taps = {"bilinear": 4, "bicubic": 16}[row["interpolation"]] if (height, width) != (360, 480) else 0
+        upsampled = 11 * (4 * height * width + taps * 360 * 480)
         inside = row["macs"] - counter.get_total_flops() // 2 - upsampled
         assert 0 < inside < 0.01 * row["macs"]  # the two upsamplings within the decoder
 

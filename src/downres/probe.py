@@ -315,7 +315,7 @@ def find_answer(model: nn.Module, input_size: tuple[int, ...]) -> Answer:
     seen = fake_run(model, input_size, watch)
     logits = logits_of(seen["output"])
     outputs = logits.shape[1]
-    several = seen["output"] if type(seen["output"]) in (list, tuple) else ()
+    several = seen["output"] if isinstance(seen["output"], list) else ()  # a tuple is logits first, then what else there is
     if len({t.shape[1] for t in several if isinstance(t, Tensor) and t.ndim == 4}) > 1:
         raise DownresError(f"{type(model).__name__} returns several maps of different channels: features and no logits.")
     if logits.ndim == 4:

@@ -144,7 +144,7 @@ def plan(design: Design, axes: Axes, do_snap: bool = True) -> tuple[list[Candida
         ragged = _ragged(axes, resolution, unit if patch is None else (patch, patch))
         candidates.append(dataclasses.replace(variant, resolution=resolution, ragged=ragged))
     # What is given whole is taken as it is; without a resolution it is meant at the original's.
-    candidates += [c if c.resolution is not None else c.at(design.native) for c in axes.candidates]
+    candidates += [c.at(design.native if c.resolution is None else like(design.native, c.resolution)) for c in axes.candidates]
     return [c for c in dict.fromkeys(candidates) if c != Candidate(design.native)], notes
 
 

@@ -215,8 +215,7 @@ def _at_label_size(model: Model, p: Preprocessing, size: tuple[int, int]) -> Pre
     for unit in (1, 8, 16, 32, 64):
         hw = (math.ceil(size[0] / unit) * unit, math.ceil(size[1] / unit) * unit)
         said = f"{p.source}; used at the labels' size" + (f", to multiples of {unit}" if hw != size else "")
-        # A few pixels more in one direction than in the other are no reason to leave a border empty.
-        found = dataclasses.replace(p, resolution=hw, fit="stretch", source=said, any_size=False)
+        found = dataclasses.replace(p, resolution=hw, source=said, any_size=False)
         try:
             find_answer(model.module, (len(p.mean), *hw))
         except DownresError:
