@@ -345,5 +345,5 @@ def test_the_resolution_that_the_user_gives_is_not_that_of_the_labels(cli, shape
     found = cli("curve", model, "--data", scenes, "--resolution", "36", *recipe, "--fit", "pad", "--json").json
     assert found["preprocessing"]["resolution"] == [48, 64] and found["preprocessing"]["fit"] == "pad"
     table = cli("curve", model, "--data", scenes, "--resolution", "36", *recipe)
-    assert "ImageNet's mean and std, the labels' size; mean, std given; whole pictures, stretched)" in table.out
+    assert "ImageNet's mean and std; mean, std given; whole pictures, stretched; used at the labels' size)" in table.out
     assert "224 px" not in table.out and "crop ratio" not in table.out

@@ -247,10 +247,13 @@ def logits_of(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         found: Any = output
+    elif isinstance(output, dict) and not {"logits", "out"}.isdisjoint(output):
+        found = output.get("logits", output.get("out"))
     elif hasattr(output, "logits"):
         found = output.logits
-    elif isinstance(output, dict):
-        found = output.get("logits", output.get("out"))
+    elif isinstance(output, dict):  # under a name of the user's own
+        maps = [v for v in output.values() if isinstance(v, Tensor) and v.ndim == 4]
+        found = maps[0] if len(maps) == 1 else None
     else:
         found = output[0] if isinstance(output, (tuple, list)) and output else None
     if not isinstance(found, Tensor) or found.ndim not in (2, 4):
@@ -287,7 +290,9 @@ class _Upsampling(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func._schema.name in ("aten::upsample_bilinear2d", "aten::upsample_bicubic2d"):
-            self.align_corners = bool(args[2])  # (x, output_size, align_corners, ...)
+            x, _size, align_corners, *_ = args
+            if max(x.shape[-2:]) > 1:  # of a pooled map of one pixel it means nothing
+                self.align_corners = bool(align_corners)
         return func(*args, **(kwargs or {}))
 
 

@@ -428,6 +428,14 @@ class _Work:
         full = FullSizeLogits(fixed, strides, interpolation, aligned, c.ragged != "error")
         self.small.register_forward_pre_hook(full.before, with_kwargs=True, prepend=True)
         self.small.register_forward_hook(full.after, with_kwargs=True)
+        try:
+            _output_shapes(self.small, (self.native[0], *own))
+        except DownresError as error:
+            if error.__cause__ is None:
+                raise
+            raise DownresError(
+                f"{type(self.small).__name__} does not run as '{c}' ({said(error.__cause__)}): give sides that it divides."
+            ) from error
         what = format_resolution(fixed) if fixed else f"the size of the {'input' if size else 'original'}"
         self.note("logits upsample", "", f"to {what}, {interpolation}, align_corners={aligned}")
 

@@ -212,9 +212,10 @@ def _has_masks(data: Dataset | str | Path) -> bool:
 
 def _at_label_size(model: Model, p: Preprocessing, size: tuple[int, int]) -> Preprocessing:
     """For a network that nobody chose a resolution for: its labels' size, brought up to what it divides."""
+    source = re.sub(r", \d+(x\d+)? px", "", p.source)  # the size that is not used
     for unit in (1, 8, 16, 32, 64):
         hw = (math.ceil(size[0] / unit) * unit, math.ceil(size[1] / unit) * unit)
-        said = f"{p.source}; used at the labels' size" + (f", to multiples of {unit}" if hw != size else "")
+        said = f"{source}; used at the labels' size" + (f", to multiples of {unit}" if hw != size else "")
         found = dataclasses.replace(p, resolution=hw, source=said, any_size=False)
         try:
             find_answer(model.module, (len(p.mean), *hw))
