@@ -2,8 +2,8 @@
 
     python benchmarks/dense.py --data ../shared/data/camvid
 
-RegSeg with random weights. First: 512×1024 in, 19 classes at 1024×2048 out, in torch and onnxruntime: as logits, as logits whose
-argmax is then taken (what a user would write), and as a class map made class by class; equality, peak memory by
+RegSeg with random weights. First: 512×1024 in, 19 classes at 1024×2048 out, in torch and onnxruntime: as logits, as logits
+whose argmax is then taken (what a user would write), and as a class map made class by class; equality, peak memory by
 `measure_cost` and by the allocator, time. Then, if there are images: mIoU at three resolutions by `downres.curve` and by a loop
 over a DataLoader with torchvision's transforms and torchmetrics; equal numbers, time.
 Expected time: 6 minutes on two cores. Results: results/dense.json.
@@ -128,7 +128,7 @@ def quality(data: Path, rounds: int) -> dict:
     found = measuring.rounds({"curve": ours, "by hand": lambda: by_hand(network, folder, sizes)}, rounds, "mIoU")
     ratio = statistics.median(row["by hand"] / row["curve"] for row in found)
     return {
-        "what": f"RegSeg at half its width on {len(folder.pairs['val'])} images at {sizes}; mIoU, with all that downres adds to it",
+        "what": f"RegSeg at half its width on {len(folder.pairs['val'])} images at {sizes}; mIoU, and what downres adds to it",
         "largest_difference_points": apart,
         "by_hand_over_curve": ratio,
         "rounds": found,

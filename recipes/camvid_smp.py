@@ -44,4 +44,4 @@ def trained() -> nn.Module:
     """The network of the run that the environment variable CAMVID_SMP_RUN names, for the commands of downres."""
     if "CAMVID_SMP_RUN" not in os.environ:
         raise DownresError("CAMVID_SMP_RUN names no run: set it to the folder that recipes/regseg.py wrote with --out.")
-    return load_run(os.environ["CAMVID_SMP_RUN"])
+    return load_run(os.environ["CAMVID_SMP_RUN"], network())

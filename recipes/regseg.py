@@ -267,11 +267,16 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def load_run(run: str | os.PathLike[str]) -> nn.Module:
-    """The network of a finished run, with the preprocessing that it was trained for in its `pretrained_cfg`."""
+def load_run(run: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """The network of a finished run, with the preprocessing that it was trained for in its `pretrained_cfg`.
+
+    model: the network that was trained, where the run's own name for it (`--model`, a path) may not lead to it from here.
+    """
     about = json.loads((Path(run) / "training.json").read_text())
     weights = load_file(Path(run) / "model.safetensors")
-    if about.get("model"):
+    if model is not None:
+        pass
+    elif about.get("model"):
         model = load_model(about["model"], pretrained=False, num_classes=about["classes"]).module
     else:
         model = regseg(about["name"], len(weights["decoder.classifier.bias"]), width=about["width"], depth=about["depth"])

@@ -169,7 +169,7 @@ def shown(result: downres.Result) -> dict:
     said_once = ("runtime", "threads", "hardware", "status", "top5", "correct5", "params", "param_bytes")
     row = {key: value for key, value in result.row().items() if key not in said_once}
     tried = result.recovery.tried if result.recovery else ()
-    return row | {"tried_on_tuning_images": [{"rung": r.rung, "top1": r.top1, "n": r.n, "note": r.note} for r in tried]}
+    return row | {"tried_on_tuning_images": [{"rung": r.rung, "top1": r.score, "n": r.n, "note": r.note} for r in tried]}
 
 
 if __name__ == "__main__":

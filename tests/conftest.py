@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,3 +173,25 @@ def segmenter(shapes: ModuleType) -> Callable[..., Model]:
         return dataclasses.replace(model, preprocessing=Preprocessing(**given))
 
     return load
+
+
+BROWSER_OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, started once: two of Playwright's drivers cannot run in one process."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs the playwright package")
+    found = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+    if found is None:
+        pytest.skip("the browser test needs chromium or google-chrome on the path")
+    with playwright.sync_playwright() as driver:
+        chrome = driver.chromium.launch(executable_path=found, args=[*BROWSER_OPTIONS, "--no-first-run"])
+        yield chrome
+        chrome.close()

@@ -1,23 +1,8 @@
 """A real browser for the pages: offline, and failing on any request, warning or error."""
 
 import re
-import shutil
 
 import pytest
-
-OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-
-
-@pytest.fixture(scope="package")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs the playwright package")
-    found = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-    if found is None:
-        pytest.skip("the browser test needs chromium or google-chrome on the path")
-    with playwright.sync_playwright() as driver:
-        chrome = driver.chromium.launch(executable_path=found, args=[*OPTIONS, "--no-first-run"])
-        yield chrome
-        chrome.close()
 
 
 @pytest.fixture

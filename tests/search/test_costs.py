@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -229,26 +228,21 @@ def test_parameters_are_drawn_only_where_they_change(vit, tmp_path):
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-def test_picture_in_a_browser(found, tmp_path, width):
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs the playwright package")
-    chromium = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-    if chromium is None:
-        pytest.skip("the browser test needs chromium or google-chrome on the path")
+def test_picture_in_a_browser(found, tmp_path, browser, width):
     file, troubles = found.write_picture(tmp_path / "families.html"), []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_context(viewport={"width": width, "height": 900}, offline=True).new_page()
-        page.on("console", lambda m: troubles.append(m.text) if m.type in ("error", "warning") else None)
-        page.on("pageerror", lambda e: troubles.append(str(e)))
-        page.goto(file.as_uri())
-        page.wait_for_selector("#parameters .scatterlayer .point")
-        assert page.locator("#activations .legendtext").all_text_contents()[-1] == "original"
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        star = page.locator("#activations .scatterlayer .point").last
-        star.scroll_into_view_if_needed()
-        star.hover(force=True)
-        page.locator("#activations .hoverlayer .hovertext").wait_for(timeout=5000)
-        browser.close()
+    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+    page = context.new_page()
+    page.on("console", lambda m: troubles.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: troubles.append(str(e)))
+    page.goto(file.as_uri())
+    page.wait_for_selector("#parameters .scatterlayer .point")
+    assert page.locator("#activations .legendtext").all_text_contents()[-1] == "original"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    star = page.locator("#activations .scatterlayer .point").last
+    star.scroll_into_view_if_needed()
+    star.hover(force=True)
+    page.locator("#activations .hoverlayer .hovertext").wait_for(timeout=5000)
+    context.close()
     assert troubles == []
 
 

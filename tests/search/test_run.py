@@ -476,7 +476,7 @@ def decided(run, candidate):
     store = Store.read(run.folder)
     value = store.get(f"quality/{candidate}")
     heads = store.arrays(f"heads/{State(candidate, 1.0).key()}")
-    tried = [(r["rung"], r["top1"], r["n"], r["note"]) for r in value["recovery"]["tried"]]
+    tried = [(r["rung"], r["score"], r["n"], r["note"]) for r in value["recovery"]["tried"]]
     return (
         value["states"], value["recovery"]["rung"], value["recovery"]["crop_ratio"], tried,
         {name: array.tobytes() for name, array in heads.items()},
