@@ -30,7 +30,7 @@ def create(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
 
 
 def preprocessing(model: nn.Module, name: str) -> Preprocessing:
-    source = "the whole picture at the size of Cityscapes (Gao 2021), ImageNet's mean and std"
+    source = "Gao 2021: whole pictures, ImageNet's mean and std, 1024x2048 px"
     return Preprocessing((1024, 2048), source=source, fit="stretch", any_size=True)
 
 
