@@ -10,10 +10,9 @@ import numpy as np
 from PIL import Image
 
 from ..data import Unreadable, decode, preprocess
-from ..data.preprocess import shown_size
 from ..errors import DownresError
 from ..records import Dense, Preprocessing, Record
-from ..recover.masks import classes_at
+from ..recover.masks import picture_classes
 from ..report.pictures import overlay
 from ..runtimes.onnxruntime import OnnxRuntime
 from .manifest import read_manifest, refuse_changed
@@ -78,10 +77,7 @@ def predict(
     found = []
     for image, name in zip(images, names, strict=True):
         pixels, out_map = answer(image)
-        size = pixels.shape[0], pixels.shape[1]
-        shown = shown_size(size, preprocessing)
-        part = shown[0] / preprocessing.hw[0], shown[1] / preprocessing.hw[1]
-        mask = classes_at(out_map, size, dense, part)
+        mask = picture_classes(out_map, pixels, (pixels.shape[0], pixels.shape[1]), dense, preprocessing)
         found.append(_written(str(image), name, pixels, mask, manifest, place, top))
     return found
 

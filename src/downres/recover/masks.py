@@ -43,6 +43,14 @@ def classes_at(answer: np.ndarray, size: tuple[int, int], dense: Dense, part: tu
     return found.numpy().astype(answer.dtype if answer.ndim == 2 else np.uint8 if len(answer) <= 255 else np.int16)
 
 
+def picture_classes(
+    answer: np.ndarray, picture: np.ndarray, size: tuple[int, int], dense: Dense, p: Preprocessing
+) -> np.ndarray:
+    """`classes_at` of a picture (H, W, …) that `p` made the network's input of: what it padded is left out."""
+    shown = shown_size((picture.shape[0], picture.shape[1]), p)
+    return classes_at(answer, size, dense, (shown[0] / p.hw[0], shown[1] / p.hw[1]))
+
+
 class MaskBank(Bank):
     """`tallies(state, indices)`: one pass over the images for each state that is looked at. `masks` come with the images.
 
@@ -94,9 +102,8 @@ class MaskBank(Bank):
                             f"The model returns NaN or infinite values at {state.candidate} on real images "
                             f"({self.images.names[i]}): check its weights and the preprocessing."
                         )
-                    height, width = shown_size(self.images[i].shape[:2], p)  # type: ignore[arg-type]
-                    mask = self.masks[i]
-                    yield classes_at(answer, (mask.shape[0], mask.shape[1]), self.dense, (height / p.hw[0], width / p.hw[1]))
+                    height, width = self.masks[i].shape
+                    yield picture_classes(answer, self.images[i], (height, width), self.dense, p)
                     done += 1
                 self.note(state, len(answers), done, len(indices))
 
