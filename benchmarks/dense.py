@@ -26,9 +26,9 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from torchvision.transforms import v2
 
 import downres
-from downres.data.masks import IGNORE, find_masks
-from downres.runtimes.onnxruntime import OnnxRuntime, export_onnx
-from downres.runtimes.torch import TorchRuntime
+from downres.engines.onnxruntime import OnnxRuntime, export_onnx
+from downres.engines.torch import TorchRuntime
+from downres.tasks.segmentation.masks import IGNORE, find_masks
 
 SIZE, INPUT, CLASSES = (1024, 2048), (512, 1024), 19
 RESOLUTIONS = (120, 180, 240)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from downres.engines import available_cores
 from downres.environment import versions
-from downres.measure.latency import hardware
-from downres.runtimes import available_cores
+from downres.measuring.latency import hardware
 
 RESULTS = Path(__file__).parent / "results"
 QUIET_CORES = 0.5

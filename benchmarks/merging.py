@@ -35,9 +35,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import downres
+from downres.engines.onnxruntime import OnnxRuntime, export_onnx
 from downres.records import Merge
 from downres.reductions.tokens import TokenState, apply_groups, follow, match_similar
-from downres.runtimes.onnxruntime import OnnxRuntime, export_onnx
 
 SIDE = 224
 PREFIXES = {"class token": 1, "no class token": 0, "class and distillation token": 2}

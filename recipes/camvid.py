@@ -32,17 +32,17 @@ from torch import Tensor, nn
 
 import downres
 from downres import DownresError, Preprocessing
-from downres.data.decode import decode
-from downres.data.masks import MaskFolder, find_masks
-from downres.data.preprocess import preprocess
 from downres.environment import versions
-from downres.measure.latency import hardware, interleaved, load_runtime, random_batch
-from downres.measure.segmentation import SIZES as SIZES_OF_OBJECTS
-from downres.measure.segmentation import Tallies, Truths, segmentation_quality, tally
+from downres.images.decode import decode
+from downres.images.preprocess import preprocess
+from downres.measuring.latency import hardware, interleaved, load_runtime, random_batch
 from downres.parse import format_resolution
 from downres.records import CLASSES, LOGITS, Dense
-from downres.recover.batchnorm import recalibrate_batchnorm
+from downres.recovery.batchnorm import recalibrate_batchnorm
 from downres.reductions.dense import Segmenter, upsample
+from downres.tasks.segmentation.masks import MaskFolder, find_masks
+from downres.tasks.segmentation.quality import SIZES as SIZES_OF_OBJECTS
+from downres.tasks.segmentation.quality import Tallies, Truths, segmentation_quality, tally
 
 RESULTS = Path(__file__).parent / "results"
 LABELS = (360, 480)

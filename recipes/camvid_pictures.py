@@ -18,7 +18,7 @@ from pictures import GRID, INK, MUTED, save_png
 from plotly.subplots import make_subplots
 
 from downres.parse import format_quantity
-from downres.report import words
+from downres.reports import words
 
 README = Path(__file__).parent / "README.md"
 COLOURS = {WIDE: "#2563eb", NARROW: "#d97706"}

@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from vit_catdog import CANDIDATES, RESULTS
 
 import downres
-from downres.data.preprocess import preprocess, resize_and_crop
+from downres.images.preprocess import preprocess, resize_and_crop
 from downres.parse import format_quantity
-from downres.report import words
+from downres.reports import words
 
 README = Path(__file__).parent / "README.md"
 MARKS = "<!-- table -->\n", "<!-- end of table -->"

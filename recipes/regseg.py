@@ -36,12 +36,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as v2
 
 from downres import DownresError, load_model
-from downres.data.decode import Unreadable, decode
-from downres.data.masks import IGNORE, MaskFolder, Pair, find_masks
 from downres.environment import versions
+from downres.images.decode import Unreadable, decode
 from downres.models.regseg import regseg
 from downres.probe import logits_of
 from downres.reductions.dense import upsample
+from downres.tasks.segmentation.masks import IGNORE, MaskFolder, Pair, find_masks
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALES = (0.4, 1.56)

@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from downres import Dataset, Model, Preprocessing, Run, load_model, search, with_preprocessing
-from downres.data import cross_folds, from_arrays, open_elpv, split_once
-from downres.data.images import from_arrays as images_of
+from downres.images import cross_folds, split_once
+from downres.images.images import from_arrays as images_of
+from downres.tasks.classification.elpv import open_elpv
+from downres.tasks.classification.folders import from_arrays
 
 
 @pytest.fixture(scope="session")

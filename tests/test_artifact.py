@@ -16,14 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from downres import check, load_model, predict, search
-from downres.artifact import proof, read_manifest, write
-from downres.artifact.manifest import changed_files
-from downres.data import preprocess
+from downres.artifacts import proof, read_manifest, write
+from downres.artifacts.manifest import changed_files
+from downres.engines.onnxruntime import OnnxRuntime
 from downres.errors import DownresError
-from downres.measure.quality import count_correct
+from downres.images import preprocess
 from downres.records import Preprocessing
-from downres.recover import ladder
-from downres.runtimes.onnxruntime import OnnxRuntime
+from downres.recovery import ladder
+from downres.tasks.classification.quality import count_correct
 
 OPTIONS = {"fit_head": True, "max_drop": 40.0, "resolutions": [32], "stem_scales": (), "runtime": "torch", "threads": 1}
 

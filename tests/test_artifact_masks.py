@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from downres import check, predict, search
-from downres.artifact import read_manifest
-from downres.data import open_masks
+from downres.artifacts import read_manifest
+from downres.engines.onnxruntime import OnnxRuntime
 from downres.errors import DownresError
 from downres.records import Dense, Preprocessing
-from downres.recover.masks import classes_at
-from downres.runtimes.onnxruntime import OnnxRuntime
+from downres.tasks.segmentation.bank import classes_at
+from downres.tasks.segmentation.masks import open_masks
 
 OPTIONS = {"max_drop": 15.0, "resolutions": [(36, 48)], "stem_scales": (), "runtime": "torch", "threads": 1}
 ALL = {"files": True, "preprocessing = PIL": True, "torch = onnxruntime": True, "quality": True}

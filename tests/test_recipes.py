@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from downres.demo import demo_model
 from onnx.utils import Extractor
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -26,10 +27,9 @@ from sklearn.metrics import confusion_matrix
 from torch.utils.flop_counter import FlopCounterMode
 
 from downres import Candidate, DownresError, Preprocessing, load_model
-from downres.data.preprocess import preprocess
-from downres.demo import demo_model
-from downres.measure.segmentation import Tallies, tally
-from downres.runtimes.onnxruntime import OnnxRuntime
+from downres.engines.onnxruntime import OnnxRuntime
+from downres.images.preprocess import preprocess
+from downres.tasks.segmentation.quality import Tallies, tally
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "vit_catdog.py"
 

@@ -20,13 +20,13 @@ from downres.records import (
     Latency,
     Merge,
     Preprocessing,
-    Quality,
     Record,
     Recovery,
     Result,
     Rung,
-    SegmentationQuality,
 )
+from downres.tasks.classification.quality import Quality
+from downres.tasks.segmentation.quality import SegmentationQuality
 
 DROP = Drop(0.5, -0.25, 1.25, 2.0, records.WITHIN, 400, 12, 10, 0.95, 3, None)
 MASKS = SegmentationQuality(

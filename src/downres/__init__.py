@@ -1,18 +1,15 @@
 """downres: compress vision models by letting them look at fewer pixels."""
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .artifact import Finding, MaskPrediction, Prediction, check, predict
-    from .data import Dataset, Fold, Images, MaskDataset, MaskFolder, find_masks, from_arrays, open_folder, open_masks
-    from .demo import demo
+    from .artifacts import Finding, check, predict
     from .errors import DownresError
     from .families import Model, load_model, with_preprocessing
-    from .measure.cost import CONVENTION, measure_cost
-    from .measure.latency import measure_latency
+    from .images import Fold, Images
+    from .measuring.cost import CONVENTION, measure_cost
+    from .measuring.latency import measure_latency
     from .models.regseg import regseg
     from .records import (
         Budget,
@@ -24,49 +21,80 @@ if TYPE_CHECKING:
         Latency,
         Merge,
         Preprocessing,
-        Quality,
+        Record,
         Recovery,
         Result,
         Rung,
-        SegmentationQuality,
+        Score,
     )  # fmt: skip
     from .reduction import Reduction, reduce, token_map
     from .reductions.dense import Segmenter
-    from .search import Run, costs, curve, evaluate, load_run, recover, search, write_report
+    from .searching.costs import costs
+    from .searching.curve import Curve, curve
+    from .searching.demo import demo
+    from .searching.plan import Axes
+    from .searching.prepare import Measuring
+    from .searching.results import Run, load_run
+    from .searching.run import search
+    from .searching.single import evaluate, recover
+    from .searching.view import write_report
+    from .tasks import Arrays, Question, Task
+    from .tasks.classification.folders import Dataset, from_arrays, open_folder
+    from .tasks.classification.quality import Quality
+    from .tasks.classification.task import Prediction
+    from .tasks.segmentation.masks import MaskDataset, MaskFolder, find_masks, open_masks
+    from .tasks.segmentation.quality import SegmentationQuality
+    from .tasks.segmentation.task import MaskPrediction
 
 __all__ = [
     # the verbs
     "reduce", "token_map", "measure_cost", "measure_latency", "evaluate", "recover", "costs", "curve", "search", "demo",
     "check", "predict", "write_report",
+    # groups of their options
+    "Axes", "Budget", "Question", "Measuring",
     # models and data
     "load_model", "with_preprocessing", "Model", "open_folder", "from_arrays", "Dataset", "Images", "Fold",
     "find_masks", "open_masks", "MaskFolder", "MaskDataset", "Segmenter", "regseg",
+    # tasks
+    "Task", "Arrays",
     # records
-    "Candidate", "Merge", "Budget", "Cost", "Latency", "Quality", "SegmentationQuality", "Dense", "Drop", "Preprocessing",
-    "Recovery", "Rung", "Result", "Run", "Change", "Reduction", "Finding", "Prediction", "MaskPrediction", "load_run",
-    "CONVENTION", "DownresError",
+    "Candidate", "Merge", "Cost", "Latency", "Score", "Quality", "SegmentationQuality", "Dense", "Drop", "Preprocessing",
+    "Record", "Recovery", "Rung", "Result", "Run", "Curve", "Change", "Reduction", "Finding", "Prediction", "MaskPrediction",
+    "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
 
 # Importing torch, timm and the runtimes takes seconds; a name is imported when it is first used, so that
 # `downres --help` and a mistyped option answer at once. The imports above say the same to type checkers.
 _HOMES = {
-    "artifact": ("Finding", "MaskPrediction", "Prediction", "check", "predict"),
-    "data": (
-        "Dataset", "Fold", "Images", "MaskDataset", "MaskFolder", "find_masks", "from_arrays", "open_folder", "open_masks",
-    ),
-    "demo": ("demo",),
+    "artifacts": ("Finding", "check", "predict"),
     "errors": ("DownresError",),
     "families": ("Model", "load_model", "with_preprocessing"),
-    "measure.cost": ("CONVENTION", "measure_cost"),
-    "measure.latency": ("measure_latency",),
-    "records": (
-        "Budget", "Candidate", "Change", "Cost", "Dense", "Drop", "Latency", "Merge", "Preprocessing", "Quality", "Recovery",
-        "Result", "Rung", "SegmentationQuality",
-    ),
+    "images": ("Fold", "Images"),
+    "measuring.cost": ("CONVENTION", "measure_cost"),
+    "measuring.latency": ("measure_latency",),
     "models.regseg": ("regseg",),
-    "reductions.dense": ("Segmenter",),
+    "records": (
+        "Budget", "Candidate", "Change", "Cost", "Dense", "Drop", "Latency", "Merge", "Preprocessing", "Record", "Recovery",
+        "Result", "Rung", "Score",
+    ),
     "reduction": ("Reduction", "reduce", "token_map"),
-    "search": ("Run", "costs", "curve", "evaluate", "load_run", "recover", "search", "write_report"),
+    "reductions.dense": ("Segmenter",),
+    "searching.costs": ("costs",),
+    "searching.curve": ("Curve", "curve"),
+    "searching.demo": ("demo",),
+    "searching.plan": ("Axes",),
+    "searching.prepare": ("Measuring",),
+    "searching.results": ("Run", "load_run"),
+    "searching.run": ("search",),
+    "searching.single": ("evaluate", "recover"),
+    "searching.view": ("write_report",),
+    "tasks": ("Arrays", "Question", "Task"),
+    "tasks.classification.folders": ("Dataset", "from_arrays", "open_folder"),
+    "tasks.classification.quality": ("Quality",),
+    "tasks.classification.task": ("Prediction",),
+    "tasks.segmentation.masks": ("MaskDataset", "MaskFolder", "find_masks", "open_masks"),
+    "tasks.segmentation.quality": ("SegmentationQuality",),
+    "tasks.segmentation.task": ("MaskPrediction",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -81,14 +109,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(types.ModuleType):
-    """Python binds an imported submodule's name here; `search`, `recover` and `demo` must stay the functions."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

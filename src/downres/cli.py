@@ -140,7 +140,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """The main job on real photographs of solar cells and EfficientNet-Lite0, all installed by pip."""
-    from .demo import demo as run_demo
+    from .searching.demo import demo as run_demo
 
     with _progress() as progress:
         run = run_demo(folder, max_drop=max_drop, threads=threads, command=_command(), progress=progress)
@@ -199,7 +199,7 @@ def search(
     axes = _axes(None, resolution, stem_scale, patch_size, merge, candidate)
     macs = parse_quantity(max_macs, "--max-macs") if max_macs else None
     memory = parse_quantity(max_memory, "--max-memory") if max_memory else None
-    from .search import search as run_search
+    from .searching.run import search as run_search
 
     loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio, fit)
     with _progress() as progress:
@@ -247,7 +247,7 @@ def curve(
     axes = _axes((), resolution, stem_scale, patch_size, merge, candidate)
     if not any(axes.values()):  # said at once, not after the weights are loaded
         raise DownresError("A curve needs something to try: give --resolution 96:256:32, --merge 8,50% or --patch-size 20,28.")
-    from .search import curve as run_curve
+    from .searching.curve import curve as run_curve
 
     loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio, fit)
     with _progress() as progress:
@@ -293,7 +293,7 @@ def cost(
     if resolution is None and not any(axes.values()) and not depth and not width:
         axes["resolutions"] = None  # nothing asked for: from the model's own down
     axes |= {"depths": _integers(depth, "--depth") if depth else (), "widths": _floats(width, "--width") if width else ()}
-    from .search import costs
+    from .searching.costs import costs
 
     loaded = _load(model, weights, native_resolution, pretrained=False)
     answer: dict[str, Any] = {"label_size": _size(label_size), "output": output, "upsampling": upsampling}
@@ -302,7 +302,7 @@ def cost(
     if as_json:
         _print_json({**found.to_json(), **({"picture": str(page)} if page else {})})
         return
-    from .report import words
+    from .reports import words
 
     table = Table(box=None, pad_edge=False)
     for name in ("family", "candidate", "MACs", "of original", "params", "param bytes", "peak activations", "not counted"):
@@ -326,7 +326,7 @@ def cost(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN")], as_json: JsonOption = False) -> None:
     """Write RUN/report.html from what the run has measured so far."""
-    from .search import write_report
+    from .searching.view import write_report
 
     page = write_report(run)
     if as_json:
@@ -346,7 +346,7 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Prove a shipped model: files unchanged, onnxruntime equal to torch on real images, the quality as stated."""
-    from .artifact import check as run_check
+    from .artifacts import check as run_check
 
     findings = run_check(artifact, model=model, data=data, threads=threads)
     if as_json:
@@ -377,19 +377,14 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """Classes of pictures, or their masks, by the shipped model alone."""
-    from .artifact import MaskPrediction
-    from .artifact import predict as run_predict
+    from .artifacts import predict as run_predict
 
     predictions = run_predict(artifact, images, top=top, out=folder)
     if as_json:
         _print_json({"predictions": [p.to_json() for p in predictions]})
         return
     for prediction in predictions:
-        masks = isinstance(prediction, MaskPrediction)
-        percent = prediction.shares if isinstance(prediction, MaskPrediction) else prediction.probabilities
-        ranked = ", ".join(f"{c} {p:.1f} %" for c, p in zip(prediction.classes, percent, strict=True))
-        files = f" → {prediction.mask}, {prediction.overlay}" if isinstance(prediction, MaskPrediction) else ""
-        out.print(f"{prediction.image}: {ranked}{' of the pixels' * masks}{files}", markup=False, soft_wrap=True)
+        out.print(str(prediction), markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -542,7 +537,7 @@ def _print_run(run: Any, as_json: bool) -> None:
         _print_json(run.to_json())
         return
     from .records import Preprocessing
-    from .report import words
+    from .reports import words
 
     settings = run.settings
     out.print(f"{run.data['description']} {run.data['licence']}".strip(), markup=False)
@@ -552,7 +547,7 @@ def _print_run(run: Any, as_json: bool) -> None:
     if len(run.data["skipped"]) > 10:
         err.print(f"… {len(run.data['skipped'])} images skipped, all listed in {run.folder / 'report.html'}", markup=False)
     out.print(_table([run.original, *run.results], run.original, run.best and run.best.candidate))
-    out.print(words.verdict(run.original, run.results, run.best, run.budget), style="bold", markup=False)
+    out.print(words.verdict(run.original, run.results, run.best, run.budget, run.task.score), style="bold", markup=False)
     _print_notes(run.notes)
     out.print(f"Report: {run.folder / 'report.html'}", markup=False, soft_wrap=True)
     if run.artifact:
@@ -574,19 +569,19 @@ def _preprocessing_words(p: Any) -> str:
 
 def _table(results: list[Any], original: Any, chosen: Any) -> Table:
     """Candidates in a terminal: the columns that something is known for, as many as its width holds."""
-    from .report import words
+    from .reports import words
 
+    beside = original.quality.beside() if original.quality else {}
     columns: dict[str, Callable[[Any], str]] = {
         "": lambda r: "★" if r.candidate == chosen else "",
         "candidate": lambda r: words.label(r.candidate),
         "MACs": lambda r: format_quantity(r.cost.macs) if r.cost else "",
         "peak memory": lambda r: format_quantity(r.cost.peak_activation_bytes, "B") if r.cost else "",
         "latency": lambda r: f"{words.digits(r.latency.latency_ms)} ms" if r.latency else "",
-        "lowered only": lambda r: f"{r.naive.score:.1f} %" if r.naive else "",
-        getattr(original.quality, "metric", "quality"): lambda r: f"{r.quality.score:.1f} %" if r.quality else "",
+        "lowered only": lambda r: r.naive.text(r.naive.score) if r.naive else "",
+        getattr(original.quality, "metric", "quality"): lambda r: r.quality.text(r.quality.score) if r.quality else "",
         "95 % interval": lambda r: words.interval(r.quality) if r.quality else "",
-        "top-5": lambda r: f"{r.quality.top5:.1f} %" if getattr(r.quality, "top5", None) is not None else "",
-        "small objects": lambda r: words.percent(r.quality.object_iou["small"]) if _has_small(r.quality) else "",
+        **{name: lambda r, name=name: r.quality.beside().get(name, "") if r.quality else "" for name in beside},
         "drop ≤ bound": lambda r: f"{words.points(r.drop.drop)} ≤ {words.bound(r.drop.upper)}" if r.drop else "",
         "verdict": lambda r: _verdict(r, original),
         "recovered by": lambda r: words.RUNGS[r.recovery.rung] if r.recovery and r is not original else "",
@@ -603,19 +598,15 @@ def _table(results: list[Any], original: Any, chosen: Any) -> Table:
             table.add_row(*(column[i] for column in cells.values()), style="dim" if result.status != "measured" else None)
         return table
 
-    for name in ("top-5", "small objects", "peak memory", "95 % interval", "recovered by", "latency"):
+    for name in (*beside, "peak memory", "95 % interval", "recovered by", "latency"):
         if out.measure(build(), options=out.options.update(width=1000)).maximum <= out.width:
             break
         cells.pop(name, None)
     return build()
 
 
-def _has_small(quality: Any) -> bool:
-    return getattr(quality, "object_iou", {}).get("small") is not None
-
-
 def _verdict(result: Any, original: Any) -> str:
-    from .report import words
+    from .reports import words
 
     if result is original:
         return "the original"

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .engines.torch import plain_attention
 from .errors import DownresError
-from .runtimes.torch import plain_attention
 
 Seen = TypeVar("Seen")
 Watch = Callable[[nn.Module, Tensor], AbstractContextManager[Seen]]

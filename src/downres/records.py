@@ -10,7 +10,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from .errors import DownresError
 from .parse import Resolution, as_hw, as_resolution, check_resolution, format_resolution
@@ -263,7 +263,9 @@ class Candidate(Record):
 
 @dataclass(frozen=True)
 class Budget(Record):
-    """What is allowed. max_drop in percentage points of top-1 or mIoU; None means no ceiling."""
+    """What is allowed. max_drop in the unit of the task's score (percentage points of top-1 or mIoU, or the unit of what a
+    regression predicts); None means no ceiling.
+    """
 
     max_drop: float = 1.0
     confidence: float = 0.95
@@ -296,7 +298,7 @@ class Change(Record):
 
 @dataclass(frozen=True)
 class Cost(Record):
-    """Exact counts for one forward pass; the convention is `downres.measure.cost.CONVENTION`.
+    """Exact counts for one forward pass; the convention is `downres.measuring.cost.CONVENTION`.
 
     input_size: (batch, channels, height, width). uncounted: ops that do arithmetic and are not in `macs`, with calls.
     """
@@ -325,57 +327,45 @@ class Latency(Record):
 
 
 @dataclass(frozen=True)
-class Quality(Record):
-    """Top-1 as correct/n with a two-sided 95 % Wilson interval, in percent; top-5 where there are more than 5 classes."""
+class Score(Record):
+    """How good a network is on n images. Every task states its own kind: subclasses add fields and say what they are called.
 
-    correct: int
-    n: int
-    top1: float
-    top1_low: float
-    top1_high: float
-    correct5: int | None = None
-    top5: float | None = None
-
-    metric = "top-1"
-
-    @property
-    def score(self) -> float:
-        return self.top1
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return self.top1_low, self.top1_high
-
-
-@dataclass(frozen=True)
-class SegmentationQuality(Record):
-    """Of n masks, in percent, at their own size, ignored pixels left out; None where there is nothing to divide by.
-
-    miou: mean of `iou` over the classes that truth or prediction has, with a two-sided 95 % interval by bootstrap over images.
-    iou, boundary_iou: class by class; boundary IoU after Cheng et al. 2021. object_iou: mean over the connected components of
-    the ground truth, by size ('small', 'medium', 'large', see `measure.segmentation`); objects: how many there are of each.
+    score: the one number that drops are taken of, with its two-sided 95 % `interval`; higher is better, except where the
+    task's verdict says otherwise. The class attributes are words: metric in tables, noun in sentences, title of a key number.
     """
 
-    miou: float
-    miou_low: float
-    miou_high: float
-    pixel_accuracy: float
-    n: int
-    iou: tuple[float | None, ...]
-    boundary_miou: float | None = None
-    boundary_iou: tuple[float | None, ...] = ()
-    object_iou: dict[str, float | None] = field(default_factory=dict)
-    objects: dict[str, int] = field(default_factory=dict)
-
-    metric = "mIoU"
+    metric: ClassVar[str] = "score"
+    noun: ClassVar[str] = ""
+    title: ClassVar[str] = ""
 
     @property
     def score(self) -> float:
-        return self.miou
+        raise NotImplementedError
 
     @property
     def interval(self) -> tuple[float, float]:
-        return self.miou_low, self.miou_high
+        raise NotImplementedError
+
+    @property
+    def unit(self) -> str:
+        """What differences are counted in: percentage points, or the unit of what is predicted."""
+        return "points"
+
+    def text(self, value: float) -> str:
+        """A score in words: `84.8 %`."""
+        return f"{value:.1f}\u00a0%"
+
+    def row(self, drop: "Drop | None") -> dict[str, Any]:
+        """Its part of `Result.row`, flat."""
+        return self.to_json()
+
+    def beside(self) -> dict[str, str]:
+        """What a table may show beside the score, by heading."""
+        return {}
+
+    def against(self, before: Any) -> str:
+        """What a key number says more, compared with that of the original."""
+        return ""
 
 
 WITHIN = "proven within"
@@ -411,7 +401,7 @@ FITS = ("crop", "stretch", "pad")
 
 @dataclass(frozen=True)
 class Preprocessing(Record):
-    """From a decoded picture to the network's input; see `downres.data.preprocess`.
+    """From a decoded picture to the network's input; see `downres.images.preprocess`.
 
     fit: 'crop' resizes the short side to floor(side / crop_ratio), antialiased, and crops the centre to `resolution`. For
     answers to every pixel nothing may be cut off: 'stretch' resizes the whole picture to `resolution`, 'pad' the whole picture
@@ -512,8 +502,8 @@ class Result(Record):
     reason: str = ""
     cost: Cost | None = None
     latency: Latency | None = None
-    naive: Quality | SegmentationQuality | None = None
-    quality: Quality | SegmentationQuality | None = None
+    naive: Score | None = None
+    quality: Score | None = None
     drop: Drop | None = None
     recovery: Recovery | None = None
 
@@ -550,20 +540,8 @@ class Result(Record):
 
     def _qualities(self) -> dict[str, Any]:
         """The part of `row` that depends on the task."""
-        q, naive, d = self.quality, self.naive, self.drop
-        if isinstance(q or naive, SegmentationQuality):
-            found: dict[str, Any] = {} if q is None else q.to_json()
-            return {"naive_miou": naive and naive.score, **found}
-        assert q is None or isinstance(q, Quality)
-        return {
-            "naive_top1": naive and naive.score,
-            "top1": q and q.top1,
-            "top1_low": q and q.top1_low,
-            "top1_high": q and q.top1_high,
-            "correct": q and q.correct,
-            "n": q and q.n,
-            "top5": q and q.top5,
-            "correct5": q and q.correct5,
-            "lost": d and d.lost,
-            "won": d and d.won,
-        }
+        q, naive = self.quality, self.naive
+        if naive is None and q is None:
+            return {}
+        named = type(q or naive).metric.lower().replace("-", "").replace(" ", "_")
+        return {f"naive_{named}": naive and naive.score, **(q.row(self.drop) if q is not None else {})}

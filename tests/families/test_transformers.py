@@ -34,13 +34,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from downres.engines.onnxruntime import OnnxRuntime, export_onnx
 from downres.errors import DownresError
 from downres.families.adapter import KeepOutput, SetKeyword, find_adapter
-from downres.measure.cost import measure_cost
+from downres.measuring.cost import measure_cost
 from downres.probe import logits_of
 from downres.reduction import reduce, token_map
 from downres.reductions.tokens import TokenState, match_unattended
-from downres.runtimes.onnxruntime import OnnxRuntime, export_onnx
 
 WIDTH, BLOCKS, IMAGE, PATCH, CLASSES = 32, 3, 32, 8, 5
 SIZES = {"image_size": IMAGE, "patch_size": PATCH}

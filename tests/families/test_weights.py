@@ -11,11 +11,12 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from downres.data import open_folder, preprocess
 from downres.errors import DownresError
 from downres.families import load_model
 from downres.families.weights import fingerprint, load_weights, match, read_checkpoint
+from downres.images import preprocess
 from downres.records import Preprocessing
+from downres.tasks.classification.folders import open_folder
 
 
 def net(classes=4, width=6):

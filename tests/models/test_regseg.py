@@ -16,7 +16,7 @@ from torch import nn
 
 from downres.errors import DownresError
 from downres.families import load_model
-from downres.measure.cost import measure_cost
+from downres.measuring.cost import measure_cost
 from downres.models.regseg import DESIGNS, RegSeg, SqueezeExcitation, regseg
 from downres.probe import total_stride
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from downres.errors import DownresError
-from downres.measure.cost import measure_cost
+from downres.measuring.cost import measure_cost
 from downres.models.regseg import regseg
 from downres.probe import logits_of
 from downres.records import Dense

@@ -15,6 +15,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from downres.engines.onnxruntime import OnnxRuntime, export_onnx
 from downres.errors import DownresError
 from downres.records import Merge
 from downres.reduction import reduce, token_map
@@ -30,7 +31,6 @@ from downres.reductions.tokens import (
     pool_grid,
     removals,
 )
-from downres.runtimes.onnxruntime import OnnxRuntime, export_onnx
 
 # --- the papers, one sequence at a time ---------------------------------------------------------------------------
 # A grouping is a list over the places of the shorter sequence: the tokens of the longer one that are averaged there, the

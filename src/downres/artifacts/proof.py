@@ -1,0 +1,239 @@
+"""Proving an artifact: its files, its pixels, its graph against torch, its quality."""
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from ..engines import Runtime
+from ..engines.onnxruntime import OnnxRuntime, export_onnx
+from ..engines.torch import TorchRuntime
+from ..errors import DownresError
+from ..families import Model, load_model
+from ..images import Images, batches, preprocess, resize_and_crop
+from ..images.preprocess import shown_size
+from ..probe import find_answer
+from ..records import Candidate, Preprocessing, Record
+from ..reduction import made_for, reduce
+from ..tasks import Data, Question, Task, known_task, restored
+from .manifest import changed_files, read_manifest
+
+PARITY_IMAGES = 32
+PIXEL_TOLERANCE = 2
+"""Largest difference, of 255 levels, between the pixels that the network gets and those of PIL's resize."""
+
+
+@dataclass(frozen=True)
+class Finding(Record):
+    """One thing that `check` looked at. ok None: it could not be looked at here, `detail` says why."""
+
+    what: str
+    ok: bool | None
+    detail: str
+
+
+def check(
+    folder: str | Path,
+    *,
+    model: Model | nn.Module | str | None = None,
+    data: Any = None,
+    threads: int | None = None,
+    task: str | type[Task] | None = None,
+) -> list[Finding]:
+    """Prove an artifact: files unchanged, torch and onnxruntime equal on real images, the quality as stated.
+
+    model: needed when the network came from a file or from Python, because the manifest never runs code by itself.
+    data: where the proof images are now, when they are no longer where the search found them. task: of one's own, where the
+    artifact has one.
+    """
+    known_task(task)
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    changed = changed_files(folder, manifest)
+    findings = [
+        Finding(
+            "files", not changed, f"changed: {', '.join(changed)}" if changed else f"{len(manifest['sha256'])} files as shipped"
+        )
+    ]
+    if changed:
+        return findings
+    preprocessing = Preprocessing.from_json(manifest["preprocessing"])
+    runtime = OnnxRuntime(folder / "model.onnx", threads)
+    own = restored(manifest["task"], manifest)
+    network, why_no_network = _network(folder, manifest, model)
+    dataset, why_no_data = _dataset(own, manifest, data)
+    if dataset is None:
+        unseen = ("preprocessing = PIL", "torch = onnxruntime", "quality")
+        return [*findings, *(Finding(what, None, why_no_data) for what in unseen)]
+    proof = own.proof
+    chosen = proof[:: max(1, len(proof) // PARITY_IMAGES)][:PARITY_IMAGES]
+    findings.append(_pixels(dataset, chosen, preprocessing))
+    if network is None:
+        findings.append(Finding("torch = onnxruntime", None, why_no_network))
+    else:
+        findings.append(_parity(own, network, runtime, chosen, preprocessing, threads))
+    findings.append(_quality(own, folder, manifest, runtime, network, preprocessing, threads))
+    return findings
+
+
+def _parity(
+    task: Task, network: nn.Module, runtime: OnnxRuntime, chosen: np.ndarray, p: Preprocessing, threads: int | None
+) -> Finding:
+    """The shipped file in onnxruntime against the shipped weights in torch, on preprocessed photographs."""
+    torch_side = TorchRuntime(task.serve(network), threads)
+    ok, detail = task.parity(*(_answers(one, task.data.images, chosen, p) for one in (runtime, torch_side)))
+    return Finding("torch = onnxruntime", ok, detail)
+
+
+def _answers(runtime: Runtime, images: Images, indices: np.ndarray, p: Preprocessing) -> Iterator[np.ndarray]:
+    for i in indices:
+        yield runtime(preprocess(images[int(i)], p)[None].numpy())[0][0]
+
+
+def _pixels(dataset: Data, chosen: np.ndarray, p: Preprocessing) -> Finding:
+    """The pixels that the network gets against PIL's own resize, box by box."""
+    worst, differ, total = 0, 0, 0
+    for i in chosen:
+        pixels = dataset.images[int(i)]
+        grey = pixels.ndim == 2 or pixels.shape[2] == 1 or len(p.mean) == 1
+        picture = Image.fromarray(pixels.squeeze()).convert("L" if grey else "RGB")
+        height, width = _covering(pixels.shape, p) if p.fit == "crop" else shown_size((pixels.shape[0], pixels.shape[1]), p)
+        resized = picture.resize((width, height), Image.Resampling[p.interpolation.upper()])
+        shown = (min(height, p.hw[0]), min(width, p.hw[1]))  # without what is filled up
+        top, left = (round((have - want) / 2) for have, want in zip((height, width), shown, strict=True))
+        theirs = np.asarray(resized.crop((left, top, left + shown[1], top + shown[0]))).astype(int)
+        ours = resize_and_crop(pixels, p)[:, : shown[0], : shown[1]].permute(1, 2, 0).numpy().astype(int)
+        apart = np.abs(ours - theirs.reshape(ours.shape))
+        worst, differ, total = max(worst, int(apart.max())), differ + int((apart > 0).sum()), total + apart.size
+    detail = (
+        f"at most {worst} of 255 levels apart, {100 * differ / total:.2g} % of the values differ, on {len(chosen)} real images"
+    )
+    return Finding("preprocessing = PIL", worst <= PIXEL_TOLERANCE, detail)
+
+
+def _covering(shape: tuple[int, ...], p: Preprocessing) -> tuple[int, int]:
+    """(height, width) that a picture is resized to before the crop, computed another way than in `data.preprocess`."""
+    target = [int(side / p.crop_ratio + 1e-6) for side in p.hw]
+    if target[1] * shape[0] >= target[0] * shape[1]:  # the width decides
+        return max(target[0], target[1] * shape[0] // shape[1]), target[1]
+    return target[0], max(target[1], target[0] * shape[1] // shape[0])
+
+
+def _quality(
+    task: Task,
+    folder: Path,
+    manifest: dict[str, Any],
+    runtime: OnnxRuntime,
+    network: nn.Module | None,
+    p: Preprocessing,
+    threads: int | None,
+) -> Finding:
+    """On all proof images through onnxruntime; with cross-fitting, each fold by the weights that never saw it."""
+    parts = []
+    tensors = load_file(folder / "folds.safetensors") if (folder / "folds.safetensors").exists() else {}
+    for i, fold in enumerate(task.data.folds):
+        one, how = runtime, p
+        if manifest["folds"]:
+            how = p.at(crop_ratio=manifest["folds"][i]["crop_ratio"])
+            own = {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{i}/")}
+            if own:
+                ready = _with_weights(task, folder, manifest, network, own, threads)
+                if ready is None:
+                    return Finding(
+                        "quality", None, "the folds' BatchNorm statistics need the torch network: name it with --model"
+                    )
+                one = ready
+        parts.append(task.judge(_in_batches(one, task, fold.test, how), fold.test, how))
+    found = task.quality(task.evidence_type.concatenate(parts))
+    return Finding("quality", *task.as_stated(found, task.score.from_json(manifest["result"]["quality"])))
+
+
+def _in_batches(runtime: Runtime, task: Task, indices: np.ndarray, p: Preprocessing) -> Iterator[np.ndarray]:
+    """The answers, in batches as large as the task's are."""
+    for batch in batches(task.data.images, indices, p, task.batch_size):
+        yield from runtime(batch.numpy())[0]
+
+
+def _with_weights(
+    task: Task,
+    folder: Path,
+    manifest: dict[str, Any],
+    network: nn.Module | None,
+    own: dict[str, torch.Tensor],
+    threads: int | None,
+) -> OnnxRuntime | None:
+    """The shipped graph with some tensors replaced: initializers of the same name, else by exporting the torch network."""
+    graph = onnx.load(folder / "model.onnx")
+    by_name = {re.sub(r"^(model|network)\.", "", initializer.name): initializer for initializer in graph.graph.initializer}
+    if own.keys() <= by_name.keys():
+        for name, tensor in own.items():
+            target = by_name[name]
+            target.CopyFrom(numpy_helper.from_array(tensor.numpy(), target.name))
+        return OnnxRuntime(graph.SerializeToString(), threads)
+    if network is None:
+        return None
+    import tempfile
+
+    network = copy.deepcopy(network)  # the next fold starts from the shipped weights again
+    network.load_state_dict({**network.state_dict(), **own})
+    p = Preprocessing.from_json(manifest["preprocessing"])
+    with tempfile.TemporaryDirectory() as place:
+        file = export_onnx(task.serve(network), (len(p.mean), *p.hw), Path(place) / "fold.onnx")
+        return OnnxRuntime(file.read_bytes(), threads)
+
+
+def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | str | None) -> tuple[nn.Module | None, str]:
+    """The torch network of the artifact, or None and why."""
+    source = manifest["source"]["model"]
+    if model is None:
+        if not source["spec"] or ".py:" in source["spec"]:
+            return None, "the network is from the user's own code: name it with --model path/to/file.py:function"
+        try:
+            model = load_model(source["spec"], pretrained=False, num_classes=source["outputs"])
+        except DownresError as error:
+            return None, f"the network cannot be made again ({str(error).rstrip('.')}): name it with --model"
+    elif isinstance(model, str):
+        model = load_model(model, pretrained=False)
+    module = copy.deepcopy(model.module if isinstance(model, Model) else model)  # the caller's keeps its weights
+    candidate = Candidate.from_json(manifest["candidate"])
+    native = Preprocessing.from_json(source["preprocessing"])
+    answer = find_answer(made_for(module, native.hw), (len(native.mean), *native.hw))
+    if answer.outputs != source["outputs"] and answer.head is not None:
+        module.set_submodule(answer.head, nn.Linear(answer.width, source["outputs"]))
+    module = reduce(module, candidate, input_size=(len(native.mean), *native.hw), resize_input=False)
+    try:
+        module.load_state_dict(load_file(folder / "model.safetensors"))
+    except RuntimeError:
+        raise DownresError(
+            f"The network given is not the one in {folder}: its weights do not fit; give the one that was searched."
+        ) from None
+    return module.eval(), ""
+
+
+def _dataset(task: Task, manifest: dict[str, Any], data: Any) -> tuple[Data | None, str]:
+    """The proof images, or None and why; the task has them then."""
+    source = manifest["source"]["data"]
+    where = data if data is not None else source["path"]
+    if not where and isinstance(where, str):
+        return None, "the search was given its images in Python: give them as data"
+    if data is None and not where.startswith("demo:") and not Path(where).exists():
+        return None, f"the images are not at {where} any more: name their folder with --data"
+    how = {name: source[name] for name in ("val_fraction", "folds", "seed")}
+    question = Question.from_json(source["question"])
+    task.begin(task.open(where, question, **how), source["seed"])
+    if task.data.fingerprint() != source["sha256"]:
+        raise DownresError(
+            "The images are not those that the quality was measured on (names, pixels, labels or split differ): "
+            "name the same folder with --data."
+        )
+    return task.data, ""

@@ -1,0 +1,78 @@
+"""Writing an artifact: model.onnx (the small input, batch free), model.safetensors (the same weights for torch),
+manifest.json and, where the quality was cross-fitted, folds.safetensors (the tensors that it was measured with).
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..engines.onnxruntime import export_onnx
+from ..records import Preprocessing, Recovery, Result
+from ..recovery.state import State
+from ..tasks import Task
+from .manifest import FORMAT, sha256
+
+
+def export(
+    folder: Path,
+    network: nn.Module,
+    task: Task,
+    *,
+    preprocessing: Preprocessing,
+    state: State,
+    result: Result,
+    original: Result,
+    recovery: Recovery,
+    source: dict[str, Any],
+    folds: Sequence[dict[str, Any]] = (),
+    fold_tensors: dict[str, np.ndarray] | None = None,
+    versions: dict[str, str] | None = None,
+) -> Path:
+    """Write the artifact of `network` (final weights; takes the small input) to `folder`, whole or not at all.
+
+    result: as the search measured it; recovery: how these very weights were recovered, which after cross-fitting is
+    one more fit on all images. source: 'model' (how to build the network again), 'data' (how to open the proof images again).
+    state: what was done to the weights. The task says what the graph returns, and what else of it is needed to use the file.
+    folds: how the stated quality was measured, fold by fold, when not with the shipped weights themselves.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    size = (len(preprocessing.mean), *preprocessing.hw)
+    export_onnx(task.serve(network), size, partial / "model.onnx", (task.output_name,))
+    save_file({k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}, partial / "model.safetensors")
+    if fold_tensors:
+        save_file({k: torch.from_numpy(v) for k, v in fold_tensors.items()}, partial / "folds.safetensors")
+    for file in partial.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner may read
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "candidate": result.candidate.to_json(),
+        "input": {"name": "input", "shape": ["batch", *size], "dtype": "float32"},
+        "output": {"name": task.output_name, "shape": task.shape()},
+        "task": {"name": task.name, **task.describe()},
+        "preprocessing": preprocessing.to_json(),
+        **task.facts(),
+        "state": state.to_json(),
+        "result": result.to_json(),
+        "original": original.to_json(),
+        "recovery": recovery.to_json(),
+        "source": source,
+        "folds": list(folds),
+        "versions": versions or {},
+        "sha256": {file.name: sha256(file) for file in sorted(partial.iterdir())} | {"manifest.json": ""},
+    }
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    manifest["sha256"]["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)
+    return folder

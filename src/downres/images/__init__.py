@@ -1,0 +1,11 @@
+"""Pictures: decoding, the one preprocessing, the parts of a folder and splits. Nothing of any task."""
+
+from .decode import Unreadable, decode
+from .images import Images, Progress, Skip, from_files
+from .preprocess import batches, preprocess, resize_and_crop
+from .split import Fold, cross_folds, split_once
+
+__all__ = [
+    "Fold", "Images", "Progress", "Skip", "Unreadable", "batches", "cross_folds", "decode", "from_files", "preprocess",
+    "resize_and_crop", "split_once",
+]  # fmt: skip

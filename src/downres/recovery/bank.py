@@ -1,0 +1,174 @@
+"""A model as every state of itself that is looked at, ready to run; what is made of the answers is the subclasses' matter."""
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..engines.onnxruntime import OnnxRuntime, export_onnx
+from ..engines.torch import TorchRuntime
+from ..errors import DownresError
+from ..images import Images, batches
+from ..records import Candidate, Preprocessing
+from ..reduction import made_for, reduce, takes_any_size
+from .batchnorm import recalibrate_batchnorm
+from .state import RECALIBRATED, State
+from .weights import Weights, with_tensors
+
+Progress = Callable[[str, int, int], None]
+
+CALIBRATION_IMAGES = 256
+"""Training images that BatchNorm statistics are averaged over."""
+
+
+class Bank:
+    """The networks of a search and their runtimes, one candidate after the other.
+
+    It exports and counts before it has images; `images` and `calibration` (for each fold the training images that
+    BatchNorm may be recalibrated on) are set once the data are open. What one network answers, image by image: `answers`.
+
+    serve: makes of a reduced network what is timed and run. output_names: what that returns.
+    """
+
+    calibration_batch = 32
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        serve: Callable[[nn.Module], nn.Module],
+        output_names: tuple[str, ...] = ("logits",),
+        *,
+        folder: Path | None = None,
+        runtime: str = "onnxruntime",
+        threads: int | None = None,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model, self.preprocessing, self.any_size = model, preprocessing, takes_any_size(model)
+        self.serve, self.output_names = serve, output_names
+        self.weights = Weights(folder)
+        self.images: Images | None = None
+        self.calibration: list[np.ndarray] = []
+        self.folder, self.runtime_name, self.threads, self.batch_size = folder, runtime, threads, batch_size
+        self.progress = progress
+        self.passes = 0
+        self.stage = ""
+        self._runtimes: dict[tuple[State, bool], OnnxRuntime | TorchRuntime] = {}
+        self._networks: dict[State, nn.Module] = {}
+
+    def served(self, state: State) -> nn.Module:
+        """The network of a state as it is timed and run: what it returns are `output_names`."""
+        return self.serve(self.network(state))
+
+    def counted(self, state: State) -> nn.Module:
+        """The network of a state as its cost is counted."""
+        return self.network(state)
+
+    def preprocessing_of(self, state: State) -> Preprocessing:
+        return self.preprocessing.at(state.candidate.resolution, state.crop_ratio)
+
+    def network(self, state: State) -> nn.Module:
+        """The network of a state: takes the small input, returns what the original returns."""
+        if state not in self._networks:
+            if self._is_original(state.candidate):
+                network = made_for(self.model, self.preprocessing.hw)
+            else:
+                size = (len(self.preprocessing.mean), *self.preprocessing.hw)
+                network = reduce(self.model, state.candidate, input_size=size, resize_input=False)
+            for step in state.history:
+                if step.done == RECALIBRATED:
+                    assert step.fold is not None
+                    chosen = self.calibration[step.fold][: step.images]
+                    self.passes += len(chosen)
+                    source = self.batches(state, chosen, self.calibration_batch)
+                    with contextlib.closing(source):
+                        network = recalibrate_batchnorm(network, (torch.as_tensor(b) for b in source))
+                else:
+                    network = with_tensors(network, self.weights.get(step.tensors))
+            self._networks = {state: network}  # one at a time: candidates come one after the other
+        return self._networks[state]
+
+    def _is_original(self, candidate: Candidate) -> bool:
+        """Whether the original's own network serves this candidate: its own resolution, or it takes any."""
+        if candidate == Candidate(candidate.resolution):
+            return self.any_size or candidate.resolution == self.preprocessing.resolution
+        return False
+
+    def runtime(self, state: State, serving: bool = True) -> OnnxRuntime | TorchRuntime:
+        """The state's network ready to run; for onnxruntime exported once to the run's folder.
+
+        serving: whether it must be the runtime that numbers are stated for. A recalibrated network that is only tried
+        on a few tuning images runs in torch, which is ready at once where an export takes seconds.
+        """
+        trial = bool(state.history) and not serving
+        if self.runtime_name == "torch" and not state.history:
+            # The crop happens before the network; and one that takes any size is the same one at every resolution.
+            same = state.candidate.at(self.preprocessing.resolution) if self._is_original(state.candidate) else state.candidate
+            state = State(same, 1.0)
+        if (state, trial) not in self._runtimes:
+            if self.runtime_name == "torch" or self.folder is None or trial:
+                ready: OnnxRuntime | TorchRuntime = TorchRuntime(self.served(state), self.threads)
+            else:
+                # The graph depends on the candidate and the weights: the crop happens before it.
+                same_graph = state if state.step(RECALIBRATED) else dataclasses.replace(state, crop_ratio=1.0)
+                file = self.folder / "onnx" / f"{same_graph.key()}.onnx"
+                if not file.exists():
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    size = (len(self.preprocessing.mean), *self.preprocessing_of(state).hw)
+                    partial = file.with_suffix(".partial")
+                    export_onnx(self.served(state), size, partial, self.output_names)
+                    partial.replace(file)
+                ready = OnnxRuntime(file, self.threads)
+            self._runtimes[state, trial] = ready
+        return self._runtimes[state, trial]
+
+    def forget(self) -> None:
+        """Delete what only an unfinished run needs: features and the search's ONNX files."""
+        self.release()
+        if self.folder is not None:
+            for name in ("features", "onnx"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def release(self) -> None:
+        """Forget runtimes and networks, keep what is known of images."""
+        self._runtimes, self._networks = {}, {}
+
+    def note(self, state: State, looked_at: int, done: int, total: int) -> None:
+        """Counts images and shows how far a pass is."""
+        self.passes += looked_at
+        if self.progress:
+            self.progress(f"{self.stage}{state.candidate}: looking at images", done, total)
+
+    def batches(self, state: State, indices: np.ndarray, size: int) -> Generator[Tensor]:
+        assert self.images is not None
+        return batches(self.images, indices, self.preprocessing_of(state), size)
+
+    def answers(self, state: State, indices: np.ndarray, *, serving: bool = True) -> Generator[tuple[np.ndarray, ...]]:
+        """What the served network returns for each image, output by output, without the batch axis.
+
+        Raises DownresError where a value is NaN or infinite: nothing may be measured on such an answer.
+        """
+        assert self.images is not None
+        runtime, done = self.runtime(state, serving), 0
+        with contextlib.closing(self.batches(state, indices, self.batch_size)) as source:
+            for batch in source:
+                outputs = runtime(np.asarray(batch))
+                for answer in zip(*outputs, strict=True):
+                    self.refuse_nan(state, int(indices[done]), *answer)
+                    yield answer
+                    done += 1
+                self.note(state, len(batch), done, len(indices))
+
+    def refuse_nan(self, state: State, image: int, *answer: np.ndarray) -> None:
+        if not all(np.isfinite(values).all() for values in answer):
+            assert self.images is not None
+            raise DownresError(
+                f"The model returns NaN or infinite values at {state.candidate} on real images "
+                f"({self.images.names[image]}): check its weights and the preprocessing."
+            )

@@ -1,0 +1,357 @@
+"""Pictures of the report: photographs as PNG data URIs, and quality against cost as plotly figures.
+
+Colours are written as CSS variables (`var(--ink)`); the page's script puts in the values of the light or dark theme.
+"""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from PIL import Image
+
+from ..parse import format_quantity
+from ..records import Budget, Candidate, Result, Score
+from . import words
+
+IGNORE = 255
+"""In a class map: pixels without a class."""
+
+SHOWN = 6
+"""Candidates at most beside each picture."""
+
+
+def shown(columns: list[tuple[int, Candidate]], chosen: Candidate | None) -> list[tuple[int, Candidate]]:
+    """As many as fit beside a picture: the ends and the chosen one always, the rest evenly."""
+    if len(columns) <= SHOWN:
+        return columns
+    wanted = {0, len(columns) - 1, *(i for i, (_, c) in enumerate(columns) if c == chosen)}
+    evenly = np.linspace(0, len(columns) - 1, SHOWN).round().astype(int).tolist()
+    wanted |= set([i for i in evenly if i not in wanted][: SHOWN - len(wanted)])
+    return [columns[i] for i in sorted(wanted)]
+
+
+def png_data_uri(image: np.ndarray) -> str:
+    """The uint8 image (height, width, 3) as a PNG data URI, losslessly; a grey image is stored with one channel."""
+    grey = bool((image == image[..., :1]).all())
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image[..., 0] if grey else image)).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def jpeg_data_uri(image: np.ndarray) -> str:
+    """The uint8 image (height, width, 3) as a JPEG data URI: for photographs that only lie under something."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "JPEG", quality=82, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def palette_data_uri(indices: np.ndarray, palette: Mapping[int, tuple[int, int, int, int]]) -> str:
+    """The uint8 indices (height, width) as a PNG data URI; palette: index → red, green, blue, opacity (0 to 255)."""
+    rgba = np.zeros((256, 4), np.uint8)
+    for index, colour in palette.items():
+        rgba[index] = colour
+    image = Image.fromarray(np.ascontiguousarray(indices)).convert("P")
+    image.putpalette(rgba[:, :3].tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True, transparency=rgba[:, 3].tobytes())
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def colour_map(classes: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """Class indices uint8 (height, width) in the classes' colours: uint8 (height, width, 3); 255 and unknown ones black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(colours)] = colours
+    return table[classes]
+
+
+def overlay(image: np.ndarray, classes: np.ndarray, colours: Sequence[tuple[int, int, int]], alpha: float = 0.5) -> np.ndarray:
+    """The picture, uint8 (height, width, 3), with its classes over it: uint8 (height, width, 3).
+
+    classes: uint8 (height, width), 255 where there is none: there the picture shows through. alpha: opacity of the classes.
+    """
+    blended = (1 - alpha) * image + alpha * colour_map(classes, colours)
+    return np.where((classes == IGNORE)[..., None], image, blended.round()).astype(np.uint8)
+
+
+RIGHT, WRONG, IGNORED = 0, 1, 2
+ERROR = (255, 45, 120)
+"""RGB of wrong pixels, over a picture in grey."""
+
+
+def errors(classes: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Where a prediction is `RIGHT`, where `WRONG`, and where its label says nothing (`IGNORED`): uint8 (height, width).
+
+    classes, truth: uint8 (height, width), in truth 255 where there is no class.
+    """
+    return np.where(truth == IGNORE, IGNORED, np.where(classes == truth, RIGHT, WRONG)).astype(np.uint8)
+
+
+def mosaic(image: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The image (height, width, 3) uint8 as a network with merged tokens has it: every group of patches in its mean colour.
+
+    groups: (rows, columns), equal numbers are one token (`downres.token_map`). Edges of groups are darkened.
+    """
+    height, width = image.shape[:2]
+    rows, columns = groups.shape
+    at = np.ix_(np.arange(height) * rows // height, np.arange(width) * columns // width)
+    each = groups[at]
+    numbers, flat = np.unique(each, return_inverse=True)
+    flat = flat.reshape(-1)
+    counts = np.bincount(flat, minlength=len(numbers))
+    means = np.stack([np.bincount(flat, image[..., c].reshape(-1), len(numbers)) / counts for c in range(3)], axis=1)
+    seen = means[flat].reshape(height, width, 3)
+    edge = np.zeros((height, width), bool)
+    edge[:, 1:] |= each[:, 1:] != each[:, :-1]
+    edge[1:] |= each[1:] != each[:-1]
+    return np.where(edge[..., None], 0.6 * seen, seen).round().astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One cost that can stand on the horizontal axis: button, title, unit, and the value of a result in that unit."""
+
+    key: str
+    name: str
+    title: str
+    unit: str
+    value: Callable[[Result], float | None]
+
+
+AXES = (
+    Axis("macs", "MACs", "MACs per forward pass (log scale)", "", lambda r: r.cost.macs if r.cost else None),
+    Axis(
+        "memory",
+        "Peak memory",
+        "peak activation memory (log scale)",
+        "B",
+        lambda r: r.cost.peak_activation_bytes if r.cost else None,
+    ),
+    Axis("latency", "Latency", "median latency (log scale)", "ms", lambda r: r.latency.latency_ms if r.latency else None),
+)
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif"
+SYMBOLS = {"within": "circle", "outside": "x", "few": "diamond", "unknown": "square"}
+
+
+def pareto_figures(
+    original: Result, results: Sequence[Result], chosen: Result | None, budget: Budget
+) -> dict[str, dict[str, Any]]:
+    """Axis key → plotly figure as plain JSON values, for every cost that was measured on the original and a candidate."""
+    figures = {}
+    for axis in AXES:
+        drawn = [r for r in results if r.quality and axis.value(r)]
+        if drawn and original.quality and axis.value(original):
+            figures[axis.key] = json.loads(pareto_figure(axis, original, drawn, chosen, budget).to_json())
+    return figures
+
+
+def pareto_figure(axis: Axis, original: Result, drawn: Sequence[Result], chosen: Result | None, budget: Budget) -> go.Figure:
+    """Top-1 or mIoU against one cost. `drawn` have a quality and this cost. `layout.meta` holds the two vertical ranges."""
+    figure = go.Figure(_naive_traces(axis, drawn))
+    figure.add_trace(_front_trace(axis, [original, *drawn]))
+    for key in SYMBOLS:
+        if group := [r for r in drawn if words.verdict_key(r) == key]:
+            figure.add_trace(_points_trace(axis, group, f"var(--{key})", SYMBOLS[key], key))
+    figure.add_trace(_points_trace(axis, [original], "var(--ink)", "star", "original"))
+    if chosen is not None and chosen in drawn:
+        _mark_chosen(figure, axis, chosen)
+    _mark_allowed(figure, original, budget)
+    _lay_out(figure, axis, original, drawn)
+    return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (cost, quality) pairs that no other beats in both, cheapest first."""
+    front: list[tuple[float, float]] = []
+    for cost, quality in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not front or quality > front[-1][1]:
+            front.append((cost, quality))
+    return front
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """The numbers 1, 2, 5 times a power of ten from just below `low` to just above `high`: ticks of a log axis."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    numbers = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+    return [number for number in numbers if low / 1.5 <= number <= high * 1.5]
+
+
+def hover_text(result: Result, trace: str) -> str:
+    """Everything known of a candidate, one fact a line, in plotly's little HTML."""
+    lines = [f"<b>{escape(words.label(result.candidate))}</b>" + (", the original" if trace == "original" else "")]
+    if q := result.quality:
+        lines.append(f"{q.metric} {q.text(q.score)} (95 %: {words.interval(q)})")
+        lines.append(f"on {words.count(q.n, 'image')}")
+    if c := result.cost:
+        lines.append(f"{format_quantity(c.macs)} MACs, {format_quantity(c.params)} parameters")
+        lines.append(f"peak activations {format_quantity(c.peak_activation_bytes, 'B')}")
+    if t := result.latency:
+        lines.append(f"latency {words.digits(t.latency_ms)} ms (p10–p90: {words.spread(t)})")
+    if d := result.drop:
+        lines.append(f"drop {words.points(d.drop)} points, at most {words.bound(d.upper)}")
+        lines.append(f"{escape(d.verdict)} {d.allowed:g} points")
+    if r := result.recovery:
+        lines.append(f"recovered by: {escape(words.RUNGS.get(r.rung, r.rung))}" if r.rung != "none" else "no recovery needed")
+    return "<br>".join(lines)
+
+
+def _qualities(results: Sequence[Result]) -> list[Score]:
+    return [r.quality for r in results if r.quality]
+
+
+def _points_trace(axis: Axis, results: Sequence[Result], colour: str, symbol: str, name: str) -> go.Scatter:
+    q = _qualities(results)
+    return go.Scatter(
+        name=name,
+        x=[axis.value(r) for r in results],
+        y=[v.score for v in q],
+        error_y={
+            "array": [v.interval[1] - v.score for v in q],
+            "arrayminus": [v.score - v.interval[0] for v in q],
+            "color": colour,
+            "thickness": 1.2,
+            "width": 0,
+        },
+        mode="markers+text",
+        marker={"color": colour, "symbol": symbol, "size": 15 if symbol == "star" else 10, "line": {"width": 0}},
+        text=[words.short_label(r.candidate) for r in results],
+        textposition="bottom right",
+        textfont={"color": "var(--muted)", "size": 11},
+        hovertext=[hover_text(r, name) for r in results],
+        hoverinfo="text",
+        cliponaxis=False,
+    )
+
+
+def _naive_traces(axis: Axis, drawn: Sequence[Result]) -> list[go.Scatter]:
+    """The quality before any recovery, and thin lines from there up to the recovered points."""
+    pairs = [(axis.value(r), r.naive, r.quality, r) for r in drawn if r.naive and r.quality]
+    lines_x = [x for cost, *_ in pairs for x in (cost, cost, None)]
+    lines_y = [y for _, naive, quality, _ in pairs for y in (naive.score, quality.score, None)]
+    return [
+        go.Scatter(
+            name="naive lines", x=lines_x, y=lines_y, mode="lines", line={"color": "var(--faint)", "width": 1}, hoverinfo="skip"
+        ),
+        go.Scatter(
+            name="naive",
+            x=[cost for cost, *_ in pairs],
+            y=[naive.score for _, naive, _, _ in pairs],
+            mode="markers",
+            marker={"symbol": "circle-open", "color": "var(--naive)", "size": 8, "line": {"width": 1.5}},
+            hovertext=[
+                f"<b>{escape(words.label(r.candidate))}, lowered naively</b><br>{naive.metric} {naive.text(naive.score)} "
+                f"(95 %: {words.interval(naive)})<br>on {words.count(naive.n, 'image')}, before any recovery"
+                for _, naive, _, r in pairs
+            ],
+            hoverinfo="text",
+        ),
+    ]
+
+
+def _front_trace(axis: Axis, results: Sequence[Result]) -> go.Scatter:
+    pairs = [(cost, r.quality.score) for r in results if r.quality and (cost := axis.value(r))]
+    front = pareto_front(pairs)
+    return go.Scatter(
+        name="front",
+        x=[x for x, _ in front],
+        y=[y for _, y in front],
+        mode="lines",
+        line={"color": "var(--front)", "width": 1.6},
+        hoverinfo="skip",
+    )
+
+
+def _mark_chosen(figure: go.Figure, axis: Axis, chosen: Result) -> None:
+    cost, quality = axis.value(chosen), chosen.quality
+    if not cost or not quality:
+        return
+    ring = {"symbol": "circle-open", "size": 22, "color": "var(--accent)", "line": {"width": 2}}
+    figure.add_trace(go.Scatter(name="chosen", x=[cost], y=[quality.score], mode="markers", marker=ring, hoverinfo="skip"))
+    figure.add_annotation(
+        x=math.log10(cost),
+        y=quality.score,
+        text=f"<b>chosen: {escape(words.label(chosen.candidate))}</b>",
+        font={"color": "var(--accent)", "size": 13},
+        showarrow=True,
+        arrowcolor="var(--accent)",
+        arrowwidth=1,
+        arrowhead=0,
+        standoff=12,
+        ax=0,
+        ay=72,
+        bgcolor="var(--page)",
+        borderpad=3,
+    )
+
+
+def _mark_allowed(figure: go.Figure, original: Result, budget: Budget) -> None:
+    if original.quality is None:
+        return
+    top = original.quality.score
+    figure.add_hrect(y0=top - budget.max_drop, y1=top, fillcolor="var(--band)", line_width=0, layer="below")
+    figure.add_annotation(
+        xref="paper",
+        x=0,
+        xanchor="left",
+        y=top,
+        yanchor="bottom",
+        text=f"band: at most {budget.max_drop:g} points below the original",
+        font={"color": "var(--muted)", "size": 11},
+        showarrow=False,
+    )
+
+
+def _padded(low: float, high: float, share: float) -> list[float]:
+    margin = max((high - low) * share, 0.5)
+    return [max(low - margin, -2.0), min(high + margin, 102.0)]
+
+
+def _lay_out(figure: go.Figure, axis: Axis, original: Result, drawn: Sequence[Result]) -> None:
+    qualities = _qualities([original, *drawn])
+    low, high = min(q.interval[0] for q in qualities), max(q.interval[1] for q in qualities)
+    lowest = min([low, *(r.naive.score for r in drawn if r.naive)])
+    costs = [c for r in [original, *drawn] if (c := axis.value(r))]
+    lay_out(figure, axis, costs, _padded(lowest, high, 0.06), words.score_title(qualities[0]))
+    figure.update_layout(meta={"everything": _padded(lowest, high, 0.06), "recovered": _padded(low, high, 0.06)})
+
+
+def lay_out(figure: go.Figure, axis: Axis, costs: Sequence[float], heights: Sequence[float], title: str) -> None:
+    """The look of a picture of quality against cost: wide enough for `costs`, `title` beside the vertical axis."""
+    low, high = math.log10(min(costs)), math.log10(max(costs))
+    ticks = round_numbers(min(costs), max(costs))
+    pad = 0.12 * (high - low) + 0.03
+    line = {"gridcolor": "var(--grid)", "zeroline": False, "linecolor": "var(--line)", "automargin": True}
+    figure.update_layout(
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": "var(--muted)", "size": 12, "family": FONT},
+        margin={"l": 8, "r": 12, "t": 12, "b": 8},
+        showlegend=False,
+        hovermode="closest",
+        hoverlabel={
+            "bgcolor": "var(--surface)",
+            "bordercolor": "var(--line)",
+            "font": {"color": "var(--ink)", "size": 12, "family": FONT},
+            "align": "left",
+        },
+        template="none",
+    )
+    figure.update_xaxes(
+        **line,
+        type="log",
+        range=[low - pad, high + pad],
+        tickvals=ticks,
+        ticktext=[format_quantity(t, axis.unit) for t in ticks],
+        title={"text": axis.title, "standoff": 12},
+        showgrid=False,
+        ticks="outside",
+        tickcolor="var(--line)",
+    )
+    figure.update_yaxes(**line, range=heights, ticksuffix=" %", title={"text": title})

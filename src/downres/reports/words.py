@@ -1,0 +1,285 @@
+"""The words and numbers of the report: labels with units, gains, and the verdict in one sentence. No HTML here."""
+
+import math
+from collections.abc import Sequence
+
+from ..parse import as_hw, format_quantity, format_resolution
+from ..records import (
+    DECREASING,
+    MERGE,
+    OUTSIDE,
+    TOO_FEW,
+    WITHIN,
+    Budget,
+    Candidate,
+    Drop,
+    Latency,
+    Merge,
+    Preprocessing,
+    Result,
+    Score,
+)
+
+RUNGS = {"none": "lowered only", "crop": "crop ratio", "batchnorm": "BatchNorm recalibration", "head": "head refit"}
+"""The rungs of the recovery ladder from cheap to dear, and what the report calls them."""
+
+VERDICT_KEYS = {WITHIN: "within", OUTSIDE: "outside", TOO_FEW: "few"}
+"""Verdict → short key, for style sheets and the picture; anything else is 'unknown'."""
+
+
+def verdict_key(result: Result) -> str:
+    return VERDICT_KEYS.get(result.drop.verdict, "unknown") if result.drop else "unknown"
+
+
+def judged(*results: Result) -> type[Score]:
+    """What these results were judged by, as far as any was measured."""
+    found = [type(q) for r in results for q in (r.quality, r.naive) if q]
+    return found[0] if found else Score
+
+
+def score_title(score: Score) -> str:
+    """Of an axis: `top-1 accuracy, %`, `mIoU, %`, `mean absolute error, mm`."""
+    named = score.metric if score.noun in ("", score.metric) else f"{score.metric} {score.noun}"
+    return f"{named}, {'%' if score.unit == 'points' else score.unit}"
+
+
+def size(candidate: Candidate) -> str:
+    """`128 px`, `192 × 384 px` (height × width)."""
+    if candidate.resolution is None:
+        return "original size"
+    height, width = as_hw(candidate.resolution)
+    return f"{height} px" if height == width else f"{height} × {width} px"
+
+
+def tokens(merge: Merge) -> str:
+    """`8 tokens merged a block`, `merged to 50 %`, `pruned to 50 %, most at first`."""
+    done = "merged" if merge.by == MERGE else "pruned"
+    text = f"{merge.r} tokens {done} a block" if merge.keep is None else f"{done} to {100 * merge.keep:.3g} %"
+    return text + (", most at first" if merge.schedule == DECREASING else "")
+
+
+def details(candidate: Candidate) -> list[str]:
+    """What else than the input gets smaller, one phrase each: `stem ×0.5`, `patches of 28 px`, `8 tokens merged a block`."""
+    found = []
+    if candidate.stem_scale != 1.0:
+        after = f"×{candidate.stem_scale:g} after {candidate.stem}" if candidate.stem else f"stem ×{candidate.stem_scale:g}"
+        found.append(after)
+    if candidate.patch_size is not None:
+        found.append(f"patches of {candidate.patch_size} px")
+    if candidate.merge is not None:
+        found.append(tokens(candidate.merge) if candidate.merge.keep is None else f"tokens {tokens(candidate.merge)}")
+    if candidate.depth is not None:
+        found.append(f"{candidate.depth} blocks")
+    if candidate.width != 1.0:
+        found.append(f"width ×{candidate.width:g}")
+    if candidate.ragged != "error":
+        found.append({"floor": "the rest cut off", "pad": "padded"}[candidate.ragged])
+    return found
+
+
+def label(candidate: Candidate) -> str:
+    """`128 px`, `300 px, stem ×0.5`, `300 px, ×0.5 after layer1`, `224 px, 8 tokens merged a block`."""
+    return ", ".join([size(candidate), *details(candidate)])
+
+
+def short_label(candidate: Candidate) -> str:
+    """`128`, `300 ×0.5`, `224 p28`, `224 merge8`: for a point in the picture."""
+    words = [size(candidate).removesuffix(" px")]
+    words += [f"×{candidate.stem_scale:g}"] if candidate.stem_scale != 1.0 else []
+    words += [f"p{candidate.patch_size}"] if candidate.patch_size is not None else []
+    words += [str(candidate.merge)] if candidate.merge is not None else []
+    words += [f"depth {candidate.depth}"] if candidate.depth is not None else []
+    words += [f"width ×{candidate.width:g}"] if candidate.width != 1.0 else []
+    return " ".join(words)
+
+
+def digits(value: float) -> str:
+    """Three significant digits, trailing zeros kept: `11.0`, `0.0520`, `1234`."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+def percent(value: float) -> str:
+    return f"{value:.1f}\u00a0%"
+
+
+def interval(quality: Score) -> str:
+    low, high = quality.interval
+    return f"{low:.1f}–{high:.1f}\u00a0%" if quality.unit == "points" else f"{digits(low)}–{quality.text(high)}"
+
+
+def fitting(p: Preprocessing) -> str:
+    """How a picture is brought to the network's input, in words."""
+    to = f"{format_resolution(p.resolution)} px"
+    how = f"({p.interpolation}, antialiased)"
+    if p.fit == "stretch":
+        return f"The whole picture resized {how} to {to}"
+    if p.fit == "pad":
+        rest = "the rest at the right and bottom filled with the mean"
+        return f"The whole picture resized {how} with its aspect ratio to fit {to}, {rest}"
+    return f"Short side resized {how}, centre cropped to {to}, crop ratio {p.crop_ratio:.3g}"
+
+
+def spread(latency: Latency) -> str:
+    return f"{digits(latency.p10_ms)}–{digits(latency.p90_ms)} ms"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 image`, `1 200 images` (thin spaces)."""
+    return f"{number:,}".replace(",", "\u2009") + f" {noun}" + ("" if number == 1 else "s")
+
+
+def points(value: float) -> str:
+    """Percentage points with a sign that reads well: `0.40`, `−1.30`."""
+    return f"{value:.2f}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """A change in points: `+0.40`, `−1.30`, `0.00`."""
+    text = points(value)
+    return {"−0.00": "0.00"}.get(text, text if value < 0 or text == "0.00" else f"+{text}")
+
+
+def bound(value: float) -> str:
+    """An upper bound in points, rounded up: a proof must not be rounded down."""
+    return points(math.ceil(value * 100 - 1e-9) / 100)
+
+
+def change(drop: float, unit: str = "points") -> str:
+    """`0.50 points lower`, `0.20 points higher`, `unchanged`; of another unit how much worse or better."""
+    if unit != "points":
+        return "unchanged" if drop == 0 else f"{digits(abs(drop))} {unit} {'worse' if drop > 0 else 'better'}"
+    return "unchanged" if abs(drop) < 0.005 else f"{abs(drop):.2f} points {'lower' if drop > 0 else 'higher'}"
+
+
+def gain(before: float, after: float, less: str, more: str) -> str:
+    """`5.3× fewer`, `1.1× more`, or '' where the two agree to 1 %."""
+    if before <= 0 or after <= 0 or abs(before / after - 1) < 0.01:
+        return ""
+    return f"{_factor(before / after)} {less}" if before > after else f"{_factor(after / before)} {more}"
+
+
+def _factor(ratio: float) -> str:
+    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.2f}×" if ratio < 1.1 else f"{ratio:.1f}×"
+
+
+def _allowed(value: float) -> str:
+    return f"{value:.1f}" if math.isclose(round(value, 1), value) else f"{value:g}"
+
+
+def _bound(drop: Drop) -> str:
+    """The upper bound, rounded up (a proof must not be rounded down) without passing the allowed drop needlessly."""
+    for decimals in (1, 2, 3):
+        rounded = math.ceil(drop.upper * 10**decimals - 1e-9) / 10**decimals
+        if rounded <= drop.allowed or drop.upper > drop.allowed:
+            break
+    return f"{rounded:.{decimals}f}".replace("-", "−")
+
+
+def nearest(results: Sequence[Result]) -> Result | None:
+    """The candidate that came nearest to a proof: proven ones first, then fewest images missing, then lowest bound."""
+    ranks = {WITHIN: 0, TOO_FEW: 1, OUTSIDE: 2}
+    judged = [(r.drop, r) for r in results if r.drop is not None]
+
+    def distance(pair: tuple[Drop, Result]) -> tuple[float, ...]:
+        drop = pair[0]
+        missing = math.inf if drop.more_images is None else drop.more_images
+        return ranks.get(drop.verdict, len(ranks)), missing, drop.upper
+
+    return min(judged, key=distance)[1] if judged else None
+
+
+def ceilings_missed(result: Result, budget: Budget) -> list[str]:
+    """The cost ceilings of the budget that the candidate exceeds, in words."""
+    missed = []
+    if budget.max_macs and result.cost and result.cost.macs > budget.max_macs:
+        missed.append(f"{format_quantity(result.cost.macs)} MACs (ceiling: {format_quantity(budget.max_macs)})")
+    if budget.max_memory_bytes and result.cost and result.cost.peak_activation_bytes > budget.max_memory_bytes:
+        used, most = (format_quantity(v, "B") for v in (result.cost.peak_activation_bytes, budget.max_memory_bytes))
+        missed.append(f"{used} of activations (ceiling: {most})")
+    if budget.max_latency_ms and result.latency and result.latency.latency_ms > budget.max_latency_ms:
+        missed.append(f"{digits(result.latency.latency_ms)} ms (ceiling: {budget.max_latency_ms:g} ms)")
+    return missed
+
+
+def budget_words(budget: Budget, metric: str = "top-1", unit: str = "points") -> str:
+    """`a drop of at most 2.0 points of top-1 with 95 % confidence, at most 500 M MACs`."""
+    words = [f"a drop of at most {_allowed(budget.max_drop)} {unit} of {metric} with {budget.confidence * 100:g} % confidence"]
+    if budget.max_macs:
+        words.append(f"at most {format_quantity(budget.max_macs)} MACs")
+    if budget.max_memory_bytes:
+        words.append(f"at most {format_quantity(budget.max_memory_bytes, 'B')} of activations")
+    if budget.max_latency_ms:
+        words.append(f"at most {budget.max_latency_ms:g} ms per forward pass")
+    return ", ".join(words)
+
+
+def verdict(
+    original: Result, results: Sequence[Result], chosen: Result | None, budget: Budget, score: type[Score] | None = None
+) -> str:
+    """The whole report in one or two sentences. score: what is judged by, where nothing was measured yet."""
+    what, kinds = score or judged(original, *results), [q for r in (original, *results) for q in (r.quality, r.naive) if q]
+    unit = kinds[0].unit if kinds else "points"
+    if chosen is None:
+        return _unproven(results, budget, what, unit)
+    how, proof = _how(chosen.candidate, original.candidate), _proof(chosen.drop, what, unit)
+    return f"{how} this network needs {_savings(original, chosen)}{proof}."
+
+
+def _dropped(score: type[Score]) -> str:
+    return f"{score.noun} drop" if score.noun != score.metric else f"drop in {score.metric}"
+
+
+def _how(chosen: Candidate, original: Candidate) -> str:
+    smaller = "" if chosen.resolution in (None, original.resolution) else f"At {size(chosen)} instead of {size(original)}"
+    inside = []
+    if chosen.stem_scale != 1:
+        inside.append(f"the activations after {chosen.stem or 'its stem'} resized ×{chosen.stem_scale:g}")
+    if chosen.patch_size is not None:
+        inside.append(f"patches of {chosen.patch_size} px")
+    if chosen.merge is not None:
+        inside.append(tokens(chosen.merge) if chosen.merge.keep is None else f"its tokens {tokens(chosen.merge)}")
+    if smaller and inside:
+        return f"{smaller} and with {' and '.join(inside)},"
+    return smaller or (f"With {' and '.join(inside)}" if inside else "Left as it is,")
+
+
+def _savings(original: Result, chosen: Result) -> str:
+    parts = []
+    if original.cost and chosen.cost:
+        parts.append(gain(original.cost.macs, chosen.cost.macs, "fewer MACs", "more MACs"))
+    if original.latency and chosen.latency:
+        parts.append(gain(original.latency.latency_ms, chosen.latency.latency_ms, "less time", "more time"))
+    return " and ".join(p for p in parts if p) or "as much as before"
+
+
+def _proof(drop: Drop | None, score: type[Score], unit: str) -> str:
+    if drop is None:
+        return f"; its {score.noun or score.metric} was not measured"
+    confidence = f"with {drop.confidence * 100:g} % confidence"
+    if drop.verdict != WITHIN:
+        return f", but its {_dropped(score)} of {points(drop.drop)} {unit} is not proven to be within {_allowed(drop.allowed)}"
+    if drop.upper <= 0:
+        name, allowed = score.noun or score.metric, _allowed(drop.allowed)
+        return f", and its {name} is proven not to drop (allowed: {allowed} {unit}) {confidence}"
+    return (
+        f", and its {_dropped(score)} is proven to be at most {_bound(drop)} {unit} "
+        f"(allowed: {_allowed(drop.allowed)}) {confidence}"
+    )
+
+
+def _unproven(results: Sequence[Result], budget: Budget, score: type[Score], unit: str) -> str:
+    near = nearest(results)
+    if near is None or near.drop is None:
+        return f"Nothing was proven: of {count(len(results), 'candidate')} none was measured against the original."
+    drop, name = near.drop, label(near.candidate)
+    if drop.verdict == WITHIN:
+        missed = " and ".join(ceilings_missed(near, budget)) or "it was not chosen"
+        return (
+            f"No candidate meets every limit. Nearest came {name}: its {_dropped(score)} is proven to be "
+            f"at most {_bound(drop)} {unit} (allowed: {_allowed(drop.allowed)}), but: {missed}."
+        )
+    opening = f"Nothing was proven: no candidate is shown to lose at most {_allowed(budget.max_drop)} {unit}."
+    if drop.verdict == OUTSIDE:
+        return f"{opening} Even the nearest, {name}, is proven to lose more: {points(drop.drop)} {unit}."
+    missing = f"; about {count(drop.more_images, 'more image')} would settle it" if drop.more_images else ""
+    return f"{opening} Nearest came {name}: it lost {points(drop.drop)} {unit}, which may be up to {_bound(drop)}{missing}."

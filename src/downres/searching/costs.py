@@ -1,0 +1,178 @@
+"""Costs of families of candidates: no data, no weights, no arithmetic."""
+
+import copy
+import dataclasses
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..errors import DownresError
+from ..families import Model, load_model
+from ..measuring.cost import CONVENTION, measure_cost
+from ..parse import Resolution
+from ..probe import Answer, find_answer
+from ..records import PRUNE, Candidate, Cost, Merge
+from ..reduction import made_for, reduce
+from ..reports.families_picture import ORIGINAL, Row, write_families
+from ..tasks import Question, Task, counted_task
+from .plan import Design, default_resolutions, make_axes, plan
+from .prepare import as_model, design_of
+
+GIVEN = "given"
+"""The family of candidates that came whole, in any combination."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The original first, then family by family. Each candidate's cost is that of the network fed images of its resolution."""
+
+    model: str
+    rows: tuple[Row, ...]
+    batch_size: int
+    convention: str
+    notes: tuple[str, ...]
+
+    @property
+    def original(self) -> Cost:
+        return self.rows[0].cost
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "batch_size": self.batch_size,
+            "convention": self.convention,
+            "costs": [{"family": row.family, **row.candidate.to_json(), **row.cost.to_json()} for row in self.rows],
+            "notes": list(self.notes),
+        }
+
+    def write_picture(self, path: str | os.PathLike[str]) -> Path:
+        """The families as one self-contained HTML page: MACs against peak activation memory. Returns the path."""
+        return write_families(self.rows, path, self.model or "the model", self.batch_size, self.convention)
+
+
+def costs(
+    model: Model | nn.Module | str,
+    resolutions: Sequence[Resolution] | None = None,
+    *,
+    stem_scales: Sequence[float] | None = (),
+    patch_sizes: Sequence[int] | None = (),
+    merges: Sequence[Merge | int | float | str] | None = (),
+    depths: Sequence[int] | None = (),
+    widths: Sequence[float] | None = (),
+    candidates: Sequence[Candidate | str] = (),
+    ragged: str = "error",
+    batch_size: int = 1,
+    label_size: Resolution | None = None,
+    output: str = "logits",
+    upsampling: str = "bilinear",
+) -> Costs:
+    """Cost at the model's own resolution and of families of candidates, each along its own axis; no weights are needed.
+
+    Args:
+        resolutions: taken as given, not snapped; None: from the model's own down; () leaves them out.
+        stem_scales, patch_sizes, merges: as in `search`, at the model's own resolution (of patches, at their nearest
+            multiple to it); None and () leave them out.
+        depths, widths: model scaling, numbers of blocks and factors on the channels; see `Candidate`.
+        candidates: more, in any combination: `Candidate`s or their text, '168 merge4'.
+        ragged: what patches do where they do not divide the input: 'error', 'floor' (cut) or 'pad'.
+        batch_size: images in one pass.
+        label_size: of a segmentation network: its answer is brought to this size, None: to the model's own resolution; output,
+            upsampling: as in `search`. Always counted.
+
+    A candidate that cannot be made of this network or does not run is left out, with the reason among the notes. Raises
+    DownresError when that is all of them.
+    """
+    model = as_model(load_model(model, pretrained=False) if isinstance(model, str) else model)
+    native, design = Candidate(model.preprocessing.resolution), design_of(model)
+    measure = _Measuring(model, batch_size, Question(label_size=label_size, output=output, upsampling=upsampling))
+    chosen = default_resolutions(design.native, design.stride) if resolutions is None else resolutions
+    inputs, notes = plan(design, make_axes(chosen, (), (), (), ragged=ragged), do_snap=False)
+    inside = make_axes((), stem_scales or (), patch_sizes or (), merges or (), candidates, ragged)
+    others, more = plan(design, dataclasses.replace(inside, candidates=()), do_snap=ragged == "error")
+    scaled = [Candidate(depth=depth) for depth in depths or ()] + [Candidate(width=width) for width in widths or ()]
+    planned = {candidate: "resolution" for candidate in inputs}
+    planned |= {c: _family(c, design) for c in others}
+    planned |= {c.at(native.resolution): _family(c, design) for c in scaled}
+    for c in inside.candidates:
+        planned.setdefault(c if c.resolution is not None else c.at(native.resolution), GIVEN)
+    planned.pop(native, None)
+    rows, refused = [Row(ORIGINAL, native, measure(native))], []
+    for candidate, family in planned.items():
+        try:
+            rows.append(Row(family, candidate, measure(candidate)))
+        except DownresError as error:
+            refused.append((candidate, error))
+    if refused and len(rows) == 1:
+        raise refused[0][1]
+    notes += [*more, *(f"{candidate} left out: {str(error).rstrip('.')}" for candidate, error in refused)]
+    return Costs(model.spec, tuple(rows), batch_size, CONVENTION, tuple(notes))
+
+
+def _family(candidate: Candidate, design: Design) -> str:
+    """What a candidate of one axis changes."""
+    if candidate.depth is not None or candidate.width != 1.0:
+        return "width" if candidate.depth is None else "depth"
+    if candidate.merge is not None:
+        return "pruning" if candidate.merge.by == PRUNE else "merging"
+    if candidate.patch_size is not None:
+        return "patch size"
+    return "pooling" if design.sequence else "stem"
+
+
+class _Measuring:
+    """Costs of candidates of one model, whose weights are copied for none of them."""
+
+    def __init__(self, model: Model, batch_size: int, question: Question) -> None:
+        self.model, self.batch_size = model, batch_size
+        self.channels, self.native = len(model.preprocessing.mean), model.preprocessing.hw
+        self.task: Task | None = None
+        try:
+            answer: Answer | None = find_answer(made_for(self.weightless, self.native), (self.channels, *self.native))
+        except DownresError:  # features, or something else than one image goes in: costs are counted all the same
+            answer = None
+        if answer is not None:
+            self.task = counted_task(model, answer, question)
+
+    def __call__(self, candidate: Candidate) -> Cost:
+        size = self.batch_size, self.channels, *(candidate.hw or self.native)
+        if candidate == Candidate(self.model.preprocessing.resolution):
+            return measure_cost(self._answering(made_for(self.model.module, self.native)), size)
+        try:
+            small = _hollow(self._reduced(self.weightless, candidate), "cpu")  # whose kernels decide what is alive
+            small.register_forward_pre_hook(_only_fake, prepend=True)
+            return measure_cost(small, size)
+        except Exception:  # something looked at numbers that are not there; the real one says what else is wrong
+            return measure_cost(self._reduced(self.model.module, candidate), size)
+
+    @cached_property
+    def weightless(self) -> nn.Module:
+        return _hollow(self.model.module, "meta")
+
+    def _reduced(self, network: nn.Module, candidate: Candidate) -> nn.Module:
+        return self._answering(reduce(network, candidate, input_size=(self.channels, *self.native), resize_input=False))
+
+    def _answering(self, network: nn.Module) -> nn.Module:
+        return network if self.task is None else self.task.counted(network)
+
+
+def _hollow(network: nn.Module, device: str) -> nn.Module:
+    """A copy on another device whose parameters and buffers are not initialised: memory that nobody touches costs nothing."""
+    known: dict[int, Any] = {}
+    for t in itertools.chain(network.parameters(), network.buffers()):
+        hollow = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+        known[id(t)] = nn.Parameter(hollow, t.requires_grad) if isinstance(t, nn.Parameter) else hollow
+    return copy.deepcopy(network, known)
+
+
+def _only_fake(module: nn.Module, inputs: tuple) -> None:
+    """Forward pre-hook: a hollow network can be looked at, not computed with."""
+    if not isinstance(inputs[0], FakeTensor):
+        raise RuntimeError("its weights are not there")

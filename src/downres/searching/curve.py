@@ -1,0 +1,97 @@
+"""Quality against resolution, patches and tokens: the model with its own weights, no search and no recovery."""
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from ..errors import DownresError
+from ..families import Model
+from ..measuring.cost import measure_cost
+from ..records import Budget, Preprocessing, Result
+from ..tasks import Question, Task
+from .plan import Axes, plan
+from .prepare import Measuring, Progress, Source, check_planned, design_of, gather, open_data, prepare_task
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The original first, then a result for each candidate in the order asked for; every drop is a plain comparison."""
+
+    original: Result
+    results: tuple[Result, ...]
+    preprocessing: Preprocessing
+    data: str
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict:
+        return {
+            "data": self.data,
+            "preprocessing": self.preprocessing.to_json(),
+            "original": self.original.row(),
+            "candidates": [r.row() for r in self.results],
+            "notes": list(self.notes),
+        }
+
+
+NOTHING = Axes((), (), (), ())
+"""A curve tries what it is given."""
+
+
+def curve(
+    model: Model | nn.Module | str,
+    data: Source,
+    resolutions: Any = (),
+    *,
+    max_drop: float = 1.0,
+    task: str | type[Task] | None = None,
+    tries: Axes = NOTHING,
+    question: Question = Question(),
+    measuring: Measuring = Measuring(runtime="torch", val_fraction=1.0),
+    preprocessing: Preprocessing | None = None,
+    progress: Progress | None = None,
+    **flat: Any,
+) -> Curve:
+    """Quality of `model` at its own resolution and as each candidate, on the same images, decoded once: top-1 of a
+    classifier, mIoU of a segmentation network, and so on.
+
+    task, tries, question, measuring: as in `search`, every field also flat; nothing is tried by default. A candidate that the
+    network cannot be reduced to comes back as 'stopped', with the reason.
+
+    Nothing is fitted, so every image of an undivided folder may be looked at; a `val_fraction` below 1 keeps to the
+    images that `search` would prove on.
+
+    The verdict says of each candidate alone whether its drop is within `max_drop`; whoever picks one of many
+    by it should use `search`, which pays for the number of looks.
+    """
+    groups = gather({"tries": tries, "question": question, "measuring": measuring}, {"resolutions": resolutions, **flat})
+    tries, question, measuring = groups["tries"], groups["question"], groups["measuring"]
+    subject = prepare_task(model, data, question, task, preprocessing)
+    planned, notes = plan(design_of(subject.model), tries, tries.snap)
+    check_planned(subject, planned)
+    if not planned:
+        raise DownresError("There is nothing to try: give for example resolutions below the original's, 96:256:32.")
+    open_data(subject, data, measuring, question, parts=("val",), progress=progress)
+    p = subject.model.preprocessing
+    bank = subject.bank(None, progress=progress, **measuring.options())
+    subject.fill(bank)
+    results: list[Result] = []
+    original: Any = None
+    for candidate in [subject.native, *planned]:
+        state = subject.native_state.at(candidate)
+        try:
+            cost = measure_cost(subject.counted(bank.network(state)), (len(p.mean), *bank.preprocessing_of(state).hw))
+        except DownresError as error:
+            if not results:
+                raise
+            results.append(Result(candidate, "stopped", str(error)))
+            continue
+        evidence = subject.evidence(bank, state, subject.proof)
+        drop = None if original is None else subject.compare(original, {"it": evidence}, Budget(max_drop))["it"]
+        original = evidence if original is None else original
+        results.append(Result(candidate, "measured", "", cost, None, None, subject.quality(evidence), drop))
+    assert results[0].quality is not None
+    # A curve asserts nothing of the level: only what the data lack is said.
+    notes += subject.lacks(subject.facts())
+    notes += [f"{len(subject.data.skipped)} images skipped"] if subject.data.skipped else []
+    return Curve(results[0], tuple(results[1:]), p, subject.data.description, tuple(notes))

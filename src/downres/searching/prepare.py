@@ -1,0 +1,152 @@
+"""A model made ready for all stages: loaded, its task found, what a plan needs to know of it."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import DownresError
+from ..families import Model, load_model
+from ..families.adapter import find_adapter
+from ..probe import total_stride
+from ..records import Candidate, Preprocessing, Record
+from ..reduction import divided_by, made_for
+from ..tasks import Data, Question, Task, find_task
+from .plan import Design, check_trained
+
+Progress = Callable[[str, int, int], None]
+Source = Any
+"""What `search` and its parts take as data: the name of a folder, or what a task opened."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measuring(Record):
+    """How it is measured.
+
+    runtime: 'onnxruntime' or 'torch'; threads: of it, None takes every core. folds: cross-fit on one folder, so that every
+    image is a proof image once. val_fraction: part of an undivided folder that is kept for the proof. seed: of splits and
+    folds. batch_size: images in one pass, None: as is quickest; latency is always that of one.
+    """
+
+    runtime: str = "onnxruntime"
+    threads: int | None = None
+    folds: int | None = None
+    val_fraction: float = 0.5
+    seed: int = 0
+    batch_size: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Of a bank."""
+        size = {} if self.batch_size is None else {"batch_size": self.batch_size}
+        return {"runtime": self.runtime, "threads": self.threads, **size}
+
+
+def prepare_task(
+    model: Model | nn.Module | str,
+    data: Source,
+    question: Question,
+    task: str | type[Task] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Task:
+    """The task of the model, no image opened yet."""
+    return find_task(as_model(model, preprocessing), data, question, task)
+
+
+def open_data(
+    task: Task,
+    data: Source,
+    measuring: Measuring,
+    question: Question,
+    parts: tuple[str, ...] = ("train", "val"),
+    progress: Progress | None = None,
+) -> None:
+    """The data opened and checked against the model."""
+    how: dict[str, Any] = {"folds": measuring.folds, "val_fraction": measuring.val_fraction, "seed": measuring.seed}
+    opened = task.open(data, parts=parts, progress=progress, question=question, **how)
+    task.begin(opened, measuring.seed)
+
+
+def describe(task: Task) -> dict[str, Any]:
+    """What measurements depend on, as far as the model goes."""
+    model = task.model
+    return {
+        "model": model.spec,
+        "weights": model.weights,
+        "model_sha256": model.fingerprint(),
+        "preprocessing": model.preprocessing.to_json(),
+        "task": {"name": task.name, **task.describe()},
+    }
+
+
+def describe_data(task: Task) -> dict[str, Any]:
+    """What measurements depend on, as far as the images go, and what is said of them."""
+    data: Data = task.data
+    return {
+        "description": data.description,
+        "sha256": data.fingerprint(),
+        "fold_count": len(data.folds),
+        "licence": data.licence,
+        "skipped": [skip.to_json() for skip in data.skipped],
+        **task.facts(),
+    }
+
+
+def check_planned(task: Task, candidates: list[Candidate]) -> None:
+    """DownresError for a candidate whose quality cannot be measured as it is."""
+    check_trained(candidates)
+    task.check(candidates)
+
+
+def place_of(data: Source) -> str:
+    """Where the images are, so that `check` finds them from any folder; '' for images given in Python."""
+    root = getattr(data, "root", data)
+    if not isinstance(root, (str, Path)):
+        return ""
+    return str(root) if str(root).startswith("demo:") else str(Path(root).expanduser().resolve())
+
+
+def as_model(model: Model | nn.Module | str, preprocessing: Preprocessing | None = None) -> Model:
+    """A specification, a bare module or a loaded model as a loaded model."""
+    if isinstance(model, str):
+        model = load_model(model)
+    if isinstance(model, nn.Module):
+        from ..families.generic import preprocessing as assumed
+
+        # Measured on the CPU in single precision, wherever and however the caller keeps it.
+        return Model(copy.deepcopy(model).cpu().float().eval(), preprocessing or assumed(model))
+    if preprocessing is not None:
+        model = dataclasses.replace(model, preprocessing=preprocessing)
+    return model
+
+
+def design_of(model: Model) -> Design:
+    """What a plan of candidates needs to know of the model."""
+    p, adapter = model.preprocessing, find_adapter(model.module)
+    patch = adapter.patch[0] if adapter is not None and adapter.patch is not None else None
+    original = made_for(model.module, p.hw)
+    return Design(
+        p.resolution,
+        total_stride(original, p.hw, len(p.mean)),
+        patch,
+        adapter is not None and bool(adapter.block_names()),
+        divided_by(original, p.hw, len(p.mean)),
+    )
+
+
+def gather(kinds: dict[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
+    """Groups of options with the flat ones put in: {'measuring': Measuring(), …} and {'seed': 3} → … Measuring(seed=3).
+
+    Raises DownresError for an option that no group has.
+    """
+    left = dict(flat)
+    found = {}
+    for name, group in kinds.items():
+        own = {f.name: left.pop(f.name) for f in dataclasses.fields(group) if f.name in left}
+        found[name] = dataclasses.replace(group, **own) if own else group
+    if left:
+        known = sorted({f.name for group in kinds.values() for f in dataclasses.fields(group)})
+        raise DownresError(f"There is no option {next(iter(left))!r}: the options are {', '.join(known)}.")
+    return found

@@ -1,0 +1,128 @@
+"""A run as its folder has it: pure reading, nothing is measured here."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..records import OUTSIDE, Budget, Candidate, Cost, Latency, Preprocessing, Recovery, Result
+from ..recovery.state import State
+from ..tasks import Task, restored
+from .select import over_budget, select
+from .store import Store
+
+NOT_OPENED = {
+    "description": "No image was opened.",
+    "fold_count": 1,
+    "licence": "",
+    "skipped": (),
+}
+"""The data of a run that has not come to its images: every candidate was over a ceiling, or it was interrupted before."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run, finished or not. results: in the order planned; best: the cheapest proven one or None."""
+
+    folder: Path
+    settings: dict[str, Any]
+    budget: Budget
+    original: Result
+    results: tuple[Result, ...]
+    best: Result | None
+    notes: tuple[str, ...]
+    finished: bool
+    data: dict[str, Any]
+    task: Task
+
+    @property
+    def artifact(self) -> Path | None:
+        """Folder of the shipped model, or None."""
+        return self.folder / "best" if (self.folder / "best" / "manifest.json").exists() else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": str(self.folder),
+            "finished": self.finished,
+            "settings": self.settings,
+            "data": self.data,
+            "budget": self.budget.to_json(),
+            "original": self.original.row(),
+            "candidates": [r.row() for r in self.results],
+            "best": self.best and self.best.row(),
+            "artifact": self.artifact and str(self.artifact),
+            "notes": list(self.notes),
+        }
+
+
+def load_run(folder: str | Path, store: Store | None = None) -> Run:
+    """A run as its folder has it, finished or not. Pure reading: nothing is measured again."""
+    store = store or Store.read(folder)
+    settings = store.settings
+    budget = Budget.from_json(settings["budget"])
+    native = Candidate(Preprocessing.from_json(settings["preprocessing"]).resolution)
+    data = store.get("data") or dict(NOT_OPENED)
+    task = restored(settings["task"], data)
+    original = _result(store, task, native, Budget(budget.max_drop))
+    results = [_result(store, task, Candidate.from_json(c), budget) for c in settings["candidates"]]
+    results = _judge(store, task, native, results, budget, data["fold_count"])
+    best = select(results, settings["minimize"])
+    notes = [*settings["notes"]]
+    if original.quality is not None:
+        notes += task.warnings(original.quality, data)
+    unmeasured = sum(r.status == "waiting" for r in results)
+    if unmeasured:
+        notes.append(f"unfinished: {unmeasured} of {len(results)} candidates are not measured yet; the same command goes on")
+    finished = store.get("finished") is not None
+    return Run(Path(folder), settings, budget, original, tuple(results), best, tuple(notes), finished, data, task)
+
+
+def _judge(store: Store, task: Task, native: Candidate, results: list[Result], budget: Budget, folds: int) -> list[Result]:
+    """The drops of what is measured, all at once."""
+    done = [r for r in results if r.status == "measured"]
+    if store.get(f"quality/{native}") is None or not done:
+        return results
+    found = {str(c): _evidence(store, task, c) for c in (native, *(r.candidate for r in done))}
+    original = found.pop(str(native))
+    ruled_out = {
+        str(
+            r.candidate
+        ): f"ruled out on {r.recovery.tuning.n} tuning images (drop at least {r.recovery.tuning.lower:.1f} points)"
+        for r in done
+        # With cross folds the tuning images are proof images of another fold: nothing may be ruled out by them.
+        if folds == 1 and r.recovery and r.recovery.tuning and r.recovery.tuning.verdict == OUTSIDE
+    }
+    drops = task.compare(original, {k: v for k, v in found.items() if k not in ruled_out}, budget)
+    for name in ruled_out:
+        drops |= task.compare(original, {name: found[name]}, budget)
+    return [
+        dataclasses.replace(r, drop=drops[str(r.candidate)], reason=ruled_out.get(str(r.candidate), ""))
+        if r.status == "measured"
+        else r
+        for r in results
+    ]
+
+
+def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> Result:
+    """One candidate from its stored measurements; the drop comes later, when all are known."""
+    counted = store.get(f"cost/{candidate}") or {}
+    cost = Cost.from_json(counted["cost"]) if "cost" in counted else None
+    latencies = store.get("latency") or {}
+    latency = Latency.from_json(latencies[str(candidate)]) if str(candidate) in latencies else None
+    reason = counted.get("failed", "") or over_budget(cost, latency, budget)
+    if reason:
+        return Result(candidate, "stopped", reason, cost, latency)
+    measured = store.get(f"quality/{candidate}")
+    if measured is None:
+        return Result(candidate, "waiting", "not measured yet", cost, latency)
+    kind = task.score
+    return Result(
+        candidate, "measured", "", cost, latency,
+        kind.from_json(measured["naive"]), kind.from_json(measured["quality"]), None,
+        Recovery.from_json(measured["recovery"]),
+    )  # fmt: skip
+
+
+def _evidence(store: Store, task: Task, candidate: Candidate) -> Any:
+    crop = Preprocessing.from_json(store.settings["preprocessing"]).crop_ratio
+    return task.evidence_type.from_arrays(store.arrays(f"predictions/{State(candidate, crop).key()}"))

@@ -1,0 +1,273 @@
+"""The main job: plan → cost gate → latency gate → recover and measure → select → ship. Resumable at any point."""
+
+import dataclasses
+import datetime
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..engines import check_threads
+from ..environment import versions
+from ..errors import DownresError
+from ..families import Model
+from ..measuring.cost import measure_cost
+from ..measuring.latency import RUNTIMES, interleaved, random_batch
+from ..records import Budget, Candidate, Cost, Latency, Preprocessing, Recovery
+from ..recovery.bank import Bank
+from ..recovery.ladder import RUNGS, Reference, climb, together
+from ..recovery.state import State
+from ..reports import words
+from ..tasks import Question, Task
+from .plan import Axes, default_axes, plan
+from .prepare import (
+    Measuring,
+    Progress,
+    Source,
+    check_planned,
+    describe,
+    describe_data,
+    design_of,
+    gather,
+    open_data,
+    place_of,
+    prepare_task,
+)
+from .results import Run, load_run
+from .select import MINIMIZE, over_budget
+from .ship import ship
+from .store import FORMAT, Store
+from .view import write_report
+
+
+def search(
+    model: Model | nn.Module | str,
+    data: Source,
+    *,
+    max_drop: float | None = None,
+    task: str | type[Task] | None = None,
+    tries: Axes = Axes(),
+    budget: Budget = Budget(),
+    question: Question = Question(),
+    measuring: Measuring = Measuring(),
+    rungs: tuple[str, ...] = RUNGS,
+    minimize: str = "macs",
+    preprocessing: Preprocessing | None = None,
+    out: str | Path | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+    **flat: Any,
+) -> Run:
+    """Find the cheapest way to look at less whose drop is proven to be within `max_drop`, and ship it.
+
+    The options come in groups, and every field of a group may be given flat as well: `search(model, "photos/", max_drop=1,
+    resolutions=[160, 128], fit_head=True, seed=3)`.
+
+    Args:
+        model: `timm:NAME`, `torchvision:NAME`, `transformers:FOLDER`, `file.py:function`, a loaded Model, or an `nn.Module`.
+        data: a folder in a layout of the task (class folders; images and masks; images beside a file of labels; only images),
+            or what the task's own opener or constructor gives (`open_folder`, `open_masks`, …).
+        max_drop: that of `budget`: in the unit of the task's score, percentage points of top-1 or mIoU.
+        task: 'classification', 'segmentation', 'multilabel', 'regression', 'agreement', or a `Task` of one's own; None: what
+            the network's answers are of.
+        tries: what to try; see `Axes`. budget: what is allowed; see `Budget`. question: what is asked of the data; see
+            `Question`. measuring: how it is measured; see `Measuring`.
+        rungs: of the recovery ladder, from 'crop', 'batchnorm', 'head', as far as the task has them; () only lowers the input.
+        minimize: what 'cheapest' means: 'macs', 'memory' or 'latency'.
+        out: folder of the run; the same call again goes on where it was. Default: a new temporary folder.
+        command: how the run was asked for, to be shown in its report.
+
+    Raises:
+        DownresError: bad input, said in one sentence. What was measured stays in the run's folder.
+    """
+    groups = gather({"budget": budget, "tries": tries, "question": question, "measuring": measuring}, flat)
+    budget, tries, question, measuring = groups["budget"], groups["tries"], groups["question"], groups["measuring"]
+    if max_drop is not None:
+        budget = dataclasses.replace(budget, max_drop=max_drop)
+    _check_choices(rungs, minimize, measuring.runtime)
+    check_threads(measuring.threads)
+    subject = prepare_task(model, data, question, task, preprocessing)
+    wanted, rungs = rungs, tuple(rung for rung in rungs if rung in subject.rungs)
+    design = design_of(subject.model)
+    planned, notes = plan(design, default_axes(design, tries), tries.snap)
+    if wanted and not rungs:
+        have = f"has {', '.join(subject.rungs)} alone" if subject.rungs else "has no rung"
+        notes.append(f"of the recovery ladder a {subject.name} network {have}: nothing is recovered")
+    check_planned(subject, planned)
+    if not planned:
+        raise DownresError("There is no candidate to try: give resolutions below the original's with --resolution.")
+
+    settings = {
+        "format": FORMAT,
+        **describe(subject),
+        "budget": budget.to_json(),
+        "candidates": [c.to_json() for c in planned],
+        "rungs": list(rungs),
+        "minimize": minimize,
+        "runtime": measuring.runtime,
+        "notes": notes,
+        "command": command,
+        "data_source": {
+            "path": place_of(data),
+            **{name: getattr(measuring, name) for name in ("folds", "val_fraction", "seed")},
+            "question": resolved(question).to_json(),
+        },
+    }
+    folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="downres-"))
+    store = Store.open(folder, settings)
+    try:
+        if store.get("started") is None:
+            when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            store.put("started", {"when": when, "versions": versions()})
+        bank = subject.bank(folder, progress=progress, **measuring.options())
+        alive = _cost_gate(subject, store, budget, [subject.native, *planned], bank, progress)
+        alive = _latency_gate(subject, store, budget, alive, bank, progress)
+        if len(alive) > 1:  # the first is the original
+            open_data(subject, data, measuring, question, progress=progress)
+            store.same("data", describe_data(subject), "sha256")
+            _measure_all(subject, store, budget, alive, rungs, bank, progress)
+        store.put("finished", True)
+        bank.forget()
+        run = load_run(folder, store)
+        write_report(run)
+        return run
+    finally:
+        store.close()
+
+
+def resolved(question: Question) -> Question:
+    """The same from any folder: `check` asks again from where it is called."""
+    files = {name: str(Path(value).resolve()) for name in ("labels", "classes") if (value := getattr(question, name))}
+    return dataclasses.replace(question, **files)  # type: ignore[arg-type]
+
+
+def _measure_all(
+    task: Task,
+    store: Store,
+    budget: Budget,
+    candidates: list[Candidate],
+    rungs: tuple[str, ...],
+    bank: Bank,
+    progress: Progress | None,
+) -> None:
+    """Everything that needs images: quality of each candidate, what the report shows of them, the shipped model."""
+    task.fill(bank)
+    if store.get("split") is None:
+        sides = {f"{part}{i}": getattr(f, part) for i, f in enumerate(task.data.folds) for part in ("train", "test")}
+        store.put_arrays("split", **sides)
+        store.put("split", True)
+    made: list[Reference] = []
+    for i, candidate in enumerate(candidates):
+        key = f"quality/{candidate}"
+        if store.get(key) is None:
+            bank.stage = f"{i + 1} of {len(candidates)}, "
+            if not made:  # a finished run needs none
+                made += [task.reference(bank, i, fold, rungs) for i, fold in enumerate(task.data.folds)]
+                bank.release()
+            store.put(key, _measure(task, store, bank, candidate, made, budget, rungs))
+        bank.release()
+    bank.stage = ""
+    run = load_run(store.folder, store)
+    if store.get("photos") is None:
+        shown = [r for r in run.results if r.status == "measured"]
+        task.keep(store, bank, shown, run.best or words.nearest(run.results))  # the one that the page is about
+        bank.release()
+        store.put("photos", True)
+    if run.best is not None and run.artifact is None:
+        if progress:
+            progress(f"{run.best.candidate}: shipping", 0, 1)
+        ship(task, store, bank, run, rungs)
+        if progress:
+            progress(f"{run.best.candidate}: shipping", 1, 1)
+
+
+def _measure(
+    task: Task,
+    store: Store,
+    bank: Bank,
+    candidate: Candidate,
+    references: list[Reference],
+    budget: Budget,
+    rungs: tuple[str, ...],
+) -> dict[str, Any]:
+    """Quality on the proof images of every fold, lowered only and recovered; arrays first, then the record that names them."""
+    lowered, recovered, states, recoveries = [], [], [], []
+    for reference in references:
+        bare = reference.state.at(candidate)
+        lowered.append(task.evidence(bank, bare, reference.fold.test))
+        if candidate == task.native:
+            state, recovery = bare, Recovery("none", bare.crop_ratio, 0.0)
+        else:
+            state, recovery = climb(task, bank, candidate, reference, budget, rungs)
+        recovered.append(lowered[-1] if state == bare else task.evidence(bank, state, reference.fold.test))
+        states.append(state)
+        recoveries.append(recovery)
+    before, after = (task.evidence_type.concatenate(parts) for parts in (lowered, recovered))
+    store.put_arrays(f"predictions/{task.native_state.at(candidate).key()}", **after.to_arrays())
+    return {
+        "quality": task.quality(after).to_json(),
+        "naive": task.quality(before).to_json(),
+        "recovery": together(recoveries).to_json(),
+        "states": [state.to_json() for state in states],
+    }
+
+
+def _cost_gate(
+    subject: Task, store: Store, budget: Budget, candidates: list[Candidate], bank: Bank, progress: Progress | None
+) -> list[Candidate]:
+    """Candidates within the ceilings by cost; the first (the original) always stays. Touches no data."""
+    alive = []
+    for i, candidate in enumerate(candidates):
+        state = State(candidate, 1.0)
+        if store.get(f"cost/{candidate}") is None:
+            size = (subject.channels, *bank.preprocessing_of(state).hw)
+            value: dict[str, Any]
+            try:
+                value = {"cost": measure_cost(subject.counted(bank.network(state)), size).to_json()}
+            except DownresError as error:
+                if i == 0:
+                    raise
+                value = {"failed": str(error)}
+            store.put(f"cost/{candidate}", value)
+        found = store.get(f"cost/{candidate}")
+        cost = Cost.from_json(found["cost"]) if "cost" in found else None
+        if i == 0 or (cost is not None and not over_budget(cost, None, budget)):
+            alive.append(candidate)
+        if progress:
+            progress("counting costs", i + 1, len(candidates))
+    return alive
+
+
+def _latency_gate(
+    subject: Task, store: Store, budget: Budget, candidates: list[Candidate], bank: Bank, progress: Progress | None
+) -> list[Candidate]:
+    """Measures all together, interleaved; stops those over the latency ceiling. Touches no data: noise has no shortcuts."""
+    if store.get("latency") is None:
+        runtimes, inputs = {}, {}
+        for i, candidate in enumerate(candidates):
+            state = State(candidate, subject.model.preprocessing.crop_ratio)
+            runtimes[str(candidate)] = bank.runtime(state)
+            shape = (1, subject.channels, *bank.preprocessing_of(state).hw)
+            inputs[str(candidate)] = random_batch(shape)
+            if progress:
+                progress("making runnable models", i + 1, len(candidates))
+        measured = interleaved(runtimes, inputs, progress=progress)
+        store.put("latency", {name: latency.to_json() for name, latency in measured.items()})
+        bank.release()
+    latencies = {name: Latency.from_json(value) for name, value in store.get("latency").items()}
+    return [c for i, c in enumerate(candidates) if i == 0 or not over_budget(None, latencies[str(c)], budget)]
+
+
+def _check_choices(rungs: tuple[str, ...], minimize: str, runtime: str) -> None:
+    for value, known, what in (
+        (rungs, RUNGS, "rungs"),
+        ((minimize,), MINIMIZE, "minimize"),
+        ((runtime,), RUNTIMES, "runtime"),
+    ):
+        for one in value:
+            if one not in known:
+                raise DownresError(f"Unknown {what} {one!r}: choose from {', '.join(known)}.")
+    if runtime == "torch":
+        warnings.warn("runtime 'torch' measures in torch; the shipped model.onnx is checked against it.", stacklevel=3)

@@ -1,0 +1,151 @@
+"""The folder of a run: every measurement is in it the moment it exists, so a run can be stopped, moved and resumed."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DownresError
+
+FORMAT = 3
+"""Of run.json and measurements.jsonl; a run of another format is refused."""
+
+
+class Store:
+    """`settings` (run.json), keyed JSON measurements (measurements.jsonl, append only) and arrays (*.npy)."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._values: dict[str, Any] = {}
+        self._lock: Any = None
+        self._log = self.folder / "measurements.jsonl"
+        try:
+            self.settings: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
+            if not isinstance(self.settings, dict) or self.settings.get("format") != FORMAT:
+                raise ValueError
+        except FileNotFoundError:
+            self.settings = {}
+        except (OSError, ValueError):
+            raise DownresError(
+                f"{self.folder} is not a run that this version can read (its run.json is broken or older): "
+                "give another folder with --out."
+            ) from None
+        if self._log.exists():
+            for line in self._log.read_text(errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self._values[entry["key"]] = entry["value"]
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line cut off by a hard stop: its measurement is made again
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Store":
+        """An existing run, to look at. Raises DownresError when there is none."""
+        if not (Path(folder) / "run.json").is_file():
+            raise DownresError(
+                f"{folder} is not a run of downres (it has no run.json): give the folder that search wrote with --out."
+            )
+        return cls(folder)
+
+    @classmethod
+    def open(cls, folder: str | Path, settings: dict[str, Any]) -> "Store":
+        """A run to write to: new, or one with the same settings that goes on. One process at a time."""
+        path = Path(folder)
+        if path.exists() and not path.is_dir():
+            raise DownresError(f"{path} is a file: give a folder with --out.")
+        others = [p for p in path.iterdir() if p.name != ".lock" and p.suffix != ".partial"] if path.is_dir() else []
+        if others and not (path / "run.json").exists():
+            raise DownresError(f"{path} holds other files and no run: give a new or empty folder with --out.")
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise DownresError(
+                f"Another downres is writing to {path}: wait for it, or give another folder with --out."
+            ) from None
+        try:
+            store = cls(path)  # read under the lock: another process may just have finished
+            store._lock = lock
+            settings = json.loads(json.dumps(settings))
+            if store.settings:
+                # The command is only shown: the same question may be typed in many ways.
+                _refuse_other(path, store.settings, {k: v for k, v in settings.items() if k != "command"})
+            else:
+                store.settings = settings
+                write_atomically(path / "run.json", json.dumps(settings, indent=1))
+            if store._log.exists():
+                # A cut-off last line would swallow the next entry.
+                text = store._log.read_text(errors="replace")
+                if text and not text.endswith("\n"):
+                    write_atomically(store._log, text[: text.rfind("\n") + 1])
+        except BaseException:
+            lock.close()
+            raise
+        return store
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def get(self, key: str) -> Any:
+        return self._values.get(key)
+
+    def put(self, key: str, value: Any) -> Any:
+        """Store a measurement for good before it is used."""
+        line = json.dumps({"key": key, "value": value})
+        with open(self._log, "a") as log:
+            log.write(line + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+        self._values[key] = json.loads(line)["value"]
+        return self._values[key]
+
+    def same(self, key: str, value: dict[str, Any], identity: str) -> None:
+        """Store what the run's measurements depend on; DownresError when the run has another `identity` in it."""
+        value = json.loads(json.dumps(value))
+        if self.get(key) is None:
+            self.put(key, value)
+        else:
+            _refuse_other(self.folder, self.get(key), {identity: value[identity]}, f"{key} ")
+
+    def put_arrays(self, name: str, **arrays: np.ndarray) -> None:
+        file = self.folder / f"{name}.npz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        with open(partial, "wb") as handle:
+            np.savez(handle, **arrays)  # type: ignore[arg-type]
+        partial.replace(file)
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        with np.load(self.folder / f"{name}.npz", allow_pickle=False) as loaded:
+            return {k: loaded[k] for k in loaded.files}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """All of it or nothing: a full disk or a hard stop leaves the old file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _refuse_other(folder: Path, stored: dict[str, Any], now: dict[str, Any], what: str = "") -> None:
+    other = [k for k in now if now[k] != stored.get(k)]
+    if other:
+        k = other[0]
+        if isinstance(stored.get(k), dict) and isinstance(now[k], dict):  # name what differs in it, and not all of it
+            return _refuse_other(folder, stored[k], now[k], f"{what}{k} ")
+        raise DownresError(
+            f"{folder} holds a run with another {what}{k} ({_short(stored.get(k))}, now {_short(now[k])}): "
+            "give another folder with --out, or delete that one."
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,254 @@
+"""The task of a classifier: one class an image."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from torch import nn
+
+from ...errors import DownresError
+from ...families import Model
+from ...images import Fold, split_once
+from ...probe import Answer
+from ...records import LOGITS, Budget, Drop, Preprocessing, Record, Result
+from ...recovery.features import FeatureBank
+from ...recovery.state import State
+from ..evidence import Arrays
+from ..task import TOLERANCE, Question, Section, Task
+from .elpv import CLASSES, DEMO_DATA, open_elpv
+from .folders import Dataset, class_names, open_folder
+from .head import STRENGTHS, fit_head, log_loss, why_not
+from .photos import keep_photos, photos_section
+from .quality import Quality, compare_all, count_correct, quality
+
+
+@dataclass(frozen=True)
+class Prediction(Record):
+    """One picture's most likely classes, with softmax probabilities in percent."""
+
+    image: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+    def __str__(self) -> str:
+        ranked = ", ".join(f"{c} {p:.1f} %" for c, p in zip(self.classes, self.probabilities, strict=True))
+        return f"{self.image}: {ranked}"
+
+
+class Classification(Task):
+    """One class an image, judged by top-1.
+
+    head: dotted name of the final linear layer or None; width: its inputs (without a head the number of logits).
+    fit_new: the head is a place to be filled, to be fitted on the training images first.
+    """
+
+    name = "classification"
+    score = Quality
+    rungs = ("crop", "batchnorm", "head")
+    glance = 32
+
+    def __init__(
+        self, model: Model | None, outputs: int, head: str | None = None, width: int = 0, fit_new: bool = False
+    ) -> None:
+        super().__init__(model, outputs)
+        self.head, self.width, self.fit_new = head, width, fit_new
+        self.classes: tuple[str, ...] = ()
+
+    @classmethod
+    def takes(cls, answer: Answer, data: Any, question: Question) -> bool:
+        return answer.size is None
+
+    @classmethod
+    def make(cls, model: Model, answer: Answer, data: Any, question: Question) -> Self:
+        cls.refuse_masks(question)
+        return cls.with_head(model, answer, question.fit_head, lambda outputs: len(cls.names_in(data, outputs)))
+
+    @classmethod
+    def with_head(cls, model: Model, answer: Answer, fit_new: bool, count: Any) -> Self:
+        """The task, its head found or replaced by one for as many outputs as `count(None)` says; else `count` checks them."""
+        head, width, outputs = answer.head, answer.width, answer.outputs
+        if not fit_new:
+            count(outputs)
+            return cls(model, outputs, head, width, False)
+        if head is None:
+            raise DownresError(
+                "No head can be fitted: the output of this model does not come from a linear layer; "
+                "give a model that has one, or weights for these classes."
+            )
+        outputs = count(None)
+        module = copy.deepcopy(model.module)
+        linear = nn.Linear(width, outputs)
+        nn.init.zeros_(linear.weight)  # a place to be filled; random numbers would make every run another one
+        nn.init.zeros_(linear.bias)
+        module.set_submodule(head, linear)
+        weights = f"{model.weights}; head fitted anew on the training images"
+        return cls(Model(module, model.preprocessing, model.spec, weights, outputs), outputs, head, width, True)
+
+    @classmethod
+    def only_counted(cls, model: Model, answer: Answer, question: Question) -> Self:
+        cls.refuse_masks(question)
+        return cls(model, answer.outputs, answer.head, answer.width)
+
+    @classmethod
+    def refuse_masks(cls, question: Question) -> None:
+        """DownresError for options that are of answers to every pixel."""
+        if question.label_size is not None or question.output != LOGITS or question.upsampling != "bilinear":
+            raise DownresError(
+                "Masks, a label size, another output or upsampling are for segmentation networks, this one returns one row of "
+                "logits an image: give class folders and none of these, or another network."
+            )
+
+    @classmethod
+    def names_in(cls, data: Any, outputs: int | None) -> tuple[str, ...]:
+        """The classes of the data, checked against the network's outputs, without decoding an image."""
+        if isinstance(data, Dataset):
+            return data.classes
+        return CLASSES if str(data) == DEMO_DATA else class_names(data, outputs)
+
+    def describe(self) -> dict[str, Any]:
+        return {"outputs": self.outputs, "fit_head": self.fit_new}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], facts: Mapping[str, Any]) -> Self:
+        task = cls(None, described["outputs"], fit_new=described["fit_head"])
+        task.classes = tuple(facts.get("classes", ()))
+        return task
+
+    def bank(self, folder: Path | None, **options: Any) -> FeatureBank:
+        return FeatureBank(self.model.module, self.head, self.width, self.model.preprocessing, folder=folder, **options)
+
+    def open(self, data: Any, question: Question, **options: Any) -> Dataset:
+        outputs = None if self.fit_new else self.outputs
+        if isinstance(data, Dataset):
+            return data
+        if str(data) == DEMO_DATA:
+            return open_elpv(options.get("folds") or 5, options.get("seed", 0))
+        return open_folder(data, outputs=outputs, **options)
+
+    def begin(self, data: Dataset, seed: int) -> None:  # type: ignore[override]
+        super().begin(data, seed)
+        self.classes = data.classes
+        if int(data.labels.max()) >= self.outputs:
+            raise DownresError(
+                f"The data have labels up to {int(data.labels.max())}, the model has {self.outputs} outputs: "
+                "use fit_head to fit a new head, or other weights."
+            )
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.data.labels
+
+    def split(self, fold: Fold) -> tuple[np.ndarray, np.ndarray]:
+        """Stratified, at most `tuning_images` over all folds together; both sides have every class.
+
+        Tuning images come in random order: the first few of them are a sample.
+        """
+        n = len(fold.train)
+        if n < 4:
+            return fold.train, np.zeros(0, np.int64)
+        most = max(1, self.tuning_images // len(self.data.folds))
+        split = split_once(self.labels[fold.train], min(0.25, most / n), self.seed)
+        return fold.train[split.train], np.random.default_rng([self.seed, 1]).permutation(fold.train[split.test])
+
+    def facts(self) -> dict[str, Any]:
+        majority = 100 * float(np.bincount(self.labels[self.proof]).max() / len(self.proof))
+        return {"classes": list(self.data.classes), "majority_top1": majority}
+
+    def evidence(self, bank: FeatureBank, state: State, indices: np.ndarray, *, serving: bool = True) -> Arrays:
+        return self.judge(bank.logits(state, indices, serving=serving), indices, bank.preprocessing_of(state))
+
+    def judge(self, answers: Iterable[np.ndarray], indices: np.ndarray, preprocessing: Preprocessing) -> Arrays:
+        out, truth = answers if isinstance(answers, np.ndarray) else np.stack(list(answers)), self.labels[indices]
+        arrays = Arrays(
+            correct=count_correct(out, truth), predicted=out.argmax(1).astype(np.int32), confidence=_confidence(out)
+        )
+        if self.outputs > 5:
+            arrays["correct5"] = count_correct(out, truth, 5)
+        return arrays
+
+    def quality(self, evidence: Arrays) -> Quality:
+        return quality(evidence["correct"], evidence.get("correct5"))
+
+    def compare(self, original: Arrays, candidates: dict[str, Arrays], budget: Budget) -> dict[str, Drop]:
+        if not candidates:
+            return {}
+        return compare_all(original["correct"], {name: one["correct"] for name, one in candidates.items()}, budget)
+
+    def points(self, evidence: Arrays) -> np.ndarray:
+        return evidence["correct"]
+
+    def why_no_head(self, bank: FeatureBank, fit: np.ndarray) -> str:
+        return why_not(self.labels[fit], self.outputs) if bank.head else "the model's output does not come from a linear layer"
+
+    def refit(self, bank: FeatureBank, state: State, index: int, fit: np.ndarray, tune: np.ndarray) -> tuple[State, State, str]:
+        """Multinomial logistic regression; its L2 strength is chosen on tuning images."""
+        labels, train = self.labels, np.concatenate([fit, tune])
+        features = bank.features(state.without("refitted"), train)
+        inner, held = features[: len(fit)], features[len(fit) :]
+        # By log loss, not by accuracy: on a few hundred images accuracies of neighbouring strengths differ by luck alone.
+        trials = []
+        for strength in STRENGTHS if len(tune) else (STRENGTHS[len(STRENGTHS) // 2],):
+            head = fit_head(inner, labels[fit], self.outputs, strength)
+            trials.append((log_loss(head(held), labels[tune]) if len(tune) else 0.0, strength, head))
+        _, strength, start = min(trials, key=lambda trial: trial[:2])
+        whole = fit_head(features, labels[train], self.outputs, strength)
+        states = bank.refitted(state, start, index, len(fit)), bank.refitted(state, whole, index, len(train))
+        return *states, f"logistic regression, C={strength:g}"
+
+    def warnings(self, original: Quality, facts: Mapping[str, Any]) -> list[str]:  # type: ignore[override]
+        if original.top1_low > facts["majority_top1"]:
+            return []
+        return [
+            "the original is not shown to be better than always answering the commonest class "
+            f"({facts['majority_top1']:.1f} %): a drop measured against it means little"
+        ]
+
+    def made(self, budget: Budget, runtime: str, proof: str, many: str) -> dict[str, str]:
+        return {
+            "Top-1": f"Correct images / all proof images, measured through {runtime}; in brackets the two-sided 95 % "
+            f"Wilson interval. {proof}",
+            "Drop": "Top-1 of the original minus top-1 of the candidate, in percentage points, on the same images (paired); "
+            f"the bound is one-sided, by Tango's score test, at {100 * budget.confidence:g} % confidence.{many}",
+            "Lowered only": "The original's own weights and head on smaller images, at its own crop ratio: "
+            "what happens without recovery.",
+        }
+
+    def keep(self, store: Any, bank: FeatureBank, results: Sequence[Result], told: Result | None) -> None:
+        keep_photos(self, store, bank, results)
+
+    def section(self, store: Any, run: Any, told: Result | None) -> Section:
+        return photos_section(store, run)
+
+    def parity(self, ours: Iterator[np.ndarray], theirs: Iterator[np.ndarray]) -> tuple[bool, str]:
+        worst, scale, agree, total = 0.0, 0.0, 0, 0
+        for one, other in zip(ours, theirs, strict=True):
+            if not (np.isfinite(one).all() and np.isfinite(other).all()):
+                return False, "NaN or infinite logits on real images"
+            worst, scale = max(worst, float(np.abs(one - other).max())), max(scale, float(np.abs(other).max()))
+            agree, total = agree + int(one.argmax(0) == other.argmax(0)), total + 1
+        detail = f"largest difference {worst:.2g} at logits up to {scale:.3g}, " if scale else ""
+        ok = worst <= TOLERANCE * max(scale, 1.0) and agree == total
+        return ok, f"{detail}same class on {agree} of {total} real images"
+
+    def as_stated(self, found: Quality, stated: Quality) -> tuple[bool, str]:  # type: ignore[override]
+        n = found.n
+        # Another processor may round a logit the other way: one image in a thousand is not a change of the model.
+        ok = n == stated.n and abs(found.correct - stated.correct) <= max(1, n // 1000)
+        said = f"top-1 {found.top1:.2f} % ({found.correct}/{n}), stated {stated.top1:.2f} % ({stated.correct}/{stated.n})"
+        return ok, said
+
+    def predict(
+        self, answer: np.ndarray, picture: np.ndarray, image: str, preprocessing: Preprocessing, top: int, out: Path
+    ) -> Prediction:
+        share = np.exp(answer - answer.max()) / np.exp(answer - answer.max()).sum()
+        order = np.argsort(-share, kind="stable")[:top]
+        return Prediction(image, tuple(self.classes[i] for i in order), tuple(100 * float(share[i]) for i in order))
+
+
+def _confidence(out: np.ndarray) -> np.ndarray:
+    """Softmax probability of the prediction, in percent, float32 (n,)."""
+    shifted = np.exp(out - out.max(1, keepdims=True))
+    return (100 * shifted.max(1) / shifted.sum(1)).astype(np.float32)

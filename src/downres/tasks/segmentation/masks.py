@@ -1,0 +1,347 @@
+"""Pictures with a class for every pixel: finding pairs of image and mask, reading masks as class indices, the data set."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import DownresError
+from ...images.decode import Unreadable
+from ...images.images import Images, Progress, Skip, from_files
+from ...images.parts import WHOLE, File, as_found, divide, how_found, listed_names, without_unreadable
+from ...images.split import Fold
+from .mask_files import colours_of, header_of, packed, values_of
+from .mask_layouts import TITLES, Pair, Pairs, locate
+from .mask_legends import IGNORE, UNKNOWN, VOC_COLOURS, Colour, Legend, legend_of, numbered, read_classes, table
+
+__all__ = ["IGNORE", "MaskDataset", "MaskFolder", "Pair", "find_masks", "mask_classes", "open_masks"]
+
+_CLASSES = "give classes.txt in the data folder, or `classes`"
+
+
+@dataclass(frozen=True, eq=False)
+class MaskFolder:
+    """What a folder of images and masks holds, before any image is decoded.
+
+    pairs: by part, 'train' and 'val', or 'whole' where the folder is not divided. classes: a name for each class index.
+    colours: RGB, one a class, for pictures. legend: what the values in the files mean. label_size: (height, width) of
+    every mask, None where they differ. licence, note (how it was divided): for descriptions.
+    """
+
+    layout: str
+    root: Path
+    pairs: Pairs
+    classes: tuple[str, ...]
+    colours: tuple[Colour, ...]
+    legend: Legend
+    label_size: tuple[int, int] | None = None
+    licence: str = ""
+    note: str = ""
+
+    def read_mask(self, path: str | os.PathLike[str]) -> np.ndarray:
+        """Class indices uint8 (height, width), IGNORE where there is none.
+
+        A palette image is read by its indices, an RGB image by the colours of the classes. Raises DownresError for a
+        file that cannot be read, a value or colour that no class has, or an RGB image where no colours are known.
+        """
+        try:
+            return self._read(path)
+        except Unreadable as reason:
+            raise DownresError(f"The mask {self._name(Path(path))} cannot be read ({reason}): replace it.") from None
+
+    def _read(self, path: str | os.PathLike[str]) -> np.ndarray:
+        """As `read_mask`, but Unreadable where the file cannot be read."""
+        values = values_of(Path(path))
+        if values.ndim == 3:
+            return self._from_rgb(values, Path(path))
+        if values.dtype != np.uint8:
+            wrong = values[(values < 0) | (values > 255)]
+            if len(wrong):
+                raise self._wrong_value(int(wrong[0]), Path(path))
+            values = values.astype(np.uint8)
+        classes = self.legend.table[values]
+        if classes.min() == UNKNOWN:
+            raise self._wrong_value(int(values[classes == UNKNOWN][0]), Path(path))
+        return classes.astype(np.uint8)
+
+    def _from_rgb(self, pixels: np.ndarray, path: Path) -> np.ndarray:
+        if not self.legend.rgb:
+            raise self._unexpected_rgb(pixels, path)
+        found = packed(pixels)
+        colours = sorted(self.legend.rgb)
+        keys = packed(np.array(colours, np.uint8))
+        at = np.minimum(np.searchsorted(keys, found), len(keys) - 1)
+        unknown = keys[at] != found
+        if unknown.any():
+            (colour, *_) = colours_of(pixels[unknown])
+            raise DownresError(
+                f"The mask {self._name(path)} has the colour {colour}, which no class has, at {np.count_nonzero(unknown)} "
+                "pixels: correct the mask, or add the colour to the file of classes."
+            )
+        return np.array([self.legend.rgb[colour] for colour in colours], np.uint8)[at]
+
+    def _wrong_value(self, value: int, path: Path) -> DownresError:
+        known = np.flatnonzero(self.legend.table[:IGNORE] != UNKNOWN)
+        return DownresError(
+            f"The mask {self._name(path)} has the value {value}, and the values of masks here are {known.min()} to "
+            f"{known.max()}, or {IGNORE} where there is no class: correct the mask, or name all classes in classes.txt."
+        )
+
+    def _unexpected_rgb(self, pixels: np.ndarray, path: Path) -> DownresError:
+        found = colours_of(pixels)
+        if set(found) <= VOC_COLOURS:
+            return DownresError(
+                f"The mask {self._name(path)} is RGB and has the colours of Pascal VOC's palette, so a palette PNG was "
+                f"saved as RGB: take the original, or {_CLASSES}, with a colour for each class."
+            )
+        return DownresError(
+            f"The mask {self._name(path)} is RGB (colours {listed_names([str(colour) for colour in found], 4)}), and which "
+            f"class a colour stands for is not known: {_CLASSES}, with a line `name R G B` for each class."
+        )
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+
+
+def find_masks(
+    root: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    classes: str | os.PathLike[str] | Sequence[str] | None = None,
+) -> MaskFolder:
+    """The pairs of image and mask of a folder, checked from the headers of the files alone.
+
+    layout: 'cityscapes', 'camvid', 'voc', 'ade20k' or 'folders'; None finds out. classes: a file (see `read_classes`) or
+    the names, in the order of the indices in the masks, instead of those that the layout or a file in the root gives;
+    where nothing gives any, the masks are read once for the largest index.
+    Raises DownresError where there is no such layout, an image has no mask, image and mask differ in size, a part is
+    empty, or masks are RGB or JPEG where class indices are expected.
+    """
+    root = Path(root).expanduser()
+    found = locate(root, layout)
+    if isinstance(classes, str | os.PathLike):
+        found = found._replace(legend=read_classes(Path(classes).expanduser()), licence="")
+    elif classes is not None:
+        found = found._replace(legend=legend_of([(name, None) for name in classes]), licence="")
+    known = found.legend or Legend((), (), table(range(IGNORE)), {})
+    folder = MaskFolder(
+        found.name, root, found.pairs, known.names, known.colours, known, licence=found.licence, note=found.note
+    )
+    folder = replace(folder, label_size=_check_headers(folder))
+    if found.legend is None:
+        known = _count_classes(folder)
+        folder = replace(folder, classes=known.names, colours=known.colours, legend=known)
+    return folder
+
+
+def mask_classes(
+    source: str | os.PathLike[str] | MaskFolder,
+    outputs: int | None = None,
+    *,
+    layout: str | None = None,
+    classes: str | os.PathLike[str] | Sequence[str] | None = None,
+) -> MaskFolder:
+    """As `find_masks`, and the classes are as many as the network's `outputs`; None accepts any number.
+
+    Raises DownresError as `find_masks` does, or where the numbers differ.
+    """
+    found = source if isinstance(source, MaskFolder) else find_masks(source, layout=layout, classes=classes)
+    if outputs is not None and len(found.classes) != outputs:
+        raise DownresError(
+            f"The network has {outputs} outputs and the masks {len(found.classes)} classes ({listed_names(found.classes)}): "
+            f"take a network with {len(found.classes)} outputs, or {_CLASSES}, with a line for each of {outputs} classes."
+        )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class MaskDataset:
+    """Pictures with masks and how they are divided.
+
+    masks: uint8 (H, W) class indices with IGNORE, each of its image's size. classes, colours (RGB): one for each output
+    of the network. folds: one where the data is split once, k where it is cross-fitted. skipped: images left out.
+    description: one sentence, for reports. label_size: (height, width) of all masks here, None where they differ.
+    absent: the classes that no image to test on has.
+    """
+
+    images: Images
+    masks: Images
+    classes: tuple[str, ...]
+    colours: tuple[Colour, ...]
+    folds: tuple[Fold, ...]
+    skipped: tuple[Skip, ...]
+    description: str
+    licence: str = ""
+    label_size: tuple[int, int] | None = None
+    absent: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of names, checksums of the pixels and of the masks, classes and folds."""
+        digest = hashlib.sha256()
+        for name, image, mask in zip(self.images.names, self.images.checksums, self.masks.checksums, strict=True):
+            digest.update(f"{name}\0{image}\0{mask}\n".encode(errors="surrogateescape"))
+        digest.update("\0".join(self.classes).encode())
+        for indices in (side for fold in self.folds for side in (fold.train, fold.test)):
+            digest.update(f"\n{len(indices)}\n".encode() + indices.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def open_masks(
+    source: str | os.PathLike[str] | MaskFolder,
+    *,
+    outputs: int | None,
+    parts: Sequence[str] = ("train", "val"),
+    val_fraction: float = 0.5,
+    folds: int | None = None,
+    seed: int = 0,
+    layout: str | None = None,
+    classes: str | os.PathLike[str] | Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> MaskDataset:
+    """The images and masks of a folder, each decoded once.
+
+    outputs: of the network, which the classes must match in number; None accepts any. parts, val_fraction, folds, seed:
+    as for `open_folder`; a folder that is not divided is split at random, without regard to classes. layout, classes: as
+    for `find_masks`. Images that cannot be read, or whose masks cannot, are left out.
+    Raises DownresError, in one sentence that says why, where the folder cannot be used.
+    """
+    found = mask_classes(source, outputs, layout=layout, classes=classes)
+    if folds is not None and len(found.pairs) > 1:
+        raise DownresError(
+            f"--folds needs data that are not divided, {found.root} has both {' and '.join(found.pairs)}: "
+            "leave --folds out, or point --data to a folder with one set of images and masks."
+        )
+    whole = len(found.pairs) == 1
+    used = {part: pairs for part, pairs in found.pairs.items() if whole or part in parts}
+    pairs = [pair for some in used.values() for pair in some]
+    files = [File(part, 0, pair.image, pair.name) for part, some in used.items() for pair in some]
+    if whole:
+        listed = divide(np.zeros(len(files), np.int64), parts, val_fraction, folds, seed)
+    else:
+        listed = as_found([file.part for file in files])
+    needed = np.unique(np.concatenate([side for fold in listed for side in (fold.train, fold.test)]))
+    images, masks, skipped = _decode_pairs(found, [pairs[i] for i in needed], progress)
+    reasons = {skip.path: skip.reason for skip in skipped}
+    kept = np.array([i for i in needed if files[i].name not in reasons], dtype=np.int64)
+    divided = without_unreadable(listed, kept, files, reasons)
+
+    sizes = {mask.shape for mask in masks}
+    size = next(iter(sizes)) if len(sizes) == 1 else None
+    absent = _absent(found.classes, masks, divided)
+    sentence = f"{len(images)} images with masks of {len(found.classes)} classes ({TITLES[found.layout]} layout), "
+    if whole:
+        sentence += "".join(f"{part} only, " for part in found.pairs if part != WHOLE)
+        sentence += _how_split(divided, len(files), folds, seed)
+    else:
+        sentence += how_found(divided[0], {part: Path(part) for part in found.pairs})
+    sentence += f"; all masks {size[0]}×{size[1]}" if size else "; masks of several sizes"
+    sentence += f"; {found.note}" if found.note else ""
+    sentence += f"; no image to test on has {listed_names(absent)}" if absent else ""
+    sentence += f"; {len(skipped)} images left out, they or their masks are unreadable" if skipped else ""
+    return MaskDataset(
+        images, masks, found.classes, found.colours, divided, tuple(skipped), f"{sentence}.",
+        found.licence, size, absent,
+    )  # fmt: skip
+
+
+def _decode_pairs(found: MaskFolder, pairs: Sequence[Pair], progress: Progress | None) -> tuple[Images, Images, list[Skip]]:
+    """(images, masks, left out): those pairs of which both can be read, in order."""
+    images, skipped = from_files([pair.image for pair in pairs], [pair.name for pair in pairs], progress)
+    unreadable = {skip.path for skip in skipped}
+    left = [pair for pair in pairs if pair.name not in unreadable]
+    masks, unread = from_files(
+        [pair.mask for pair in left], [pair.name for pair in left], progress, read=found._read, stage="reading masks"
+    )
+    skipped += [Skip(skip.path, f"mask {skip.reason}") for skip in unread]
+    unreadable = {skip.path for skip in unread}
+    both = [i for i, pair in enumerate(left) if pair.name not in unreadable]
+    images = Images([images[i] for i in both], [images.names[i] for i in both], [images.checksums[i] for i in both])
+    for name, image, mask in zip(images.names, images, masks, strict=True):  # upright, which a PNG's header does not tell
+        if image.shape[:2] != mask.shape:
+            raise _sizes_differ(name, image.shape[:2], mask.shape)
+    return images, masks, skipped
+
+
+def _absent(classes: Sequence[str], masks: Sequence[np.ndarray], folds: Sequence[Fold]) -> tuple[str, ...]:
+    """The classes that no test image has; none where there are no test images."""
+    tested = np.concatenate([fold.test for fold in folds])
+    present = np.zeros(256, bool)
+    for i in tested:
+        present |= np.bincount(masks[int(i)].ravel(), minlength=256) > 0
+    return tuple(name for name, there in zip(classes, present, strict=False) if not there) if len(tested) else ()
+
+
+def _how_split(divided: tuple[Fold, ...], total: int, folds: int | None, seed: int) -> str:
+    """How one set of `total` pairs was divided at random, and which sides of it are here."""
+    if len(divided) > 1:
+        return f"cross-fitted in {folds} folds (seed {seed})"
+    (fold,) = divided
+    if len(fold.train) and len(fold.test):
+        return f"split into {len(fold.train)} to fit on and {len(fold.test)} to test on (seed {seed})"
+    if len(fold.test) == total:
+        return "all to test on"
+    return f"those to {'fit' if len(fold.train) else 'test'} on of a split of {total} (seed {seed})"
+
+
+def _check_headers(found: MaskFolder) -> tuple[int, int] | None:
+    """The size (height, width) that all masks have, or None. Raises DownresError where a pair does not fit together.
+
+    Files that cannot be read are passed over here: `open_masks` leaves them out and says so.
+    """
+    pairs = [pair for part in found.pairs.values() for pair in part]
+    missing = [pair for pair in pairs if not pair.mask.exists()]
+    if missing:
+        first = missing[0]
+        raise DownresError(
+            f"{len(missing)} of {len(pairs)} images in {found.root} have no mask (the first is {first.name}, whose mask would "
+            f"be {found._name(first.mask)}): add the masks, or remove the images."
+        )
+    sizes = set()
+    for pair in pairs:
+        image, mask = header_of(pair.image), header_of(pair.mask)
+        if mask is None:
+            continue
+        sizes.add(mask.size)
+        if mask.jpeg:
+            raise DownresError(
+                f"The mask {found._name(pair.mask)} is a JPEG, whose compression changes class indices: save masks as PNG."
+            )
+        if mask.rgb and not found.legend.rgb:
+            found.read_mask(pair.mask)  # raises: names the colours that the mask has
+        if image is not None and image.size != mask.size:
+            raise _sizes_differ(pair.name, image.size, mask.size)
+    return next(iter(sizes)) if len(sizes) == 1 else None
+
+
+def _sizes_differ(name: str, image: tuple[int, ...], mask: tuple[int, ...]) -> DownresError:
+    return DownresError(
+        f"An image and its mask have the same size, {name} has {image[0]}×{image[1]} and its mask {mask[0]}×{mask[1]}: "
+        "resize the image, or give the mask that belongs to it."
+    )
+
+
+def _count_classes(found: MaskFolder) -> Legend:
+    """Classes without names, as many as the largest index in the masks needs; reads every mask once."""
+
+    def largest(path: Path) -> int:
+        try:
+            present = np.flatnonzero(np.bincount(found._read(path).ravel(), minlength=256)[:IGNORE])
+        except Unreadable:
+            return -1
+        return int(present[-1]) if len(present) else -1
+
+    with ThreadPoolExecutor(2, thread_name_prefix="downres-masks") as pool:
+        count = 1 + max(pool.map(largest, [pair.mask for part in found.pairs.values() for pair in part]))
+    if count < 2:
+        raise DownresError(
+            f"The masks in {found.root} hold no index above 0 but {IGNORE}, which is ignored, and a segmentation has at "
+            f"least 2 classes: number the classes from 0, or {_CLASSES}, with the colours in the masks."
+        )
+    return numbered(count)

@@ -1,0 +1,318 @@
+"""The task of a segmentation network: a class for every pixel."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from ...errors import DownresError
+from ...families import Model
+from ...parse import as_hw, format_resolution
+from ...probe import Answer, find_answer
+from ...records import CLASSES, LOGITS, OUTSIDE, Budget, Candidate, Dense, Drop, Preprocessing, Record, Recovery, Result
+from ...recovery.bank import CALIBRATION_IMAGES
+from ...recovery.ladder import Option
+from ...recovery.state import State
+from ...reduction import made_for, takes_any_size
+from ...reductions.dense import Segmenter, check_size
+from ...reports.pictures import overlay
+from ..task import TOLERANCE, Question, Section, Task, recalibrated, recalibration, whole_pictures
+from .bank import MaskBank, picture_classes
+from .mask_layouts import locate
+from .masks import MaskDataset, MaskFolder, find_masks, mask_classes, open_masks
+from .quality import SegmentationQuality, Tallies, compare_tallies, segmentation_quality, tally
+from .show import keep_scenes, kept_scenes, scenes_html
+
+PIXELS_ALIKE = 0.9999
+"""Share of the pixels of a class map that torch and onnxruntime have to agree on: near ties may fall either way."""
+MIOU_TOLERANCE = 0.05
+"""Points of mIoU that another processor may differ by, for the same reason."""
+
+
+@dataclass(frozen=True)
+class MaskPrediction(Record):
+    """One picture's classes, pixel by pixel, at the picture's own size.
+
+    classes, shares: those that occur, the largest first, in percent of the pixels. mask: a palette PNG whose indices are the
+    classes and whose colours are theirs; overlay: the picture with the colours over it.
+    """
+
+    image: str
+    classes: tuple[str, ...]
+    shares: tuple[float, ...]
+    mask: str
+    overlay: str
+
+    def __str__(self) -> str:
+        ranked = ", ".join(f"{c} {p:.1f} %" for c, p in zip(self.classes, self.shares, strict=True))
+        return f"{self.image}: {ranked} of the pixels → {self.mask}, {self.overlay}"
+
+
+class Segmentation(Task):
+    """A class for every pixel, judged by mIoU at the size of the masks. Nothing of a picture is cut off.
+
+    dense: the full-size answer that is counted, timed, exported and judged.
+    """
+
+    name = "segmentation"
+    score = SegmentationQuality
+    rungs = ("batchnorm",)
+    evidence_type = Tallies
+    batch_size = 1
+    writes = True
+    tuning_images = 100  # masks say more than labels, and looking at them takes longer
+
+    def __init__(self, model: Model | None, outputs: int, dense: Dense) -> None:
+        super().__init__(model, outputs)
+        self.dense, self.output_name = dense, dense.output
+        self.classes: tuple[str, ...] = ()
+        self.colours: tuple[tuple[int, int, int], ...] = ()
+
+    @classmethod
+    def takes(cls, answer: Answer, data: Any, question: Question) -> bool:
+        if answer.size is not None:
+            return True
+        if isinstance(data, (MaskDataset, MaskFolder)) or question.classes is not None or _has_masks(data):
+            raise DownresError(
+                "Masks, a label size, another output or upsampling are for segmentation networks, this one returns one row of "
+                "logits an image: give class folders and none of these, or another network."
+            )
+        return False
+
+    @classmethod
+    def make(cls, model: Model, answer: Answer, data: Any, question: Question) -> Self:
+        if answer.size is None:
+            raise DownresError("Segmentation needs a network that answers for every pixel, this one answers once an image.")
+        if question.fit_head:
+            raise DownresError(
+                "A head is fitted for classes of whole images, this network answers for every pixel: leave --fit-head out."
+            )
+        if not isinstance(data, (MaskDataset, MaskFolder, str, Path)):
+            raise DownresError("A segmentation network needs a mask for every image, these data have labels: give masks.")
+        data = _named(data, question.classes)
+        known = data if isinstance(data, MaskDataset) else mask_classes(data, answer.outputs)
+        if isinstance(data, MaskDataset) and len(data.classes) != answer.outputs:
+            raise DownresError(f"The masks have {len(data.classes)} classes, the network {answer.outputs}: give other weights.")
+        return cls.sized(model, answer, known.label_size, question)
+
+    @classmethod
+    def sized(cls, model: Model, answer: Answer, masks: tuple[int, int] | None, question: Question) -> Self:
+        """The task for masks of that size, where all have one."""
+        p = model.preprocessing
+        if p.fit == "crop":
+            p = dataclasses.replace(p, fit="stretch", crop_ratio=1.0, source=whole_pictures(p))
+        if p.any_size and masks is not None and takes_any_size(model.module):
+            p = _at_label_size(model, p, masks)
+        if p != model.preprocessing:
+            model = dataclasses.replace(model, preprocessing=p)
+            answer = find_answer(made_for(model.module, p.hw), (len(p.mean), *p.hw))
+        assert answer.size is not None
+        if question.label_size is not None:
+            size = as_hw(question.label_size)
+            check_size(size, answer.size)
+        else:
+            wanted = masks or p.hw  # smaller than the logits: each image's are resized to its own mask
+            size = wanted if wanted[0] >= answer.size[0] and wanted[1] >= answer.size[1] else answer.size
+        return cls(model, answer.outputs, Dense(size, question.output, question.upsampling, answer.align_corners))
+
+    def describe(self) -> dict[str, Any]:
+        return {"outputs": self.outputs, "dense": self.dense.to_json()}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], facts: Mapping[str, Any]) -> Self:
+        task = cls(None, described["outputs"], Dense.from_json(described["dense"]))
+        task.classes = tuple(facts.get("classes", ()))
+        task.colours = tuple((r, g, b) for r, g, b in facts.get("colours", ()))
+        return task
+
+    def check(self, candidates: Sequence[Candidate]) -> None:
+        for c in candidates:
+            if c.ragged != "error":
+                raise DownresError(
+                    f"An answer to every pixel needs whole inputs, '{c}' would be cut or padded: give a resolution that the "
+                    "network divides."
+                )
+
+    def bank(self, folder: Path | None, **options: Any) -> MaskBank:
+        return MaskBank(self.model.module, self.outputs, self.dense, self.model.preprocessing, folder=folder, **options)
+
+    def serve(self, network: nn.Module) -> nn.Module:
+        return Segmenter(network, self.dense)
+
+    def counted(self, network: nn.Module) -> nn.Module:
+        return self.serve(network)
+
+    @classmethod
+    def only_counted(cls, model: Model, answer: Answer, question: Question) -> Self:
+        assert answer.size is not None
+        size = model.preprocessing.hw if question.label_size is None else as_hw(question.label_size)
+        check_size(size, answer.size)
+        return cls(model, answer.outputs, Dense(size, question.output, question.upsampling, answer.align_corners))
+
+    def open(self, data: Any, question: Question, **options: Any) -> MaskDataset:
+        if isinstance(data, MaskDataset):
+            return data
+        return open_masks(_named(data, question.classes), outputs=self.outputs, **options)
+
+    def begin(self, data: MaskDataset, seed: int) -> None:  # type: ignore[override]
+        super().begin(data, seed)
+        self.classes, self.colours = data.classes, data.colours
+
+    def fill(self, bank: MaskBank) -> None:  # type: ignore[override]
+        super().fill(bank)
+        bank.masks = self.data.masks
+
+    def facts(self) -> dict[str, Any]:
+        data = self.data
+        return {"classes": list(data.classes), "colours": [list(c) for c in data.colours], "absent": list(data.absent)}
+
+    def evidence(self, bank: MaskBank, state: State, indices: np.ndarray, *, serving: bool = True) -> Tallies:
+        return bank.tallies(state, indices, serving=serving)
+
+    def judge(self, answers: Iterable[np.ndarray], indices: np.ndarray, preprocessing: Preprocessing) -> Tallies:
+        masks = [self.data.masks[int(i)] for i in indices]
+        return tally(self._maps(answers, indices, preprocessing), masks, self.outputs)
+
+    def _maps(self, answers: Iterable[np.ndarray], indices: np.ndarray, p: Preprocessing) -> Iterator[np.ndarray]:
+        for i, answer in zip(indices, answers, strict=True):
+            height, width = self.data.masks[int(i)].shape
+            yield picture_classes(answer, self.data.images[int(i)], (height, width), self.dense, p)
+
+    def quality(self, evidence: Tallies) -> SegmentationQuality:
+        return segmentation_quality(evidence)
+
+    def compare(self, original: Tallies, candidates: dict[str, Tallies], budget: Budget) -> dict[str, Drop]:
+        return compare_tallies(original, candidates, budget)
+
+    def choose(self, options: Sequence[Option]) -> Option:
+        """Recalibration is taken where it is better beyond doubt: the one-sided 95 % bound of the gain is above 0."""
+        first, *others = options
+        for other in others:
+            gain = self.compare(other.evidence, {"it": first.evidence}, Budget(0.0))["it"]
+            if gain.verdict == OUTSIDE:
+                return other
+        return first
+
+    def final(
+        self, bank: Any, candidate: Candidate, states: Sequence[State], recovery: Recovery, budget: Budget, rungs: Sequence[str]
+    ) -> tuple[State, Recovery]:
+        """After cross-fitting, BatchNorm statistics of all images where most folds wanted them."""
+        if len(states) == 1:
+            return states[0], recovery
+        state = self.native_state.at(candidate)
+        if sum(map(recalibrated, states)) * 2 > len(states):
+            state = state.then(recalibration(len(states), CALIBRATION_IMAGES))
+        return state, dataclasses.replace(recovery, rung="batchnorm" if state.history else "none")
+
+    def lacks(self, facts: Mapping[str, Any]) -> list[str]:
+        absent = facts.get("absent")
+        return [f"no proof image has {', '.join(absent)}: nothing is known of how well these are found"] if absent else []
+
+    def made(self, budget: Budget, runtime: str, proof: str, many: str) -> dict[str, str]:
+        dense, confidence = self.dense, 100 * budget.confidence
+        handed = "logits" if dense.output == LOGITS else "class map, made class by class,"
+        corners = ", corners aligned" if dense.align_corners else ""
+        return {
+            "mIoU": "Of one confusion matrix over all proof images, at the size of each mask, ignored pixels left out, "
+            f"measured through {runtime}; mean over the classes that occur, with a 95 % interval by bootstrap over images. "
+            f"{proof}",
+            "Drop": "mIoU of the original minus mIoU of the candidate, in points; one-sided bound by paired bootstrap over "
+            f"images at {confidence:g} % confidence.{many} Neighbouring frames of one drive are worth fewer than their number.",
+            "Lowered only": "The original's own weights on smaller pictures: what happens without recovery.",
+            "Full size": f"The {handed} at {format_resolution(dense.size)} px, upsampled {dense.interpolation}{corners}, "
+            "counts and is timed.",
+            "Boundary": "Boundary IoU (Cheng et al. 2021): within 2 % of the diagonal from the edges of each class.",
+            "Objects": "Connected regions of one class in the masks, by their share of the image: small below 0.33 %, large "
+            "from 3 % on (COCO's limits on its usual picture); mean IoU over the objects.",
+            "Latency": "Median of interleaved runs after warm-up, batch 1, random input; 10th to 90th percentile beside it. "
+            "Decoding and resizing of the picture are not in it, the upsampling of the answer is.",
+        }
+
+    def keep(self, store: Any, bank: MaskBank, results: Sequence[Result], told: Result | None) -> None:
+        keep_scenes(store, self, [r.candidate for r in results], told and told.candidate, bank)
+
+    def section(self, store: Any, run: Any, told: Result | None) -> Section:
+        kept = kept_scenes(store, run)
+        return Section() if kept is None else scenes_html(kept, run.original, run.results, told, run.data["licence"])
+
+    def shape(self) -> list[Any]:
+        size = self.dense.size
+        return ["batch", *size] if self.dense.output == CLASSES else ["batch", self.outputs, *size]
+
+    def parity(self, ours: Iterator[np.ndarray], theirs: Iterator[np.ndarray]) -> tuple[bool, str]:
+        worst, scale, agree, total, n = 0.0, 0.0, 0, 0, 0
+        for one, other in zip(ours, theirs, strict=True):
+            if self.dense.output != CLASSES:
+                worst, scale = max(worst, float(np.abs(one - other).max())), max(scale, float(np.abs(other).max()))
+                if not (np.isfinite(one).all() and np.isfinite(other).all()):
+                    return False, "NaN or infinite logits on real images"
+                one, other = one.argmax(0), other.argmax(0)
+            agree, total, n = agree + int((one == other).sum()), total + one.size, n + 1
+        detail = f"largest difference {worst:.2g} at logits up to {scale:.3g}, " if scale else ""
+        ok = worst <= TOLERANCE * max(scale, 1.0) and agree >= total * PIXELS_ALIKE
+        return ok, f"{detail}same class on {100 * agree / total:.4f} % of the pixels of {n} real images"
+
+    def as_stated(self, found: SegmentationQuality, stated: SegmentationQuality) -> tuple[bool, str]:  # type: ignore[override]
+        ok = found.n == stated.n and abs(found.miou - stated.miou) <= MIOU_TOLERANCE
+        return ok, f"mIoU {found.miou:.2f} % on {found.n} images, stated {stated.miou:.2f} % on {stated.n}"
+
+    def predict(
+        self, answer: np.ndarray, picture: np.ndarray, image: str, preprocessing: Preprocessing, top: int, out: Path
+    ) -> MaskPrediction:
+        """Also writes NAME_mask.png and NAME_overlay.png."""
+        mask = picture_classes(answer, picture, (picture.shape[0], picture.shape[1]), self.dense, preprocessing)
+        if mask.dtype != np.uint8:
+            raise DownresError(
+                f"A palette PNG has room for 256 classes, these are {len(self.classes)}: use the ONNX file's own output."
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        drawn = Image.fromarray(mask)
+        drawn.putpalette([value for colour in self.colours for value in colour])
+        files = tuple(out / f"{Path(image).stem}_{kind}.png" for kind in ("mask", "overlay"))
+        drawn.save(files[0])
+        Image.fromarray(overlay(np.broadcast_to(picture, (*picture.shape[:2], 3)), mask, self.colours)).save(files[1])
+        share = np.bincount(mask.ravel(), minlength=len(self.classes)) / mask.size
+        order = [int(i) for i in np.argsort(-share, kind="stable")[:top] if share[i] > 0]
+        named = tuple(self.classes[i] for i in order), tuple(100 * float(share[i]) for i in order)
+        return MaskPrediction(image, *named, str(files[0]), str(files[1]))
+
+
+def _named(data: Any, classes: Any) -> Any:
+    """The data with the file that names the classes of their masks, if one was given."""
+    if classes is None:
+        return data
+    if isinstance(data, (MaskDataset, MaskFolder)):
+        raise DownresError("A file of classes goes with a folder of masks, these data are opened already: leave it out.")
+    return find_masks(data, classes=classes)
+
+
+def _has_masks(data: Any) -> bool:
+    """Whether it is a folder of images and masks, which would pass for two classes of images."""
+    if not isinstance(data, (str, Path)):
+        return False
+    try:
+        return bool(locate(Path(data).expanduser(), None))
+    except DownresError:
+        return False
+
+
+def _at_label_size(model: Model, p: Preprocessing, size: tuple[int, int]) -> Preprocessing:
+    """For a network that nobody chose a resolution for: its labels' size, brought up to what it divides."""
+    source = re.sub(r", \d+(x\d+)? px", "", p.source)  # the size that is not used
+    for unit in (1, 8, 16, 32, 64):
+        hw = (math.ceil(size[0] / unit) * unit, math.ceil(size[1] / unit) * unit)
+        said = f"{source}; used at the labels' size" + (f", to multiples of {unit}" if hw != size else "")
+        found = dataclasses.replace(p, resolution=hw, source=said, any_size=False)
+        try:
+            find_answer(model.module, (len(p.mean), *hw))
+        except DownresError:
+            continue
+        return found
+    return p

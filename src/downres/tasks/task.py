@@ -1,0 +1,351 @@
+"""The one door: what a search, a report and an artifact know of what a network is for."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import DownresError
+from ..families import Model
+from ..images import Fold, Images, Skip
+from ..parse import Resolution
+from ..probe import Answer, logits_of
+from ..records import Budget, Candidate, Drop, Preprocessing, Record, Recovery, Result, Score
+from ..recovery.bank import Bank
+from ..recovery.crop import crop_options
+from ..recovery.ladder import Option, Reference, best_of, climb, standard_errors
+from ..recovery.state import RECALIBRATED, State, Step
+from ..reports.page import Section
+from .evidence import Arrays, Evidence
+
+Progress = Callable[[str, int, int], None]
+
+TOLERANCE = 1e-3
+"""Largest difference of answers between torch and onnxruntime, relative to the largest of them."""
+
+
+@dataclass(frozen=True)
+class Question(Record):
+    """What is asked of the data, where the network and the folder alone do not say.
+
+    task: name of the task; None finds it from what the network answers. labels: a CSV or JSON file of labels beside a folder
+    of images. classes: a file with the names and colours of the masks' classes. fit_head: replace the final linear layer by
+    one fitted for the data's classes. label_size: (height, width) that a segmentation network's logits are brought to; None:
+    that of the masks. output: what it hands out there, 'logits' or 'classes'; upsampling: 'bilinear' or 'bicubic'.
+    compare: what agreement is of, 'classes', 'embeddings' or 'masks'; None where the network tells.
+    """
+
+    task: str | None = None
+    labels: str | None = None
+    classes: str | None = None
+    fit_head: bool = False
+    label_size: Resolution | None = None
+    output: str = "logits"
+    upsampling: str = "bilinear"
+    compare: str | None = None
+
+
+class Data(ABC):
+    """Pictures, what is asked of each, and how they are divided. `description`: one sentence, for reports."""
+
+    images: Images
+    folds: tuple[Fold, ...]
+    skipped: tuple[Skip, ...]
+    description: str
+    licence: str
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that a measurement depends on: pictures, targets and folds."""
+
+
+KINDS: dict[str, type["Task"]] = {}
+"""Every task by its name, downres' own and those that users define."""
+
+
+class Task(ABC):
+    """What a network is for: how the data are opened, what is kept of its answers, how good they are, what is shown of them.
+
+    A subclass has at least a `name`, a `score` (a `Score` record), and the methods `make`, `open`, `judge`, `quality`,
+    `compare` and `predict`; docs/tasks.md has a whole one. One object serves one model; `open` gives it data.
+
+    rungs: of the recovery ladder, those that make sense. glance: images that a recalibration is first tried on, 0 for none.
+    evidence_type: what `judge` returns. writes: whether `predict` writes files named after the pictures.
+    """
+
+    name: ClassVar[str] = ""
+    score: ClassVar[type[Score]] = Score
+    rungs: ClassVar[tuple[str, ...]] = ("crop", "batchnorm")
+    glance: int = 0
+    evidence_type: ClassVar[Any] = Arrays
+    tuning_images: ClassVar[int] = 1000
+    output_name: str = "logits"
+    batch_size: ClassVar[int] = 8
+    writes: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.name:
+            KINDS[cls.name] = cls
+
+    def __init__(self, model: Model | None, outputs: int) -> None:
+        self._model, self.outputs = model, outputs
+        self.fit_new = False
+        self.seed = 0
+        self._data: Any = None
+
+    # Of the model, before any data are opened
+
+    @classmethod
+    def takes(cls, answer: Answer, data: Any, question: Question) -> bool:
+        """Whether this is the task of a network that answers so, when nobody names one."""
+        return False
+
+    @classmethod
+    @abstractmethod
+    def make(cls, model: Model, answer: Answer, data: Any, question: Question) -> Self:
+        """The task of a model; of the data only folders and headers are looked at. DownresError where they do not fit."""
+
+    @property
+    def model(self) -> Model:
+        assert self._model is not None
+        return self._model
+
+    @property
+    def native(self) -> Candidate:
+        """The original as a candidate: its own resolution, nothing else."""
+        return Candidate(self.model.preprocessing.resolution)
+
+    @property
+    def native_state(self) -> State:
+        return State(self.native, self.model.preprocessing.crop_ratio)
+
+    @property
+    def channels(self) -> int:
+        return len(self.model.preprocessing.mean)
+
+    def describe(self) -> dict[str, Any]:
+        """What `restore` needs to make the task again without its model: plain JSON values."""
+        return {"outputs": self.outputs}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], facts: Mapping[str, Any]) -> Self:
+        """The task of a run or an artifact, without model and data; `facts` are those of its data."""
+        task = cls(None, described["outputs"])
+        return task
+
+    def check(self, candidates: Sequence[Candidate]) -> None:  # noqa: B027  (a task need not have any to refuse)
+        """DownresError for a candidate whose quality cannot be measured as it is."""
+
+    def bank(self, folder: Path | None, **options: Any) -> Bank:
+        """A bank without images yet: it can export and count; `fill` gives it images."""
+        return Bank(self.model.module, self.model.preprocessing, self.serve, (self.output_name,), folder=folder, **options)
+
+    def serve(self, network: nn.Module) -> nn.Module:
+        """The network as it is timed, exported and shipped; its first output is what `judge` gets."""
+        return Logits(network)
+
+    def counted(self, network: nn.Module) -> nn.Module:
+        """The network as its costs are counted."""
+        return network
+
+    @classmethod
+    def only_counted(cls, model: Model, answer: Answer, question: Question) -> Self:
+        """The task of a model whose costs alone are asked for: there are no data."""
+        return cls(model, answer.outputs)
+
+    # Of the data
+
+    @abstractmethod
+    def open(self, data: Any, question: Question, **options: Any) -> Data:
+        """The data opened: options are folds, val_fraction, parts, seed and progress, see `open_folder`."""
+
+    def begin(self, data: Data, seed: int) -> None:
+        """From here on the task has data."""
+        self._data, self.seed = data, seed
+        if len(data.images) == 0 or len(self.proof) == 0:
+            raise DownresError(
+                "There are no images left to measure quality on: check the folder and the list of skipped images."
+            )
+
+    @property
+    def data(self) -> Any:
+        assert self._data is not None
+        return self._data
+
+    @property
+    def proof(self) -> np.ndarray:
+        """Indices of all proof images in a fixed order: the test images of all folds."""
+        return np.concatenate([fold.test for fold in self.data.folds])
+
+    def everything(self) -> Fold:
+        """The fold whose ladder makes the shipped model: all training images (with cross folds: every image)."""
+        train = np.unique(np.concatenate([fold.train for fold in self.data.folds]))
+        return Fold(train, np.zeros(0, np.int64))
+
+    def split(self, fold: Fold) -> tuple[np.ndarray, np.ndarray]:
+        """(fit, tune): about a quarter of the training images tune, at most `tuning_images`, drawn at random."""
+        n = len(fold.train)
+        if n < 4:
+            return fold.train, np.zeros(0, np.int64)
+        shuffled = np.random.default_rng([self.seed, 1]).permutation(fold.train)
+        count = min(self.tuning_images, n // 4)
+        return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+
+    def fill(self, bank: Bank) -> None:
+        """Give the bank the images, and for each fold (and for everything) those that BatchNorm may be recalibrated on."""
+        bank.images = self.data.images
+        fitting = [self.split(fold)[0] for fold in (*self.data.folds, self.everything())]
+        bank.calibration = [np.random.default_rng([self.seed, 2]).permutation(indices) for indices in fitting]
+
+    def facts(self) -> dict[str, Any]:
+        """What a report and an artifact say of the data that only this task knows: plain JSON values."""
+        return {}
+
+    # Evidence, quality, verdict
+
+    def evidence(self, bank: Any, state: State, indices: np.ndarray, *, serving: bool = True) -> Any:
+        """What the network in that state does on those images."""
+        answers = (answer[0] for answer in bank.answers(state, indices, serving=serving))
+        return self.judge(answers, indices, bank.preprocessing_of(state))
+
+    @abstractmethod
+    def judge(self, answers: Iterable[np.ndarray], indices: np.ndarray, preprocessing: Preprocessing) -> Evidence:
+        """Evidence from what the served network answers for each image, (K, …) without the batch axis, and from the targets."""
+
+    @abstractmethod
+    def quality(self, evidence: Any) -> Score:
+        """How good that is, with an interval."""
+
+    @abstractmethod
+    def compare(self, original: Any, candidates: dict[str, Any], budget: Budget) -> dict[str, Drop]:
+        """The drop of each candidate against the original on the same images, with verdicts that hold together.
+
+        All candidates are judged on the same images and the cheapest success is picked: that many looks would make some
+        success by luck likely. Holm's step-down procedure (`measuring.statistics.holm`) pays for it.
+        """
+
+    def points(self, evidence: Any) -> np.ndarray:
+        """A number an image, larger is better, (n,): what the one-standard-error rule of the ladder compares by."""
+        raise NotImplementedError
+
+    # Recovery
+
+    def reference(self, bank: Any, index: int, fold: Fold, rungs: Sequence[str]) -> Reference:
+        """The original in fold `index`."""
+        if not rungs and not self.fit_new:
+            # Nothing to climb: the training images need not even be looked at.
+            fold = Fold(np.zeros(0, np.int64), fold.test)
+        fit, tune = self.split(fold)
+        start = state = self.native_state
+        if self.fit_new:
+            start, state, _ = self.refit(bank, state, index, fit, tune)
+        return Reference(index, fold, fit, tune, start, state, self.evidence(bank, start, tune) if len(tune) else None)
+
+    def crops(self, native: float) -> Sequence[float]:
+        """Other crop ratios to try."""
+        return crop_options(native)[1:]
+
+    def why_no_head(self, bank: Any, fit: np.ndarray) -> str:
+        """Why no head can be fitted anew, '' when it can."""
+        return f"no head is fitted for {self.name}"
+
+    def refit(self, bank: Any, state: State, index: int, fit: np.ndarray, tune: np.ndarray) -> tuple[State, State, str]:
+        """(state with a head fitted without the tuning images, with one fitted on all training images, how)."""
+        raise NotImplementedError
+
+    def choose(self, options: Sequence[Option]) -> Option:
+        """Of the rungs tried the one to serve."""
+        scores = [float(self.points(option.evidence).sum()) for option in options]
+        return best_of(options, scores, lambda one, best: standard_errors(self.points(one), self.points(best)))
+
+    def final(
+        self, bank: Any, candidate: Candidate, states: Sequence[State], recovery: Recovery, budget: Budget, rungs: Sequence[str]
+    ) -> tuple[State, Recovery]:
+        """What is shipped: after a single split the very network that was proven, after cross-fitting one more climb."""
+        if len(states) == 1:
+            return states[0], recovery
+        reference = self.reference(bank, len(states), self.everything(), rungs)
+        return climb(self, bank, candidate, reference, budget, rungs)
+
+    # Words, pictures, and the shipped file
+
+    def lacks(self, facts: Mapping[str, Any]) -> list[str]:
+        """What the data do not have, a phrase each."""
+        return []
+
+    def warnings(self, original: Score, facts: Mapping[str, Any]) -> list[str]:
+        """What to know before relying on the numbers, a phrase each."""
+        return self.lacks(facts)
+
+    def made(self, budget: Budget, runtime: str, proof: str, many: str) -> dict[str, str]:
+        """Label → sentence: how the numbers of this task were made. proof: which images; many: for several candidates."""
+        return {
+            self.score.title or self.score.metric: f"Measured through {runtime}. {proof}",
+            "Drop": f"{self.score.metric} of the original minus that of the candidate on the same images; the bound is "
+            f"one-sided, at {100 * budget.confidence:g} % confidence.{many}",
+        }
+
+    def keep(self, store: Any, bank: Any, results: Sequence[Result], told: Result | None) -> None:  # noqa: B027
+        """Put what `section` shows into the run's folder, so that a moved run can still show it. told: the page's candidate."""
+
+    def section(self, store: Any, run: Any, told: Result | None) -> Section:
+        """This task's own part of the report."""
+        return Section()
+
+    def shape(self) -> list[Any]:
+        """Of the shipped graph's output, the batch first."""
+        return ["batch", self.outputs]
+
+    def parity(self, ours: Iterator[np.ndarray], theirs: Iterator[np.ndarray]) -> tuple[bool, str]:
+        """Whether onnxruntime and torch answer alike on real images, and how nearly."""
+        worst, scale, n = 0.0, 0.0, 0
+        for one, other in zip(ours, theirs, strict=True):
+            if not (np.isfinite(one).all() and np.isfinite(other).all()):
+                return False, f"NaN or infinite {self.output_name} on real images"
+            worst, scale = max(worst, float(np.abs(one - other).max())), max(scale, float(np.abs(other).max()))
+            n += 1
+        alike = worst <= TOLERANCE * max(scale, 1.0)
+        return alike, f"largest difference {worst:.2g} at {self.output_name} up to {scale:.3g}, on {n} real images"
+
+    def as_stated(self, found: Score, stated: Score) -> tuple[bool, str]:
+        """Whether a quality measured again is what the manifest says, and both in words."""
+        ok = found.n == stated.n and abs(found.score - stated.score) <= 0.001 * max(abs(stated.score), 1.0)
+        metric = self.score.metric
+        return ok, f"{metric} {found.score:.4g} on {found.n} images, stated {stated.score:.4g} on {stated.n}"
+
+    @abstractmethod
+    def predict(
+        self, answer: np.ndarray, picture: np.ndarray, image: str, preprocessing: Preprocessing, top: int, out: Path
+    ) -> Any:
+        """One picture's answer in words: a record with `to_json`. out: folder for files that it writes."""
+
+
+class Logits(nn.Module):
+    """A network that returns the bare logits, whatever the model wraps them in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return logits_of(self.model(x))
+
+
+def recalibrated(state: State) -> bool:
+    return state.step(RECALIBRATED) is not None
+
+
+def recalibration(fold: int, images: int) -> Step:
+    return Step(RECALIBRATED, fold, images)
+
+
+def whole_pictures(p: Preprocessing) -> str:
+    """The source of a preprocessing that crops nothing any more, in words."""
+    return re.sub(r", crop ratio [\d.]+", "", f"{p.source}; whole pictures, stretched")

@@ -1,0 +1,138 @@
+import os
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from torch import nn
+
+from downres.engines import available_cores
+from downres.engines.onnxruntime import OnnxRuntime, export_onnx
+from downres.engines.torch import TorchRuntime
+from downres.errors import DownresError
+
+SIZE = (3, 64, 64)
+
+
+def images(n, size=SIZE):
+    return np.random.default_rng(n).standard_normal((n, *size), dtype=np.float32)
+
+
+def tiny():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    torch.manual_seed(0)
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=10).train()
+    with torch.no_grad():  # running statistics of real activations, so that the logits are neither huge nor constant
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.momentum = None
+        model(torch.randn(8, *SIZE))
+        model.classifier.weight.mul_(0.1)
+    return model.eval()
+
+
+def test_onnxruntime_equals_torch_at_any_batch(lite0, tmp_path, capfd):
+    path = export_onnx(lite0, SIZE, tmp_path / "model.onnx")
+    assert capfd.readouterr().out == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]  # weights inside
+    ort, eager = OnnxRuntime(path), TorchRuntime(lite0)
+    for n in (1, 2, 5):
+        (ours,), (theirs,) = ort(images(n)), eager(images(n))
+        with torch.inference_mode():
+            plain = lite0(torch.from_numpy(images(n))).numpy()
+        assert ours.shape == (n, 10) and plain.std() > 0.01
+        assert np.abs(ours - plain).max() < 1e-4 and np.abs(theirs - plain).max() < 1e-4
+    assert np.array_equal(ort(images(2))[0], ort(images(2))[0])
+    assert np.array_equal(OnnxRuntime(path.read_bytes())(images(2))[0], ort(images(2))[0])
+
+
+def test_names_and_free_batch_in_the_file(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = tiny()
+
+        def forward(self, picture):
+            y = self.body(picture)
+            return y, y.argmax(1)
+
+    path = export_onnx(Two(), (3, 8, 8), tmp_path / "two.onnx", output_names=("logits", "label"))
+    graph = onnx.load(path).graph
+    assert [i.name for i in graph.input] == ["input"] and [o.name for o in graph.output] == ["logits", "label"]
+    dims = graph.input[0].type.tensor_type.shape.dim
+    assert dims[0].dim_param and [d.dim_value for d in dims[1:]] == [3, 8, 8]
+    scores, label = OnnxRuntime(path)(images(3, (3, 8, 8)))
+    assert scores.shape == (3, 4) and label.shape == (3,) and label.dtype == np.int64
+    theirs = TorchRuntime(Two())(images(3, (3, 8, 8)))
+    assert len(theirs) == 2 and theirs[1].dtype == np.int64
+
+
+def test_attention_exports(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=4).eval()
+    path = export_onnx(model, (3, 32, 32), tmp_path / "vit.onnx")
+    batch = images(3, (3, 32, 32))
+    assert np.abs(OnnxRuntime(path)(batch)[0] - TorchRuntime(model)(batch)[0]).max() < 1e-4
+
+
+def test_the_users_model_keeps_its_layout_and_flags(tmp_path):
+    net = tiny().train()
+    TorchRuntime(net)(images(1))
+    export_onnx(net, SIZE, tmp_path / "net.onnx")
+    assert net.training and net[0].weight.is_contiguous()
+    assert not net[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_threads():
+    before = torch.get_num_threads()
+    runtime = TorchRuntime(tiny(), threads=1)
+    seen = []
+    runtime._model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    runtime(images(1))
+    assert (runtime.threads, seen, torch.get_num_threads()) == (1, [1], before)
+    assert TorchRuntime(tiny()).threads == available_cores() <= (os.cpu_count() or 1)
+    with pytest.raises(DownresError, match="at least one thread, 0"):
+        TorchRuntime(tiny(), threads=0)
+
+
+def test_half_precision_weights_take_and_give_float32():
+    (scores,) = TorchRuntime(tiny().bfloat16())(images(1))
+    assert scores.dtype == np.float32
+
+
+class Output(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        return self.make(x)
+
+
+def test_outputs_that_are_no_tensors():
+    with pytest.raises(DownresError, match="returns a dict"):
+        TorchRuntime(Output(lambda x: {"out": x}))(images(1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x if x.sum() > 0 else x + 1,  # looks at its numbers
+        lambda x: x.reshape(2, -1),  # takes the batch for a constant
+    ],
+)
+def test_models_that_cannot_be_exported(make, tmp_path, capfd):
+    with pytest.raises(DownresError, match="could not be exported to ONNX: .*--runtime torch measures without"):
+        export_onnx(Output(make), SIZE, tmp_path / "no.onnx")
+    assert capfd.readouterr().out == ""
+
+
+def test_content_that_is_not_onnx(tmp_path):
+    path = tmp_path / "text.onnx"
+    path.write_text("hello")
+    for source in (path, path.read_bytes(), tmp_path / "absent.onnx"):
+        with pytest.raises(DownresError, match="is not an ONNX model"):
+            OnnxRuntime(source)

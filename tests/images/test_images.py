@@ -1,0 +1,185 @@
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from downres.errors import DownresError
+from downres.images import images as module
+from downres.images.decode import Unreadable, decode
+from downres.images.images import Images, Skip, from_arrays, from_files
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Eleven PNG files of different sizes, the fourth empty and the last a text."""
+    paths, pictures = [], []
+    for i in range(11):
+        path = tmp_path / f"{i}.png"
+        pixels = RNG.integers(0, 256, (5 + i, 20 - i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        paths.append(path)
+        pictures.append(pixels)
+    paths[3].write_bytes(b"")
+    paths[10].write_text("no picture")
+    return paths, pictures
+
+
+def names_of(paths):
+    return [path.name for path in paths]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_files_in_order_with_the_unreadable_left_out(files, workers):
+    paths, pictures = files
+    images, skipped = from_files(paths, names_of(paths), workers=workers)
+    assert skipped == [Skip("3.png", "empty file"), Skip("10.png", "not an image")]
+    assert images.names == ["0.png", "1.png", "2.png", "4.png", "5.png", "6.png", "7.png", "8.png", "9.png"]
+    assert images.checksums == Images(list(images), images.names).checksums and len(set(images.checksums)) == 9
+    assert len(images) == 9
+    for image, i in zip(images, (0, 1, 2, 4, 5, 6, 7, 8, 9), strict=True):
+        np.testing.assert_array_equal(image, pictures[i])
+
+
+def test_every_file_is_decoded_exactly_once(files, monkeypatch):
+    paths, _ = files
+    calls = Counter()
+
+    def counting(path):
+        calls[path] += 1
+        return decode(path)
+
+    monkeypatch.setattr(module, "decode", counting)
+    images, _ = from_files(paths, names_of(paths))
+    for _ in range(3):
+        assert all(image.size for image in images)
+    assert calls == dict.fromkeys(paths, 1)
+
+
+def test_progress_counts_every_file(files):
+    paths, _ = files
+    seen = []
+    from_files(paths, names_of(paths), progress=lambda *report: seen.append(report))
+    assert seen == [("decoding", i, 11) for i in range(1, 12)]
+
+
+def test_few_pictures_wait_in_memory(monkeypatch):
+    lock, out = threading.Lock(), [0, 0]
+
+    def decoding(path):
+        with lock:
+            out[0] += 1
+            out[1] = max(out)
+        return np.zeros((2, 2, 3), np.uint8)
+
+    def slow_consumer(*_):
+        time.sleep(0.001)
+        with lock:
+            out[0] -= 1
+
+    monkeypatch.setattr(module, "decode", decoding)
+    names = [str(i) for i in range(100)]
+    from_files(names, names, progress=slow_consumer, workers=2)
+    assert out[1] <= 5  # four waiting and the one being written
+
+
+def test_ctrl_c_stops_before_the_rest_is_decoded(monkeypatch):
+    calls = []
+
+    def slow(path):
+        calls.append(path)
+        time.sleep(0.01)
+        return np.zeros((2, 2, 3), np.uint8)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "decode", slow)
+    with pytest.raises(KeyboardInterrupt):
+        from_files(range(500), [""] * 500, progress=interrupt)
+    assert len(calls) <= 8
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("downres-decode")]
+
+
+def test_errors_that_are_not_about_the_file_are_raised(monkeypatch):
+    def out_of_memory(path):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "decode", out_of_memory)
+    with pytest.raises(MemoryError):
+        from_files(["a"], ["a"])
+
+
+def test_nothing_readable_and_nothing_at_all(monkeypatch):
+    def unreadable(path):
+        raise Unreadable("truncated")
+
+    monkeypatch.setattr(module, "decode", unreadable)
+    images, skipped = from_files(["a", "b"], ["a", "b"])
+    assert len(images) == 0 and len(skipped) == 2
+    images, skipped = from_files([], [])
+    assert len(images) == 0 and skipped == []
+
+
+def test_a_full_disk_is_one_sentence(files, monkeypatch):
+    paths, _ = files
+    # A device that is always full stands for the disk.
+    monkeypatch.setattr(module.tempfile, "TemporaryFile", lambda **options: open("/dev/full", "r+b", buffering=0))
+    with pytest.raises(DownresError, match=r"full: the decoded images need about 3.3 kB \(3300 bytes\); point TMPDIR to"):
+        from_files(paths, names_of(paths))
+
+
+def test_arrays_are_not_copied():
+    array = RNG.integers(0, 256, (4, 6, 5), dtype=np.uint8)
+    images = from_arrays(array)
+    assert len(images) == 4
+    assert images.names == ["photo 0", "photo 1", "photo 2", "photo 3"]
+    assert np.shares_memory(images[2], array) and images[2].shape == (6, 5)
+    assert from_arrays(np.zeros((2, 3, 3, 3), np.uint8), ["a", "b"]).names == ["a", "b"]
+    assert len(from_arrays(np.zeros((0, 3, 3), np.uint8))) == 0
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 3, 3)), np.zeros((3, 3), np.uint8), np.zeros((2, 3, 4, 4), np.uint8)])
+def test_arrays_of_another_kind_are_refused(array):
+    with pytest.raises(DownresError, match="Images are uint8 arrays"):
+        from_arrays(array)
+
+
+def test_names_must_be_as_many_as_images():
+    with pytest.raises(DownresError, match="2 images need as many names, not 1"):
+        Images([np.zeros((1, 1), np.uint8)] * 2, ["a"])
+
+
+def test_checksums_follow_pixels_and_shape():
+    array = RNG.integers(0, 256, (3, 4, 6), dtype=np.uint8)
+    before = from_arrays(array).checksums
+    assert len(set(before)) == 3 and from_arrays(array.copy(order="F")).checksums == before
+    assert from_arrays(array.reshape(3, 6, 4)).checksums[0] != before[0]
+    array[1, 2, 3] ^= 1
+    after = from_arrays(array).checksums
+    assert [a == b for a, b in zip(after, before, strict=True)] == [True, False, True]
+
+
+def test_checksums_of_files_come_from_the_decode_threads(files, monkeypatch):
+    paths, _ = files
+    threads = set()
+    checksum = module._checksum
+
+    def watched(picture):
+        threads.add(threading.current_thread().name)
+        return checksum(picture)
+
+    monkeypatch.setattr(module, "_checksum", watched)
+    images, _ = from_files(paths, names_of(paths))
+    stack = from_arrays(np.zeros((2, 3, 3), np.uint8))
+    assert len(images.checksums) == 9 and all(name.startswith("downres-decode") for name in threads)
+    threads.clear()
+    assert len(stack.checksums) == 2 and threads == {threading.current_thread().name}
+
+
+def test_skips_go_to_json_and_back():
+    assert Skip.from_json(Skip("a.jpg", "truncated").to_json()) == Skip("a.jpg", "truncated")

@@ -1,0 +1,283 @@
+"""The report: its sentence, its escaping, and the page in a real browser (phone, desktop, dark, offline)."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from plotly.offline import get_plotlyjs
+
+from downres.errors import DownresError
+from downres.records import (
+    OUTSIDE,
+    TOO_FEW,
+    WITHIN,
+    Budget,
+    Candidate,
+    Cost,
+    Drop,
+    Latency,
+    Preprocessing,
+    Recovery,
+    Result,
+    Rung,
+)
+from downres.reports import ReportView, build_report, write_report
+from downres.reports.pictures import pareto_front, png_data_uri, round_numbers
+from downres.tasks.classification.photos import Photo, View
+from downres.tasks.classification.quality import Quality
+
+N = 600
+NASTY = "<script>alert('1')</script>"
+
+
+def quality(top1: float, n: int = N) -> Quality:
+    """A quality with its Wilson interval."""
+    p, z = round(top1 / 100 * n) / n, 1.96
+    centre, half = (p + z * z / 2 / n) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n)
+    return Quality(round(p * n), n, 100 * p, 100 * (centre - half), 100 * (centre + half))
+
+
+def latency(ms: float) -> Latency:
+    return Latency(ms, 0.97 * ms, 1.12 * ms, 50, 1, "onnxruntime", 2, "Xeon, 2 cores", {"onnxruntime": "1.23"})
+
+
+def cost(macs: float, memory: float, side: int) -> Cost:
+    return Cost(int(macs), 4_652_008, 18_608_032, int(memory), (1, 3, side, side))
+
+
+def result(candidate: Candidate, gmacs: float, top1: float, naive: float, upper: float, verdict: str, rung: str) -> Result:
+    drop = Drop(97.0 - top1, 97.0 - top1 - 1.4, upper, 2.0, verdict, N, 14, 5, 0.95, 7, 420 if verdict == TOO_FEW else None)
+    ladder = [Rung("none", naive + 0.4, 400, 1.9), Rung("crop", (naive + top1) / 2, 400, 6.1, note="crop ratio 0.95")]
+    ladder += [Rung("batchnorm", top1 - 0.6, 400, 9.4, 800), Rung("head", top1 + 0.3, 400, 21.0, 1600)]
+    tried = tuple(ladder[: [r.rung for r in ladder].index(rung) + 1])
+    seconds = sum(r.seconds for r in tried)
+    return Result(
+        candidate,
+        "measured",
+        "",
+        cost(gmacs * 1e9, gmacs * 16e6, candidate.hw[0] if candidate.hw else 300),
+        latency(4 + 52 * gmacs),
+        quality(naive),
+        quality(top1),
+        drop,
+        Recovery(rung, 0.95, seconds, tried),
+    )
+
+
+def original() -> Result:
+    return Result(Candidate(300), "measured", "", cost(0.72e9, 11.5e6, 300), latency(41.4), None, quality(97.0))
+
+
+def results() -> tuple[Result, ...]:
+    return (
+        Result(Candidate(32), "stopped", "the feature map after the stem is 1 × 1: nothing is left to classify"),
+        result(Candidate(64), 0.035, 86.2, 41.0, 13.1, OUTSIDE, "head"),
+        result(Candidate(96), 0.076, 92.3, 62.0, 6.5, OUTSIDE, "head"),
+        result(Candidate(112), 0.103, 95.0, 71.5, 3.4, TOO_FEW, "head"),
+        result(Candidate(128), 0.135, 96.5, 79.0, 1.86, WITHIN, "head"),
+        result(Candidate(160), 0.21, 96.8, 88.3, 1.4, WITHIN, "batchnorm"),
+        result(Candidate(300, 0.5, "conv_stem<b>ü</b>"), 0.26, 95.8, 83.5, 2.7, TOO_FEW, "batchnorm"),
+        result(Candidate(192), 0.30, 97.2, 92.7, 0.9, WITHIN, "crop"),
+        result(Candidate((224, 256)), 0.47, 97.0, 95.8, 0.7, WITHIN, "crop"),
+    )
+
+
+def photos() -> tuple[Photo, ...]:
+    """Two pictures, one grey and one coloured, at three resolutions."""
+    shots = []
+    for index, name in enumerate(["Zelle – ähm.png", f"{NASTY}.jpg"]):
+        views = []
+        for side in (300, 128, 64):
+            y, x = np.mgrid[:side, :side] / side
+            rgb = np.stack([x * 255, (y * 255 if index else x * 255), (255 - x * 255 if index else x * 255)], axis=-1)
+            views.append(View(f"{side} px", rgb.astype(np.uint8), "defect & crack", 97.25, side > 64))
+        shots.append(Photo(name, NASTY if index else "functional", tuple(views)))
+    return tuple(shots)
+
+
+def sample(**changes: object) -> ReportView:
+    """A realistic view of one search, with awkward names."""
+    fields: dict = dict(
+        title="Solar cells at fewer pixels",
+        model=f"EfficientNet-Lite0 {NASTY}",
+        data="2,624 photographs of solar cells in 2 classes, 600 of them kept aside for the proof.",
+        licence="ELPV data set, CC BY-NC-SA 4.0",
+        budget=Budget(max_drop=2.0),
+        original=original(),
+        results=results(),
+        best=Candidate(128),
+        preprocessing=Preprocessing(128, 0.95),
+        photos=photos(),
+        made={
+            "Top-1": "Correct images divided by all 600 proof images; Wilson interval.",
+            "MACs": "Counted op by op in one forward pass; 1 MAC is one multiply and one add.",
+        },
+        command=f"downres search timm:efficientnet_lite0 --data 'photos {NASTY}' --max-drop 2.0 --out run/",
+        created="2026-03-14",
+        versions={"downres": "0.1.0", "torch": "2.13.0", "timm": "1.0.20"},
+        skipped=(f"{NASTY}.png: not an image",),
+        warnings=("Two images occur twice in the data.",),
+    )
+    return ReportView(**(fields | changes))
+
+
+def headline(view: ReportView) -> str:
+    page = build_report(view)
+    return re.sub(r"<[^>]+>", "", re.search(r"<h1>(.*?)</h1>", page)[1]).replace("\u00a0", " ")
+
+
+def without_plotly(page: str) -> str:
+    return page.replace(get_plotlyjs(), "")
+
+
+def test_headline_says_what_is_gained_and_proven():
+    assert headline(sample()) == (
+        "At 128 px instead of 300 px this network needs 5.3× fewer MACs and 3.8× less time, "
+        "and its accuracy drop is proven to be at most 1.9 points (allowed: 2.0) with 95 % confidence."
+    )
+
+
+def test_headline_names_the_stem_variant():
+    stem = Candidate(300, 0.5, "conv_stem<b>ü</b>")
+    text = headline(sample(best=stem))
+    assert text.startswith(
+        "With the activations after conv_stem&lt;b&gt;ü&lt;/b&gt; resized ×0.5 this network needs 2.8× fewer"
+    )
+    assert "is not proven to be within 2.0" in text
+
+
+@pytest.mark.parametrize(
+    ("kept", "budget", "expected"),
+    [
+        (slice(1, 4), Budget(2.0), "Nearest came 112 px: it lost 2.00 points, which may be up to 3.4; about 420 more images"),
+        (slice(1, 3), Budget(2.0), "Even the nearest, 96 px, is proven to lose more: 4.70 points."),
+        (slice(4, 6), Budget(2.0, max_latency_ms=3.0), "No candidate meets every limit. Nearest came 160 px"),
+        (slice(0, 1), Budget(2.0), "Nothing was proven: of 1 candidate none was measured"),
+        (slice(0, 0), Budget(2.0), "Nothing was proven"),
+    ],
+)
+def test_headline_without_a_best_is_honest(kept, budget, expected):
+    assert expected in headline(sample(best=None, results=results()[kept], budget=budget))
+
+
+def test_unknown_best_is_an_error():
+    with pytest.raises(DownresError, match="not among"):
+        build_report(sample(best=Candidate(77)))
+
+
+def test_names_are_escaped_everywhere():
+    page = build_report(sample())
+    assert NASTY not in page
+    assert "<b>ü</b>" not in page
+    assert "&lt;script&gt;alert" in page
+
+
+def test_page_has_its_parts_and_no_outside_address():
+    page = without_plotly(build_report(sample()))
+    for heading in ("Accuracy against cost", "Every candidate", "What the model sees", "How every number was made"):
+        assert heading in page
+    assert page.count("data:image/png;base64,") == 6
+    assert page.count("ELPV data set, CC BY-NC-SA 4.0") == 2
+    assert "nothing is left to classify" in page
+    assert "≈ 420 more images" in page
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)", page)
+
+
+def test_page_without_photographs_latency_or_candidates():
+    bare = Result(Candidate(300), "measured", quality=quality(97.0))
+    page = without_plotly(
+        build_report(sample(original=bare, results=results()[:1], best=None, photos=(), skipped=(), warnings=()))
+    )
+    assert "There is no picture" in page
+    assert "What the model sees" not in page
+
+
+def test_write_leaves_one_whole_file(tmp_path):
+    path = write_report(sample(), tmp_path / "deep" / "report.html")
+    assert path.read_text(encoding="utf-8").endswith("</html>")
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+def test_pareto_front_keeps_what_nothing_beats():
+    assert pareto_front([(3, 90), (1, 80), (2, 79), (2, 85), (4, 90)]) == [(1, 80), (2, 85), (3, 90)]
+
+
+def test_ticks_are_round_numbers():
+    assert round_numbers(35e6, 720e6) == [5e7, 1e8, 2e8, 5e8, 1e9]
+    assert round_numbers(5.8, 5.8) == [5.0]
+
+
+def test_png_is_lossless_and_grey_is_smaller():
+    colour = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    grey = np.repeat(colour[..., :1], 3, axis=2)
+    assert len(png_data_uri(grey)) < len(png_data_uri(colour)) / 2
+
+
+# In a real browser.
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    return write_report(sample(), tmp_path_factory.mktemp("report") / "report.html").as_uri()
+
+
+@pytest.fixture
+def visit(open_page, address):
+    """Opens the report at a width and in a colour scheme."""
+    return lambda width=1280, scheme="light": open_page(address, width, scheme)
+
+
+def plot_colours(page) -> dict[str, str]:
+    return page.evaluate(
+        """() => ({page: getComputedStyle(document.body).backgroundColor,
+                   ink: document.querySelector('#plot .ytick text').style.fill,
+                   chosen: document.querySelector('#plot .annotation-text').style.fill})"""
+    )
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_overflows_and_images_load(visit, width):
+    page = visit(width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.images].map(i => i.naturalWidth)") == [300, 128, 64, 300, 128, 64]
+    shown = page.evaluate("[...document.images].map(i => i.getBoundingClientRect()).map(b => `${b.width} ${b.height}`)")
+    assert len(set(shown)) == 1 and float(shown[0].split()[0]) > 90
+    assert page.evaluate("document.querySelector('#plot .main-svg').getBoundingClientRect().width") <= width
+
+
+def test_plot_draws_switches_and_hovers(visit):
+    page = visit()
+    points = page.locator("#plot .scatterlayer .point")
+    assert points.count() == 8 + 8 + 1 + 1  # naive, recovered, the original, the ring
+    assert "MACs" in page.locator("#plot .xtitle").text_content()
+
+    points.last.scroll_into_view_if_needed()
+    chosen = points.last.bounding_box()
+    page.mouse.move(chosen["x"] + chosen["width"] / 2, chosen["y"] + chosen["height"] / 2)
+    tip = page.locator("#plot .hoverlayer .hovertext")
+    tip.wait_for(timeout=5000)
+    for text in ("128 px", "top-1 96.5 %", "135 M MACs", "at most 1.86", "4.65 M parameters", "2.16 MB", "head refit", WITHIN):
+        assert text in tip.text_content().replace("\u00a0", " ")
+
+    before = chosen["x"]
+    page.get_by_label("Latency").check()
+    assert "latency" in page.locator("#plot .xtitle").text_content()
+    assert points.last.bounding_box()["x"] != before
+    low = page.evaluate("document.getElementById('plot').layout.yaxis.range[0]")
+    page.get_by_label("Zoom to recovered").check()
+    assert page.evaluate("document.getElementById('plot').layout.yaxis.range[0]") > low + 20
+    page.get_by_label("Lowered naively").uncheck()
+    assert points.count() == 8 + 1 + 1
+
+
+def test_dark_mode_repaints_the_plot_readably(visit, contrast):
+    page = visit()
+    light = plot_colours(page)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_timeout(200)
+    dark = plot_colours(page)
+    assert all(light[part] != dark[part] for part in light)
+    for colours in (light, dark):
+        assert contrast(colours["page"], colours["ink"]) > 4.5
+        assert contrast(colours["page"], colours["chosen"]) > 4.5
