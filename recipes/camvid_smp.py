@@ -13,7 +13,7 @@ Expected time: a quarter of an hour on one core. Expected result: 30 mIoU on the
 import os
 
 import segmentation_models_pytorch as smp
-from downres.demo import demo_model
+from downres.searching.demo import demo_model
 from regseg import load_run
 from torch import nn
 

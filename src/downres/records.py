@@ -274,8 +274,8 @@ class Budget(Record):
     max_latency_ms: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.max_drop < 100.0:
-            raise DownresError(f"The allowed drop is in percentage points from 0 to below 100, {self.max_drop} is not.")
+        if not 0.0 <= self.max_drop < float("inf"):
+            raise DownresError(f"The allowed drop is a number from 0 on, {self.max_drop} is not: give for example 1.0.")
         if not 0.5 < self.confidence < 1.0:
             raise DownresError(f"The confidence is between 0.5 and 1, {self.confidence} is not: 0.95 is usual.")
         for name in ("max_macs", "max_memory_bytes", "max_latency_ms"):
@@ -330,12 +330,13 @@ class Latency(Record):
 class Score(Record):
     """How good a network is on n images. Every task states its own kind: subclasses add fields and say what they are called.
 
-    score: the one number that drops are taken of, with its two-sided 95 % `interval`; higher is better, except where the
-    task's verdict says otherwise. The class attributes are words: metric in tables, noun in sentences, title of a key number.
+    score: the one number that drops are taken of, with its two-sided 95 % `interval`; higher is better unless
+    `lower_is_better`. The class attributes are words: metric in tables, noun in sentences, title of a key number.
     """
 
     metric: ClassVar[str] = "score"
     noun: ClassVar[str] = ""
+    lower_is_better: ClassVar[bool] = False
     title: ClassVar[str] = ""
 
     @property

@@ -13,9 +13,14 @@ from downres.images import preprocess
 from downres.records import Candidate
 from downres.recovery import features as module
 from downres.recovery.batchnorm import recalibrate_batchnorm
-from downres.recovery.features import Classifier, FeatureBank, Head, State, logits
+from downres.recovery.features import Classifier, FeatureBank, Head, head_of
+from downres.recovery.state import RECALIBRATED, State, Step
 
 STATE = State(Candidate(32), 1.0)
+
+
+def recalibrated(fold, images=256, candidate=Candidate(32)):
+    return State(candidate, 1.0).then(Step(RECALIBRATED, fold, images))
 
 
 @pytest.fixture
@@ -95,7 +100,7 @@ def test_forget_deletes_what_only_an_unfinished_run_needs(bank, tmp_path):
 
 def test_recalibration_uses_the_named_images_only(bank, tiny, cells):
     chosen = np.arange(40, 72)
-    state = State(Candidate(32), 1.0, calibration=0)
+    state = recalibrated(0)
     found = bank(calibration=[chosen]).features(state, np.arange(4))
     p = tiny.preprocessing.at(32)
     batch = torch.stack([preprocess(cells.pictures[i], p) for i in chosen])
@@ -106,7 +111,7 @@ def test_recalibration_uses_the_named_images_only(bank, tiny, cells):
 
 def test_fewer_calibration_images_are_another_state(bank):
     one = bank(calibration=[np.arange(40)])
-    few = State(Candidate(32), 1.0, 0, calibration_images=8)
+    few = recalibrated(0, 8)
     one.features(few, np.arange(2))
     assert one.passes == 8 + 2
 
@@ -119,8 +124,8 @@ def test_a_stem_variant_takes_the_native_input(bank):
 
 def test_keys_are_file_names_and_tell_states_apart():
     states = [
-        STATE, State(Candidate(32), 0.875), State(Candidate(32), 1.0, 0), State(Candidate(32), 1.0, 1),
-        State(Candidate(32), 1.0, 0, 32), State(Candidate((32, 64)), 1.0), State(Candidate(32, 0.5), 1.0),
+        STATE, State(Candidate(32), 0.875), recalibrated(0), recalibrated(1),
+        recalibrated(0, 32), STATE.then(Step("refitted", 0, 32, "a")), STATE.then(Step("refitted", 0, 32, "b")), State(Candidate((32, 64)), 1.0), State(Candidate(32, 0.5), 1.0),
         State(Candidate(32, 0.5, "a/b"), 1.0), State(Candidate(32, 0.5, "a_b"), 1.0),
     ]  # fmt: skip
     keys = [s.key() for s in states]
@@ -136,13 +141,39 @@ def test_nan_is_said_with_the_image(bank, tiny):
 
 def test_without_a_linear_head_the_logits_are_the_features(bank):
     network = nn.Sequential(nn.Conv2d(3, 2, 3, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    found = bank(model=network, head=None, width=2).features(STATE, np.arange(3))
-    assert found.shape == (3, 2) and (logits(found, None) == found).all()
+    one = bank(model=network, head=None, width=2)
+    found = one.features(STATE, np.arange(3))
+    assert found.shape == (3, 2) and (one.logits(STATE, np.arange(3)) == found).all()
 
 
-def test_logits_are_the_heads():
+def test_logits_are_the_heads(bank, tiny):
     head = Head(np.array([[1.0, 0.0], [0.0, 2.0]], np.float32), np.array([0.5, 0.0], np.float32))
-    assert logits(np.array([[1.0, 1.0]], np.float32), head).tolist() == [[1.5, 2.0]]
+    assert head(np.array([[1.0, 1.0]], np.float32)).tolist() == [[1.5, 2.0]]
+    one, own = bank(), head_of(tiny.module, "head")
+    features = one.features(STATE, np.arange(3))
+    assert (one.logits(STATE, np.arange(3)) == features @ own.weight.T + own.bias).all()
+    fitted = Head(np.arange(32, dtype=np.float32).reshape(2, 16), np.array([1.0, 2.0], np.float32))
+    state = one.refitted(STATE, fitted, 0, 100)
+    assert (one.logits(state, np.arange(3)) == features @ fitted.weight.T + fitted.bias).all()
+    assert one.passes == 3  # a head changes nothing of the features
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_the_network_of_a_refitted_state_has_that_head(bank, tmp_path, in_folder):
+    """Also for the next process, which has only the folder; and the model that was given keeps its own."""
+    folder = tmp_path if in_folder else None
+    first = bank(folder)
+    fitted = Head(np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32), np.array([1.0, 2.0], np.float32))
+    state = first.refitted(STATE, fitted, 0, 100)
+    own = first.model.head.weight.detach().clone()
+    again = bank(folder) if in_folder else first
+    with torch.no_grad():
+        network = again.network(State.from_json(state.to_json()))
+    assert (network.head.weight.detach().numpy() == fitted.weight).all() and (network.head.bias == torch.tensor([1.0, 2.0])).all()
+    assert torch.equal(again.model.head.weight, own)
+    assert list((tmp_path / "weights").iterdir()) == [tmp_path / "weights" / f"{state.history[-1].tensors}.safetensors"] if (
+        in_folder
+    ) else not list(tmp_path.iterdir())
 
 
 def test_one_pass_gives_logits_and_features_and_the_model_is_left_alone(tiny):

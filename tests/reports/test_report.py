@@ -24,10 +24,11 @@ from downres.records import (
 )
 from downres.reports import ReportView, build_report, write_report
 from downres.reports.pictures import pareto_front, png_data_uri, round_numbers
-from downres.tasks.classification.photos import Photo, View
+from downres.tasks.classification.photos import Photo, View, photos_html
 from downres.tasks.classification.quality import Quality
 
 N = 600
+LICENCE = "ELPV data set, CC BY-NC-SA 4.0"
 NASTY = "<script>alert('1')</script>"
 
 
@@ -102,13 +103,14 @@ def sample(**changes: object) -> ReportView:
         title="Solar cells at fewer pixels",
         model=f"EfficientNet-Lite0 {NASTY}",
         data="2,624 photographs of solar cells in 2 classes, 600 of them kept aside for the proof.",
-        licence="ELPV data set, CC BY-NC-SA 4.0",
+        licence=LICENCE,
         budget=Budget(max_drop=2.0),
         original=original(),
         results=results(),
         best=Candidate(128),
         preprocessing=Preprocessing(128, 0.95),
-        photos=photos(),
+        score=Quality,
+        section=photos_html(photos(), LICENCE),
         made={
             "Top-1": "Correct images divided by all 600 proof images; Wilson interval.",
             "MACs": "Counted op by op in one forward pass; 1 MAC is one multiply and one add.",
@@ -187,7 +189,7 @@ def test_page_has_its_parts_and_no_outside_address():
 def test_page_without_photographs_latency_or_candidates():
     bare = Result(Candidate(300), "measured", quality=quality(97.0))
     page = without_plotly(
-        build_report(sample(original=bare, results=results()[:1], best=None, photos=(), skipped=(), warnings=()))
+        build_report(sample(original=bare, results=results()[:1], best=None, section=photos_html((), LICENCE), skipped=(), warnings=()))
     )
     assert "There is no picture" in page
     assert "What the model sees" not in page

@@ -21,7 +21,8 @@ from downres.errors import DownresError
 from downres.records import OUTSIDE, WITHIN, Candidate
 from downres.recovery import bank as bank_module
 from downres.recovery.features import FeatureBank
-from downres.recovery.state import State
+from downres.recovery.state import REFITTED, State
+from downres.recovery.weights import Weights
 from downres.searching.store import Store
 from downres.tasks.classification.quality import compare_all, count_correct
 
@@ -463,23 +464,28 @@ def test_with_cross_folds_no_head_has_seen_its_own_test_images(tiny, cells, tmp_
     b = run_search(tiny, cells.dataset(3, flip=honest.folds[k].test), tmp_path / "b")
     for result in (a.original, *a.results):
         mine, theirs = (Store.read(r.folder) for r in (a, b))
-        name = f"heads/{State(result.candidate, 1.0).key()}"
-        for part in ("weight", "bias"):
-            assert (mine.arrays(name)[f"{part}{k}"] == theirs.arrays(name)[f"{part}{k}"]).all()
-            assert (mine.arrays(name)[f"{part}0"] != theirs.arrays(name)[f"{part}0"]).any()
+        my_heads, their_heads = (heads(r, result.candidate) for r in (a, b))
+        for part in ("head.weight", "head.bias"):
+            assert (my_heads[k][part] == their_heads[k][part]).all()
+            assert (my_heads[0][part] != their_heads[0][part]).any()
         states = [s.get(f"quality/{result.candidate}")["states"][k] for s in (mine, theirs)]
         assert states[0] == states[1]
+
+
+def heads(run, candidate):
+    """For every fold the fitted head that its proof images were judged with: 'head.weight' and 'head.bias'."""
+    states = [State.from_json(state) for state in Store.read(run.folder).get(f"quality/{candidate}")["states"]]
+    return [Weights(run.folder).get(state.step(REFITTED).tensors) for state in states]
 
 
 def decided(run, candidate):
     """Rung, crop, state and head of a candidate, as bytes where they are numbers."""
     store = Store.read(run.folder)
     value = store.get(f"quality/{candidate}")
-    heads = store.arrays(f"heads/{State(candidate, 1.0).key()}")
     tried = [(r["rung"], r["score"], r["n"], r["note"]) for r in value["recovery"]["tried"]]
     return (
         value["states"], value["recovery"]["rung"], value["recovery"]["crop_ratio"], tried,
-        {name: array.tobytes() for name, array in heads.items()},
+        [{name: array.tobytes() for name, array in head.items()} for head in heads(run, candidate)],
     )  # fmt: skip
 
 
@@ -489,15 +495,14 @@ def test_predictions_of_the_original_are_those_of_its_head(tiny, cells, tmp_path
 
     dataset = cells.dataset()
     run = run_search(tiny, dataset, tmp_path / "r", stem_scales=(), resolutions=[32], rungs=())
-    store = Store.read(run.folder)
-    heads = store.arrays(f"heads/{State(Candidate(32), 1.0).key()}")
+    (head,) = heads(run, Candidate(32))
     test = dataset.folds[0].test
     import torch
 
     with torch.no_grad():
         x = torch.stack([preprocess(dataset.images[int(i)], tiny.preprocessing.at(32)) for i in test])
         pooled = tiny.module.body(x).mean((2, 3)).numpy()
-    correct = count_correct(pooled @ heads["weight0"].T + heads["bias0"], dataset.labels[test])
+    correct = count_correct(pooled @ head["head.weight"].T + head["head.bias"], dataset.labels[test])
     assert abs(int(correct.sum()) - run.results[0].quality.correct) <= 1
 
 

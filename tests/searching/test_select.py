@@ -5,8 +5,10 @@ import pytest
 
 from downres.measuring.statistics import paired_bound
 from downres.records import OUTSIDE, TOO_FEW, WITHIN, Budget, Candidate, Cost, Drop, Latency, Result
-from downres.searching.select import over_budget, select, verdicts
+from downres.searching.select import over_budget, select
+from downres.tasks import Arrays
 from downres.tasks.classification.quality import compare
+from downres.tasks.classification.task import Classification
 
 
 def cost(macs, memory=1):
@@ -72,6 +74,12 @@ def test_what_cheapest_means_can_be_chosen():
 
 def test_macs_break_ties_of_memory():
     assert select([result(160, 9, memory=5), result(96, 3, memory=5)], "memory").candidate == Candidate(96)
+
+
+def verdicts(original, candidates, budget):
+    """What a classifier's task decides of bool arrays, right or wrong image by image."""
+    evidence = {name: Arrays(correct=correct) for name, correct in candidates.items()}
+    return Classification(None, 2).compare(Arrays(correct=original), evidence, budget)
 
 
 def test_verdicts_use_holm():

@@ -148,13 +148,14 @@ def test_a_network_of_fixed_size_is_used_at_the_size_it_is_built_for(tmp_path):
 
 def test_positions_are_resampled_once_from_the_original(vit_file, cells):
     """An original at 40 px of a network built for 48: a candidate at 24 px goes 6×6 → 3×3, not by way of 5×5."""
-    from downres.searching.task import prepare_model
     from timm.layers import resample_abs_pos_embed
 
-    from downres.recovery.bank import State
+    from downres.recovery.state import State
+    from downres.searching.prepare import prepare_task
+    from downres.tasks import Question
 
     model = with_preprocessing(load_model(vit_file), resolution=40)
-    subject = prepare_model(model, cells.dataset())
+    subject = prepare_task(model, cells.dataset(), Question())
     small = subject.bank(None).network(State(Candidate(24), 1.0))
     wanted = resample_abs_pos_embed(model.module.pos_embed, [3, 3], old_size=[6, 6], num_prefix_tokens=1)
     assert torch.equal(small.pos_embed, wanted)

@@ -71,7 +71,7 @@ def check(
     runtime = OnnxRuntime(folder / "model.onnx", threads)
     own = restored(manifest["task"], manifest)
     network, why_no_network = _network(folder, manifest, model)
-    dataset, why_no_data = _dataset(own, manifest, data)
+    dataset, why_no_data = _dataset(own, folder, manifest, data)
     if dataset is None:
         unseen = ("preprocessing = PIL", "torch = onnxruntime", "quality")
         return [*findings, *(Finding(what, None, why_no_data) for what in unseen)]
@@ -220,7 +220,7 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
     return module.eval(), ""
 
 
-def _dataset(task: Task, manifest: dict[str, Any], data: Any) -> tuple[Data | None, str]:
+def _dataset(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -> tuple[Data | None, str]:
     """The proof images, or None and why; the task has them then."""
     source = manifest["source"]["data"]
     where = data if data is not None else source["path"]
@@ -236,4 +236,7 @@ def _dataset(task: Task, manifest: dict[str, Any], data: Any) -> tuple[Data | No
             "The images are not those that the quality was measured on (names, pixels, labels or split differ): "
             "name the same folder with --data."
         )
+    if (kept := folder / "targets.npz").exists():
+        with np.load(kept, allow_pickle=False) as targets:
+            task.judge_by({name: targets[name] for name in targets.files})
     return task.data, ""

@@ -49,6 +49,8 @@ def export(
     size = (len(preprocessing.mean), *preprocessing.hw)
     export_onnx(task.serve(network), size, partial / "model.onnx", (task.output_name,))
     save_file({k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}, partial / "model.safetensors")
+    if targets := task.targets():
+        np.savez_compressed(partial / "targets.npz", **targets)  # type: ignore[arg-type]
     if fold_tensors:
         save_file({k: torch.from_numpy(v) for k, v in fold_tensors.items()}, partial / "folds.safetensors")
     for file in partial.iterdir():

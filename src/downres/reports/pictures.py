@@ -257,7 +257,8 @@ def _naive_traces(axis: Axis, drawn: Sequence[Result]) -> list[go.Scatter]:
 
 def _front_trace(axis: Axis, results: Sequence[Result]) -> go.Scatter:
     pairs = [(cost, r.quality.score) for r in results if r.quality and (cost := axis.value(r))]
-    front = pareto_front(pairs)
+    sign = -1 if any(r.quality and r.quality.lower_is_better for r in results) else 1
+    front = [(x, sign * y) for x, y in pareto_front([(x, sign * y) for x, y in pairs])]
     return go.Scatter(
         name="front",
         x=[x for x, _ in front],
@@ -295,14 +296,17 @@ def _mark_allowed(figure: go.Figure, original: Result, budget: Budget) -> None:
     if original.quality is None:
         return
     top = original.quality.score
-    figure.add_hrect(y0=top - budget.max_drop, y1=top, fillcolor="var(--band)", line_width=0, layer="below")
+    worse = top + budget.max_drop if original.quality.lower_is_better else top - budget.max_drop
+    figure.add_hrect(y0=min(top, worse), y1=max(top, worse), fillcolor="var(--band)", line_width=0, layer="below")
     figure.add_annotation(
         xref="paper",
         x=0,
         xanchor="left",
         y=top,
         yanchor="bottom",
-        text=f"band: at most {budget.max_drop:g} points below the original",
+        text=f"band: at most {budget.max_drop:g} {original.quality.unit} worse than the original"
+        if original.quality.lower_is_better
+        else f"band: at most {budget.max_drop:g} {original.quality.unit} below the original",
         font={"color": "var(--muted)", "size": 11},
         showarrow=False,
     )
@@ -313,13 +317,24 @@ def _padded(low: float, high: float, share: float) -> list[float]:
     return [max(low - margin, -2.0), min(high + margin, 102.0)]
 
 
+def _room(low: float, high: float, share: float, quality: Score) -> list[float]:
+    """The vertical range: of percentages not far beyond 0 and 100."""
+    if quality.unit == "points":
+        return _padded(low, high, share)
+    margin = (high - low) * share or abs(high) * share or 1.0
+    return [low - margin, high + margin]
+
+
 def _lay_out(figure: go.Figure, axis: Axis, original: Result, drawn: Sequence[Result]) -> None:
     qualities = _qualities([original, *drawn])
     low, high = min(q.interval[0] for q in qualities), max(q.interval[1] for q in qualities)
-    lowest = min([low, *(r.naive.score for r in drawn if r.naive)])
+    naive = [r.naive.score for r in drawn if r.naive]
+    whole = _room(min([low, *naive]), max([high, *naive]) if qualities[0].lower_is_better else high, 0.06, qualities[0])
     costs = [c for r in [original, *drawn] if (c := axis.value(r))]
-    lay_out(figure, axis, costs, _padded(lowest, high, 0.06), words.score_title(qualities[0]))
-    figure.update_layout(meta={"everything": _padded(lowest, high, 0.06), "recovered": _padded(low, high, 0.06)})
+    lay_out(figure, axis, costs, whole, words.score_title(qualities[0]))
+    if qualities[0].unit != "points":
+        figure.update_yaxes(ticksuffix="")
+    figure.update_layout(meta={"everything": whole, "recovered": _room(low, high, 0.06, qualities[0])})
 
 
 def lay_out(figure: go.Figure, axis: Axis, costs: Sequence[float], heights: Sequence[float], title: str) -> None:

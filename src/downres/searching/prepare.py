@@ -102,7 +102,7 @@ def check_planned(task: Task, candidates: list[Candidate]) -> None:
 
 def place_of(data: Source) -> str:
     """Where the images are, so that `check` finds them from any folder; '' for images given in Python."""
-    root = getattr(data, "root", data)
+    root = data if isinstance(data, (str, Path)) else getattr(data, "root", None)
     if not isinstance(root, (str, Path)):
         return ""
     return str(root) if str(root).startswith("demo:") else str(Path(root).expanduser().resolve())

@@ -89,6 +89,7 @@ def search(
     _check_choices(rungs, minimize, measuring.runtime)
     check_threads(measuring.threads)
     subject = prepare_task(model, data, question, task, preprocessing)
+    subject.check_budget(budget)
     wanted, rungs = rungs, tuple(rung for rung in rungs if rung in subject.rungs)
     design = design_of(subject.model)
     planned, notes = plan(design, default_axes(design, tries), tries.snap)

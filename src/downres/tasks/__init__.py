@@ -14,7 +14,10 @@ __all__ = ["KINDS", "Arrays", "Data", "Evidence", "Question", "Task", "counted_t
 
 def _own() -> None:
     """The rooms of downres itself enter themselves in KINDS."""
+    from .agreement import task as _agreement  # noqa: F401
     from .classification import task as _classification  # noqa: F401
+    from .multilabel import task as _multilabel  # noqa: F401
+    from .regression import task as _regression  # noqa: F401
     from .segmentation import task as _segmentation  # noqa: F401
 
 

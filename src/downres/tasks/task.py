@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class Question(Record):
     compare: str | None = None
 
 
-class Data(ABC):
+class Data(Protocol):
     """Pictures, what is asked of each, and how they are divided. `description`: one sentence, for reports."""
 
     images: Images
@@ -60,9 +60,9 @@ class Data(ABC):
     description: str
     licence: str
 
-    @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256, in hex, of all that a measurement depends on: pictures, targets and folds."""
+        ...
 
 
 KINDS: dict[str, type["Task"]] = {}
@@ -89,9 +89,9 @@ class Task(ABC):
     batch_size: ClassVar[int] = 8
     writes: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, register: bool = True, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if cls.name:
+        if register and "name" in vars(cls):
             KINDS[cls.name] = cls
 
     def __init__(self, model: Model | None, outputs: int) -> None:
@@ -139,6 +139,11 @@ class Task(ABC):
         """The task of a run or an artifact, without model and data; `facts` are those of its data."""
         task = cls(None, described["outputs"])
         return task
+
+    def check_budget(self, budget: Budget) -> None:
+        """DownresError for an allowed drop that makes no sense for this task's score: here percentage points."""
+        if budget.max_drop >= 100.0:
+            raise DownresError(f"The allowed drop is in percentage points from 0 to below 100, {budget.max_drop} is not.")
 
     def check(self, candidates: Sequence[Candidate]) -> None:  # noqa: B027  (a task need not have any to refuse)
         """DownresError for a candidate whose quality cannot be measured as it is."""
@@ -230,6 +235,13 @@ class Task(ABC):
         All candidates are judged on the same images and the cheapest success is picked: that many looks would make some
         success by luck likely. Holm's step-down procedure (`measuring.statistics.holm`) pays for it.
         """
+
+    def targets(self) -> dict[str, np.ndarray]:
+        """What the proof images were judged by, where it is not in the data themselves: goes into the artifact."""
+        return {}
+
+    def judge_by(self, targets: Mapping[str, np.ndarray]) -> None:  # noqa: B027
+        """The inverse of `targets`, for the data that the task has."""
 
     def points(self, evidence: Any) -> np.ndarray:
         """A number an image, larger is better, (n,): what the one-standard-error rule of the ladder compares by."""

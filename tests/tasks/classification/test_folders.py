@@ -6,11 +6,13 @@ import pytest
 from PIL import Image
 
 from downres.errors import DownresError
-from downres.images import Fold, data_classes
+from downres.images import Fold
 from downres.images import images as images_module
 from downres.images.images import from_arrays as images_from_arrays
+from downres.tasks import Question
 from downres.tasks.classification.elpv import DEMO_DATA, open_elpv
 from downres.tasks.classification.folders import Dataset, class_names, from_arrays, open_folder
+from downres.tasks.classification.task import Classification
 
 
 def make(root, tree):
@@ -24,6 +26,11 @@ def make(root, tree):
 
 CAT_AND_DOG = "; outputs taken to be the class folders in alphabetical order: 0 cat, 1 dog"
 TRAIN_AND_VAL = {"train/cat": 4, "train/dog": 3, "val/cat": 2, "val/dog": 1}
+
+
+def data_classes(source):
+    """The classes of what a command names as its data."""
+    return Classification.names_in(source, Question(), None)
 
 
 def decoded_names(monkeypatch):

@@ -3,8 +3,9 @@ import pytest
 
 from downres.errors import DownresError
 from downres.measuring.statistics import paired_bound
-from downres.records import OUTSIDE, TOO_FEW, WITHIN, Budget
-from downres.tasks.classification.quality import compare, compare_all, count_correct, evaluate, quality
+from downres.records import OUTSIDE, TOO_FEW, WITHIN, Budget, Preprocessing
+from downres.tasks.classification.quality import compare, compare_all, count_correct, quality
+from downres.tasks.classification.task import Classification
 
 
 def right(n: int, wrong: range = range(0)) -> np.ndarray:
@@ -61,40 +62,53 @@ def test_quality_needs_an_image():
         quality(right(0))
 
 
-def one_hot(images: np.ndarray, classes: int = 3) -> np.ndarray:
-    """A model that says the class written in the first pixel."""
-    return np.eye(classes, dtype=np.float32)[images[:, 0, 0, 0].astype(int)]
+class Labelled(Classification):
+    """The task with these labels and no pictures."""
+
+    def __init__(self, labels: list[int], outputs: int) -> None:
+        super().__init__(None, outputs)
+        self._labels = np.array(labels)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._labels
 
 
-def batches_of(says: np.ndarray, size: int) -> list[np.ndarray]:
-    images = np.broadcast_to(says.astype(np.float32)[:, None, None, None], (len(says), 3, 2, 2))
-    return [images[i : i + size] for i in range(0, len(says), size)]
+def one_hot(says: list[int], classes: int = 3) -> np.ndarray:
+    """Logits of a model that is sure of these classes."""
+    return np.eye(classes, dtype=np.float32)[says]
 
 
-def test_top1_is_correct_over_total_and_no_mean_of_batch_means():
-    says, labels = np.array([0, 1, 2, 0, 1]), np.array([0, 1, 2, 0, 2])
-    calls: list[tuple[int, int]] = []
-    q, correct = evaluate(one_hot, batches_of(says, 4), labels, progress=lambda done, total: calls.append((done, total)))
-    assert q.top1 == 80.0  # the mean of the batch means would be 50
-    assert correct.tolist() == [True, True, True, True, False]
-    assert calls == [(4, 5), (5, 5)]
+def test_top1_is_correct_over_total():
+    task = Labelled([0, 1, 2, 0, 2], 3)
+    evidence = task.judge(iter(one_hot([0, 1, 2, 0, 1])), np.arange(5), Preprocessing(4))
+    q = task.quality(evidence)
+    assert q.top1 == 80.0
+    assert evidence["correct"].tolist() == [True, True, True, True, False]
+    assert evidence["predicted"].tolist() == [0, 1, 2, 0, 1]
     assert q.correct5 is None and q.top5 is None
+
+
+def test_each_answer_is_judged_by_the_label_of_its_own_image():
+    task = Labelled([0, 1, 2, 0, 2], 3)
+    evidence = task.judge(one_hot([2, 0, 1]), np.array([4, 0, 2]), Preprocessing(4))
+    assert evidence["correct"].tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize(("classes", "reported"), [(5, False), (6, True)])
 def test_top5_only_with_more_than_five_classes(classes, reported):
-    q, _ = evaluate(lambda x: one_hot(x, classes), batches_of(np.zeros(4), 3), [0, 1, 4, 4])
+    task = Labelled([0, 1, 4, 4], classes)
+    q = task.quality(task.judge(one_hot([0] * 4, classes), np.arange(4), Preprocessing(4)))
     assert (q.correct5 is not None) == reported
     if reported:
         assert (q.correct5, q.top5, q.top1) == (4, 100.0, 25.0)
 
 
-@pytest.mark.parametrize("count", [0, 4, 6])
-def test_evaluate_needs_one_label_an_image(count):
-    with pytest.raises(DownresError, match="one label"):
-        evaluate(one_hot, batches_of(np.zeros(5), 2), np.zeros(count, dtype=int))
-    with pytest.raises(DownresError, match="one label"):
-        evaluate(one_hot, [], [])
+@pytest.mark.parametrize("count", [4, 6])
+def test_as_many_answers_as_images(count):
+    task = Labelled([0] * 6, 3)
+    with pytest.raises(DownresError, match="one row of logits an image"):
+        task.judge(one_hot([0] * 5), np.arange(count), Preprocessing(4))
 
 
 def test_a_drop_is_in_points_and_counts_the_discordant_images():

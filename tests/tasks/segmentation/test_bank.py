@@ -11,9 +11,11 @@ from downres.images import Fold
 from downres.images.images import Images
 from downres.images.preprocess import shown_size
 from downres.records import OUTSIDE, WITHIN, Budget, Candidate, Dense, Preprocessing
-from downres.recovery.state import State
-from downres.tasks.segmentation.bank import TUNING_MASKS, MaskBank, classes_at, climb, make_reference, split_tuning
+from downres.recovery.ladder import climb
+from downres.recovery.state import RECALIBRATED, State, Step
+from downres.tasks.segmentation.bank import MaskBank, classes_at
 from downres.tasks.segmentation.quality import Truths, tally
+from downres.tasks.segmentation.task import Segmentation
 
 # --- the answer at a picture's own size ---
 
@@ -143,15 +145,27 @@ def test_values_that_are_no_numbers_name_the_picture():
 # --- which training images tune ---
 
 
-@pytest.mark.parametrize("n, tuned", [(0, 0), (3, 0), (4, 1), (44, 11), (367, 91), (2975, TUNING_MASKS)])
+class Task(Segmentation):
+    """The task of a made-up network."""
+
+    def __init__(self, seed=0):
+        super().__init__(None, 3, Dense((48, 64)))
+        self.seed = seed
+
+    @property
+    def native_state(self):
+        return NATIVE
+
+
+@pytest.mark.parametrize("n, tuned", [(0, 0), (3, 0), (4, 1), (44, 11), (367, 91), (2975, 100)])
 def test_a_quarter_tunes(n, tuned):
     fold = Fold(np.arange(n) * 2, np.zeros(0, np.int64))
-    fit, tune = split_tuning(fold, 0)
+    fit, tune = Task().split(fold)
     assert len(tune) == tuned and sorted([*fit, *tune]) == fold.train.tolist()
     assert fit.tolist() == sorted(fit) and tune.tolist() == sorted(tune)
     if tuned > 10:
-        assert tune.tolist() != split_tuning(fold, 1)[1].tolist()
-        assert tune.tolist() == split_tuning(fold, 0)[1].tolist()
+        assert tune.tolist() != Task(1).split(fold)[1].tolist()
+        assert tune.tolist() == Task(0).split(fold)[1].tolist()
 
 
 # --- the ladder ---
@@ -175,8 +189,9 @@ class Made:
         self.looked.append((state, indices.tolist(), serving))
         maps = []
         for i in indices:
-            rng = np.random.default_rng([int(i), state.calibration is not None])
-            share = 0.05 if state == NATIVE else self.wrong[state.calibration is not None] + self.spread * rng.standard_normal()
+            again = state.step(RECALIBRATED) is not None
+            rng = np.random.default_rng([int(i), again])
+            share = 0.05 if state == NATIVE else self.wrong[again] + self.spread * rng.standard_normal()
             mask = TRUTH[int(i)].copy()
             flipped = rng.random(mask.shape) < share
             mask[flipped] = (mask[flipped] + 1) % 3
@@ -188,7 +203,8 @@ FOLD = Fold(np.arange(N), np.zeros(0, np.int64))
 
 
 def climbed(bank, max_drop=10.0, rungs=("batchnorm",), fold=FOLD):
-    return climb(bank, SMALL, make_reference(bank, NATIVE, 0, fold, 0), Budget(max_drop), rungs)
+    task = Task()
+    return climb(task, bank, SMALL, task.reference(bank, 0, fold, rungs), Budget(max_drop), rungs)
 
 
 def test_within_the_budget_nothing_is_recalibrated():
@@ -197,16 +213,16 @@ def test_within_the_budget_nothing_is_recalibrated():
     assert state == State(SMALL, 1.0) and recovery.rung == "none" and [r.rung for r in recovery.tried] == ["none"]
     assert recovery.tuning.verdict == WITHIN and recovery.tuning.n == 10
     # The original and the candidate on the tuning images alone.
-    _, tune = split_tuning(FOLD, 0)
+    _, tune = Task().split(FOLD)
     assert [looked for _, looked, _ in bank.looked] == [tune.tolist()] * 2
 
 
 def test_what_is_better_beyond_doubt_is_taken():
     state, recovery = climbed(Made(0.4, 0.2))
-    assert state == State(SMALL, 1.0, 0) and recovery.rung == "batchnorm"
+    assert state == State(SMALL, 1.0, (Step(RECALIBRATED, 0, 256),)) and recovery.rung == "batchnorm"
     none, batchnorm = recovery.tried
     assert none.score < batchnorm.score and recovery.tuning.drop == pytest.approx(recovery.tuning.drop)
-    original = make_reference(Made(0, 0), NATIVE, 0, FOLD, 0).tallies
+    original = Task().reference(Made(0, 0), 0, FOLD, ("batchnorm",)).evidence
     hits, union = original.hits.sum(0), (original.predicted + original.truth - original.hits).sum(0)
     assert recovery.tuning.drop == pytest.approx(100 * (hits / union).mean() - batchnorm.score)
     assert recovery.tuning.verdict == OUTSIDE  # still far from the original

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import re
+from dataclasses import dataclass
 from html import unescape
 
 import numpy as np
@@ -14,16 +15,33 @@ from plotly.offline import get_plotlyjs
 from downres.errors import DownresError
 from downres.records import TOO_FEW, WITHIN, Budget, Candidate, Cost, Drop, Latency, Preprocessing, Recovery, Result, Rung
 from downres.reports import ReportView, build_report, pictures, words, write_report
+from downres.reports.report import chosen_of
 from downres.tasks.segmentation.class_picture import _apart, class_figures, readable
 from downres.tasks.segmentation.classes import class_table, who_loses
 from downres.tasks.segmentation.masks import IGNORE, find_masks
 from downres.tasks.segmentation.quality import SegmentationQuality, Tallies, compare_tallies, segmentation_quality, tally
 from downres.tasks.segmentation.scenes import Overlay, Scene, Segmentation, draw
+from downres.tasks.segmentation.show import scenes_html
 
 NASTY = "<script>alert('1')</script>"
 CLASSES = ("sky", "road", "wall", "pole", NASTY, "unicorn")
 COLOURS = ((70, 130, 180), (128, 64, 128), (102, 102, 156), (153, 153, 153), (220, 20, 60), (0, 0, 70))
 FACTORS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class MaskView(ReportView):
+    """A view whose section is still to be made of its masks."""
+
+    segmentation: Segmentation | None = None
+
+
+def made(view: MaskView) -> ReportView:
+    """The view with its section, as a search makes it."""
+    assert view.segmentation is not None
+    shown = chosen_of(view) or words.nearest(view.results)
+    section = scenes_html(view.segmentation, view.original, view.results, shown, view.licence)
+    return dataclasses.replace(view, section=section)
 
 
 def street(seed: int, height: int = 96, width: int = 128) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +89,7 @@ def one_miou(tallies: Tallies, image: int) -> float:
 
 
 @pytest.fixture(scope="module")
-def view() -> ReportView:
+def view() -> MaskView:
     """12 street scenes, judged by the library itself at four resolutions; a fifth candidate was stopped."""
     pairs = [street(seed) for seed in range(12)]
     masks = [mask for _, mask in pairs]
@@ -96,7 +114,7 @@ def view() -> ReportView:
         for k in range(4)
     )
     labelled = np.bincount(np.concatenate([m[m != IGNORE] for m in masks]), minlength=len(CLASSES))
-    return ReportView(
+    return MaskView(
         title="Streets at fewer pixels",
         model="RegSeg",
         data="12 street scenes in 6 classes.",
@@ -106,7 +124,7 @@ def view() -> ReportView:
         results=(*results, stopped),
         best=candidates[2],
         preprocessing=Preprocessing((48, 64), fit="stretch"),
-        photos=(),
+        score=SegmentationQuality,
         made={"mIoU": "Summed over all images."},
         command="downres search …",
         created="2026-11-22",
@@ -118,7 +136,7 @@ def view() -> ReportView:
     )  # fmt: skip
 
 
-def changed(view: ReportView, **changes) -> ReportView:
+def changed(view: MaskView, **changes) -> MaskView:
     """The view with another `segmentation`."""
     assert view.segmentation is not None
     return dataclasses.replace(view, segmentation=dataclasses.replace(view.segmentation, **changes))
@@ -129,8 +147,8 @@ def plain(html: str) -> str:
     return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", html))).strip()
 
 
-def page_of(view: ReportView) -> str:
-    return build_report(view).replace(get_plotlyjs(), "")
+def page_of(view: MaskView) -> str:
+    return build_report(made(view)).replace(get_plotlyjs(), "")
 
 
 def cells_of(page: str) -> dict[str, list[list[str]]]:
@@ -341,14 +359,14 @@ def test_all_255_classes_fit_beside_the_ignored_pixels(view):
 def test_maps_that_do_not_fit_are_one_sentence(view, classes, said):
     scene = dataclasses.replace(view.segmentation.scenes[0], overlays=(Overlay("48 × 64 px", classes, None),))
     with pytest.raises(DownresError, match=re.escape(said)):
-        build_report(changed(view, scenes=(scene,)))
+        build_report(made(changed(view, scenes=(scene,))))
 
 
 def test_names_and_colours_of_another_number_are_one_sentence(view):
     with pytest.raises(DownresError, match="a name and a colour, there are 6 names and 5 colours"):
-        build_report(changed(view, colours=COLOURS[:5]))
+        build_report(made(changed(view, colours=COLOURS[:5])))
     with pytest.raises(DownresError, match="5 are named and 6 were measured"):
-        build_report(changed(view, classes=CLASSES[:5], colours=COLOURS[:5], scenes=(), hardest=()))
+        build_report(made(changed(view, classes=CLASSES[:5], colours=COLOURS[:5], scenes=(), hardest=())))
 
 
 # The picture of classes.
@@ -462,7 +480,7 @@ def test_page_of_camvid_stays_small(view, shared_data, tmp_path):
 
 @pytest.fixture(scope="module")
 def address(view, tmp_path_factory):
-    return write_report(view, tmp_path_factory.mktemp("report") / "report.html").as_uri()
+    return write_report(made(view), tmp_path_factory.mktemp("report") / "report.html").as_uri()
 
 
 @pytest.mark.parametrize("width", [360, 1280])

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from downres.searching.task import prepare_model
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -19,13 +18,15 @@ from downres.errors import DownresError
 from downres.images import split_once
 from downres.images.images import from_arrays as images_of
 from downres.records import TOO_FEW, WITHIN, Dense
-from downres.recovery import masks as masks_module
 from downres.reductions.dense import Segmenter
+from downres.searching.prepare import prepare_task
 from downres.searching.store import Store
+from downres.tasks import Question
 from downres.tasks.classification.folders import from_arrays
-from downres.tasks.segmentation.bank import MaskBank, split_tuning
+from downres.tasks.segmentation.bank import MaskBank
 from downres.tasks.segmentation.masks import open_masks
 from downres.tasks.segmentation.quality import Tallies
+from downres.tasks.segmentation.task import Segmentation
 
 SMALLER = [(36, 48), (24, 32)]
 OPTIONS = {"max_drop": 15.0, "resolutions": SMALLER, "stem_scales": (), "runtime": "torch", "threads": 1}
@@ -81,7 +82,7 @@ def test_batchnorm_statistics_are_those_of_the_small_training_images(run, shapes
     """The shipped network's first BatchNorm, and its mIoU, both by hand."""
     assert run.best.candidate.hw == (36, 48) and run.best.recovery.rung == "batchnorm"
     data = open_masks(scenes, outputs=4)
-    fit, tune = split_tuning(data.folds[0], 0)
+    fit, tune = Segmentation(None, 4, Dense((48, 64))).split(data.folds[0])
     assert len(fit) == 33 and len(tune) == 11
     network = shapes.rough().eval()
     inputs = []
@@ -156,7 +157,7 @@ def test_what_the_network_returns_does_not_matter(seen, segmenter, shapes, scene
     for hw, found in (((48, 64), quarter.original), ((36, 48), quarter.results[0])):
         assert found.quality.miou == pytest.approx(by_hand(shapes, shapes.quarter().eval(), scenes / "val", hw), abs=RESIZES)
     assert quarter.original.quality.miou == pytest.approx(seen.original.quality.miou, abs=1e-4)  # the same upsampling
-    assert prepare_model(segmenter("dictionary"), scenes).dense == Dense((48, 64), align_corners=True)
+    assert prepare_task(segmenter("dictionary"), scenes, Question()).dense == Dense((48, 64), align_corners=True)
     aligned = curve(segmenter("dictionary"), scenes, [(36, 48)], threads=1)
     for hw, found in (((48, 64), aligned.original), ((36, 48), aligned.results[0])):
         wanted = by_hand(shapes, shapes.dictionary().eval(), scenes / "val", hw, align=True)

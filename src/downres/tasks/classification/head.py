@@ -9,6 +9,7 @@ from threadpoolctl import threadpool_limits
 
 from ...errors import DownresError
 from ...recovery.features import Head
+from ..vectors import folded, standardised
 
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1)
 """Values of scikit-learn's C (inverse L2 strength, on standardised features) that are tried on tuning images."""
@@ -21,22 +22,18 @@ def fit_head(features: np.ndarray, labels: np.ndarray, outputs: int, strength: f
     """
     if why := why_not(labels, outputs):
         raise DownresError(f"No head can be fitted, {why}: give images of every class.")
-    # In float64: the sums run over many images, and folding subtracts numbers that are almost equal.
-    mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
-    # A dead channel carries nothing, and must not be blown up; float32 cannot tell changes of a ten-millionth.
-    scale[scale < 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0
+    inputs, mean, scale = standardised(features)
     model = LogisticRegression(C=strength, max_iter=300, tol=1e-3)
     with warnings.catch_warnings(), threadpool_limits(1):
         # 300 steps are plenty for a regularised fit; whether it suffices is measured on tuning images anyway.
         # One BLAS thread: the matrices are small, and the sum order (so the answer) does not depend on the machine's load.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(((features - mean) / scale).astype(np.float32), labels)
+        model.fit(inputs, labels)
     weight, bias = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
     if outputs == 2 and len(weight) == 1:
         # scikit-learn keeps one row for two classes; softmax over (-z/2, z/2) is its sigmoid of z.
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    weight = weight / scale
-    return Head(weight.astype(np.float32), (bias - weight @ mean).astype(np.float32))
+    return folded(weight, bias, mean, scale)
 
 
 def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -1,26 +1,24 @@
 """The task of a classifier: one class an image."""
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from torch import nn
 
 from ...errors import DownresError
-from ...families import Model
 from ...images import Fold, split_once
 from ...probe import Answer
-from ...records import LOGITS, Budget, Drop, Preprocessing, Record, Result
-from ...recovery.features import FeatureBank
-from ...recovery.state import State
+from ...records import Budget, Drop, Preprocessing, Record, Result
+from ...recovery.features import FeatureBank, Head
 from ..evidence import Arrays
-from ..task import TOLERANCE, Question, Section, Task
+from ..task import TOLERANCE, Question, Section
+from ..vectors import VectorTask, stacked
 from .elpv import CLASSES, DEMO_DATA, open_elpv
 from .folders import Dataset, class_names, open_folder
 from .head import STRENGTHS, fit_head, log_loss, why_not
+from .labels import Labels, from_dataset, is_dataset, names_of, open_labelled
 from .photos import keep_photos, photos_section
 from .quality import Quality, compare_all, count_correct, quality
 
@@ -38,92 +36,37 @@ class Prediction(Record):
         return f"{self.image}: {ranked}"
 
 
-class Classification(Task):
-    """One class an image, judged by top-1.
-
-    head: dotted name of the final linear layer or None; width: its inputs (without a head the number of logits).
-    fit_new: the head is a place to be filled, to be fitted on the training images first.
-    """
+class Classification(VectorTask):
+    """One class an image, judged by top-1."""
 
     name = "classification"
     score = Quality
-    rungs = ("crop", "batchnorm", "head")
     glance = 32
-
-    def __init__(
-        self, model: Model | None, outputs: int, head: str | None = None, width: int = 0, fit_new: bool = False
-    ) -> None:
-        super().__init__(model, outputs)
-        self.head, self.width, self.fit_new = head, width, fit_new
-        self.classes: tuple[str, ...] = ()
+    strengths = STRENGTHS
+    fitted = "logistic regression, C"
 
     @classmethod
     def takes(cls, answer: Answer, data: Any, question: Question) -> bool:
         return answer.size is None
 
     @classmethod
-    def make(cls, model: Model, answer: Answer, data: Any, question: Question) -> Self:
-        cls.refuse_masks(question)
-        return cls.with_head(model, answer, question.fit_head, lambda outputs: len(cls.names_in(data, outputs)))
-
-    @classmethod
-    def with_head(cls, model: Model, answer: Answer, fit_new: bool, count: Any) -> Self:
-        """The task, its head found or replaced by one for as many outputs as `count(None)` says; else `count` checks them."""
-        head, width, outputs = answer.head, answer.width, answer.outputs
-        if not fit_new:
-            count(outputs)
-            return cls(model, outputs, head, width, False)
-        if head is None:
-            raise DownresError(
-                "No head can be fitted: the output of this model does not come from a linear layer; "
-                "give a model that has one, or weights for these classes."
-            )
-        outputs = count(None)
-        module = copy.deepcopy(model.module)
-        linear = nn.Linear(width, outputs)
-        nn.init.zeros_(linear.weight)  # a place to be filled; random numbers would make every run another one
-        nn.init.zeros_(linear.bias)
-        module.set_submodule(head, linear)
-        weights = f"{model.weights}; head fitted anew on the training images"
-        return cls(Model(module, model.preprocessing, model.spec, weights, outputs), outputs, head, width, True)
-
-    @classmethod
-    def only_counted(cls, model: Model, answer: Answer, question: Question) -> Self:
-        cls.refuse_masks(question)
-        return cls(model, answer.outputs, answer.head, answer.width)
-
-    @classmethod
-    def refuse_masks(cls, question: Question) -> None:
-        """DownresError for options that are of answers to every pixel."""
-        if question.label_size is not None or question.output != LOGITS or question.upsampling != "bilinear":
-            raise DownresError(
-                "Masks, a label size, another output or upsampling are for segmentation networks, this one returns one row of "
-                "logits an image: give class folders and none of these, or another network."
-            )
-
-    @classmethod
-    def names_in(cls, data: Any, outputs: int | None) -> tuple[str, ...]:
-        """The classes of the data, checked against the network's outputs, without decoding an image."""
+    def names_in(cls, data: Any, question: Question, outputs: int | None) -> tuple[str, ...]:
         if isinstance(data, Dataset):
             return data.classes
+        if is_dataset(data):
+            return names_of(data, outputs)
+        if question.labels is not None:
+            return Labels.read(question.labels).names(outputs)
         return CLASSES if str(data) == DEMO_DATA else class_names(data, outputs)
-
-    def describe(self) -> dict[str, Any]:
-        return {"outputs": self.outputs, "fit_head": self.fit_new}
-
-    @classmethod
-    def restore(cls, described: Mapping[str, Any], facts: Mapping[str, Any]) -> Self:
-        task = cls(None, described["outputs"], fit_new=described["fit_head"])
-        task.classes = tuple(facts.get("classes", ()))
-        return task
-
-    def bank(self, folder: Path | None, **options: Any) -> FeatureBank:
-        return FeatureBank(self.model.module, self.head, self.width, self.model.preprocessing, folder=folder, **options)
 
     def open(self, data: Any, question: Question, **options: Any) -> Dataset:
         outputs = None if self.fit_new else self.outputs
         if isinstance(data, Dataset):
             return data
+        if is_dataset(data):
+            return from_dataset(data, outputs, **options)
+        if question.labels is not None:
+            return open_labelled(data, Labels.read(question.labels), outputs, **options)
         if str(data) == DEMO_DATA:
             return open_elpv(options.get("folds") or 5, options.get("seed", 0))
         return open_folder(data, outputs=outputs, **options)
@@ -157,11 +100,8 @@ class Classification(Task):
         majority = 100 * float(np.bincount(self.labels[self.proof]).max() / len(self.proof))
         return {"classes": list(self.data.classes), "majority_top1": majority}
 
-    def evidence(self, bank: FeatureBank, state: State, indices: np.ndarray, *, serving: bool = True) -> Arrays:
-        return self.judge(bank.logits(state, indices, serving=serving), indices, bank.preprocessing_of(state))
-
     def judge(self, answers: Iterable[np.ndarray], indices: np.ndarray, preprocessing: Preprocessing) -> Arrays:
-        out, truth = answers if isinstance(answers, np.ndarray) else np.stack(list(answers)), self.labels[indices]
+        out, truth = stacked(answers), self.labels[indices]
         arrays = Arrays(
             correct=count_correct(out, truth), predicted=out.argmax(1).astype(np.int32), confidence=_confidence(out)
         )
@@ -181,22 +121,13 @@ class Classification(Task):
         return evidence["correct"]
 
     def why_no_head(self, bank: FeatureBank, fit: np.ndarray) -> str:
-        return why_not(self.labels[fit], self.outputs) if bank.head else "the model's output does not come from a linear layer"
+        return super().why_no_head(bank, fit) or why_not(self.labels[fit], self.outputs)
 
-    def refit(self, bank: FeatureBank, state: State, index: int, fit: np.ndarray, tune: np.ndarray) -> tuple[State, State, str]:
-        """Multinomial logistic regression; its L2 strength is chosen on tuning images."""
-        labels, train = self.labels, np.concatenate([fit, tune])
-        features = bank.features(state.without("refitted"), train)
-        inner, held = features[: len(fit)], features[len(fit) :]
-        # By log loss, not by accuracy: on a few hundred images accuracies of neighbouring strengths differ by luck alone.
-        trials = []
-        for strength in STRENGTHS if len(tune) else (STRENGTHS[len(STRENGTHS) // 2],):
-            head = fit_head(inner, labels[fit], self.outputs, strength)
-            trials.append((log_loss(head(held), labels[tune]) if len(tune) else 0.0, strength, head))
-        _, strength, start = min(trials, key=lambda trial: trial[:2])
-        whole = fit_head(features, labels[train], self.outputs, strength)
-        states = bank.refitted(state, start, index, len(fit)), bank.refitted(state, whole, index, len(train))
-        return *states, f"logistic regression, C={strength:g}"
+    def fit(self, features: np.ndarray, indices: np.ndarray, strength: float) -> Head:
+        return fit_head(features, self.labels[indices], self.outputs, strength)
+
+    def loss(self, answers: np.ndarray, indices: np.ndarray) -> float:
+        return log_loss(answers, self.labels[indices])
 
     def warnings(self, original: Quality, facts: Mapping[str, Any]) -> list[str]:  # type: ignore[override]
         if original.top1_low > facts["majority_top1"]:

@@ -17,8 +17,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ...errors import DownresError
-from ...measuring.statistics import bootstrap_bound, bootstrap_p, holm, more_images_to
-from ...records import OUTSIDE, TOO_FEW, WITHIN, Budget, Drop, Score
+from ...measuring.paired import RESAMPLES, bootstrap_drops, resamples
+from ...measuring.statistics import bootstrap_bound
+from ...records import Budget, Drop, Score
 from .masks import IGNORE
 
 BAND = 0.02
@@ -32,8 +33,6 @@ COCO's limits of 32² and 96² pixels on its usual 640×480 picture: small is be
 """
 
 SIZES = ("small", "medium", "large")
-
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -415,29 +414,9 @@ def compare_tallies(original: Tallies, candidates: Mapping[str, Tallies], budget
         return {}
     first, *others = _resampled_miou([original, *candidates.values()], seed)
     observed = _miou(original)
-    drops = [observed - _miou(candidate) for candidate in candidates.values()]
-    resampled = [first - other for other in others]
-    n, alpha = int(_informative(original).sum()), 1.0 - budget.confidence
-    tested = holm([bootstrap_p(r, d, n, budget.max_drop) for r, d in zip(resampled, drops, strict=True)], alpha)
-    records = {}
-    for name, drop, samples, test in zip(candidates, drops, resampled, tested, strict=True):
-        upper = min(100.0, bootstrap_bound(samples, drop, n, test.level)[1])
-        lower = max(-100.0, bootstrap_bound(samples, drop, n, alpha / len(candidates))[0])
-        verdict = WITHIN if upper < budget.max_drop else OUTSIDE if lower > budget.max_drop else TOO_FEW
-        records[name] = Drop(
-            drop=drop,
-            lower=lower,
-            upper=upper,
-            allowed=budget.max_drop,
-            verdict=verdict,
-            n=len(original),
-            lost=None,
-            won=None,
-            confidence=budget.confidence,
-            comparisons=len(candidates),
-            more_images=more_images_to(samples, drop, n, budget.max_drop, test.level) if verdict == TOO_FEW else None,
-        )
-    return records
+    drops = {name: observed - _miou(candidate) for name, candidate in candidates.items()}
+    samples = {name: first - other for name, other in zip(candidates, others, strict=True)}
+    return bootstrap_drops(drops, samples, len(original), budget, int(_informative(original).sum()), 100.0)
 
 
 def _iou(hits: np.ndarray, union: np.ndarray) -> np.ndarray:
@@ -476,13 +455,8 @@ def _resampled_miou(models: Sequence[Tallies], seed: int) -> list[np.ndarray]:
     for model in models:
         hits = model.hits[images]
         tables.append((hits.astype(float), (model.predicted[images] + model.truth[images] - hits).astype(float)))
-    generator = np.random.Generator(np.random.PCG64(seed))
-    chunk = max(1, min(RESAMPLES, 2**22 // n))
     parts: list[list[np.ndarray]] = [[] for _ in models]
-    for start in range(0, RESAMPLES, chunk):
-        rows = min(chunk, RESAMPLES - start)
-        drawn = generator.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(float)
+    for times in resamples(n, RESAMPLES, seed):
         for part, (hits, union) in zip(parts, tables, strict=True):
             part.append(100 * np.nanmean(_iou(times @ hits, times @ union), axis=1))
     return [np.concatenate(part) for part in parts]

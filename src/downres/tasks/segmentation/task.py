@@ -169,6 +169,11 @@ class Segmentation(Task):
         super().fill(bank)
         bank.masks = self.data.masks
 
+    @property
+    def truth(self) -> Sequence[np.ndarray]:
+        """The mask of each image."""
+        return self.data.masks
+
     def facts(self) -> dict[str, Any]:
         data = self.data
         return {"classes": list(data.classes), "colours": [list(c) for c in data.colours], "absent": list(data.absent)}
@@ -177,12 +182,12 @@ class Segmentation(Task):
         return bank.tallies(state, indices, serving=serving)
 
     def judge(self, answers: Iterable[np.ndarray], indices: np.ndarray, preprocessing: Preprocessing) -> Tallies:
-        masks = [self.data.masks[int(i)] for i in indices]
+        masks = [self.truth[int(i)] for i in indices]
         return tally(self._maps(answers, indices, preprocessing), masks, self.outputs)
 
     def _maps(self, answers: Iterable[np.ndarray], indices: np.ndarray, p: Preprocessing) -> Iterator[np.ndarray]:
         for i, answer in zip(indices, answers, strict=True):
-            height, width = self.data.masks[int(i)].shape
+            height, width = self.truth[int(i)].shape
             yield picture_classes(answer, self.data.images[int(i)], (height, width), self.dense, p)
 
     def quality(self, evidence: Tallies) -> SegmentationQuality:

@@ -1,14 +1,17 @@
 """The ladder's decisions, on made-up features whose right answers are known, and on the tiny network's."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from torch import nn
 
 from downres.images import Fold, cross_folds
-from downres.records import OUTSIDE, WITHIN, Budget, Candidate, Preprocessing
-from downres.recovery.features import Head
-from downres.recovery.ladder import GLANCE, TUNING_IMAGES, climb, make_reference, split_tuning
-from downres.recovery.state import State
+from downres.records import OUTSIDE, WITHIN, Budget, Candidate, Preprocessing, Recovery
+from downres.recovery.features import FeatureBank, Head
+from downres.recovery.ladder import GLANCE, climb
+from downres.recovery.state import RECALIBRATED, State
+from downres.tasks.classification.task import Classification
 
 N = 400
 LABELS = np.arange(N) % 2
@@ -17,17 +20,37 @@ OWN = Head(np.array([[-1.0], [1.0]], np.float32), np.zeros(2, np.float32))
 SMALL = Candidate(16)
 
 
-class Bank:
+class Task(Classification):
+    """The task of a made-up network, with these labels and no pictures; `folds`: how many, of which nothing else is asked."""
+
+    def __init__(self, labels, fit_new=False, folds=1, seed=0):
+        super().__init__(None, 2, "head", 1, fit_new)
+        self._labels, self._data, self.seed = labels, Folds(folds), seed
+
+    @property
+    def labels(self):
+        return self._labels
+
+    @property
+    def native_state(self):
+        return NATIVE
+
+
+class Folds:
+    def __init__(self, count):
+        self.folds = (None,) * count
+
+
+class Bank(FeatureBank):
     """Features on demand: one number an image, positive for class 1, with some shares of the images wrong.
 
     wrong: for (crop_ratio, recalibrated) the share of wrong signs at the small resolution. shift: added to all.
     """
 
     def __init__(self, wrong, *, norm=True, head="head", shift=0.0):
-        self.wrong, self.head, self.shift = wrong, head, shift
-        self.model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3) if norm else nn.ReLU())
-        self.preprocessing = Preprocessing(48, NATIVE.crop_ratio)
-        self.passes = 0
+        model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3) if norm else nn.ReLU())
+        super().__init__(model, None, 1, Preprocessing(48, NATIVE.crop_ratio))
+        self.wrong, self.head, self.shift, self._own = wrong, head, shift, OWN
         self.looked = []
 
     def features(self, state, indices, *, serving=True):
@@ -35,11 +58,15 @@ class Bank:
         self.looked.append((state, np.asarray(indices)))
         sign = np.where(LABELS == 1, 1.0, -1.0)
         if state.candidate == SMALL:
-            share = self.wrong[state.crop_ratio, state.calibration is not None]
+            share = self.wrong[state.crop_ratio, recalibrated(state)]
             flipped = np.random.default_rng(0).permutation(N)[: round(share * N)]
             sign[flipped] *= -1
             sign = sign + self.shift
         return sign[indices, None].astype(np.float32)
+
+
+def recalibrated(state):
+    return state.step(RECALIBRATED) is not None
 
 
 def wrong(none=0.4, crop=0.4, batchnorm=0.4):
@@ -48,31 +75,38 @@ def wrong(none=0.4, crop=0.4, batchnorm=0.4):
 
 def run(bank, fold=None, budget=None, rungs=("crop", "batchnorm", "head"), fit_new=False, labels=LABELS):
     fold = fold or Fold(np.arange(0, 300), np.arange(300, N))
-    reference = make_reference(bank, NATIVE, 0, fold, 1, labels, OWN, 2, fit_new, 0)
-    found = climb(bank, SMALL, reference, labels, 2, budget or Budget(6.0), rungs)
+    task = Task(labels, fit_new)
+    found = Found(*climb(task, bank, SMALL, task.reference(bank, 0, fold, rungs), budget or Budget(6.0), rungs))
     return found, [r.rung for r in found.recovery.tried]
+
+
+class Found(NamedTuple):
+    state: State
+    recovery: Recovery
 
 
 def test_the_tuning_images_are_a_quarter_of_the_training_images_and_no_others():
     fold = Fold(np.arange(10, 210), np.arange(10))
-    fit, tune = split_tuning(fold, LABELS, 1, 0)
+    fit, tune = Task(LABELS).split(fold)
     assert len(tune) == 50 and sorted([*fit, *tune]) == list(range(10, 210))
-    again = split_tuning(fold, LABELS, 1, 0)
+    again = Task(LABELS).split(fold)
     assert (fit == again[0]).all() and (tune == again[1]).all()
-    assert (split_tuning(fold, LABELS, 1, 1)[1] != tune).any()
+    assert (Task(LABELS, seed=1).split(fold)[1] != tune).any()
     assert len(set(LABELS[tune])) == len(set(LABELS[fit])) == 2
 
 
 def test_over_all_folds_together_there_are_at_most_so_many():
     fold = Fold(np.arange(100_000), np.zeros(0, np.int64))
     labels = np.arange(100_000) % 2
-    assert [len(split_tuning(fold, labels, k, 0)[1]) for k in (1, 5)] == [TUNING_IMAGES, TUNING_IMAGES // 5]
+    assert [len(Task(labels, folds=k).split(fold)[1]) for k in (1, 5)] == [1000, 200]
 
 
 def test_it_stops_where_nothing_is_lost():
-    found, tried = run(Bank(wrong(none=0.0)))
+    bank = Bank(wrong(none=0.0))
+    found, tried = run(bank)
+    assert bank.head_of(found.state) is OWN
     assert tried == ["none"] and found.recovery.rung == "none" and found.recovery.tuning.verdict == WITHIN
-    assert found.state == State(SMALL, 0.875) and found.head is OWN
+    assert found.state == State(SMALL, 0.875)
 
 
 def test_the_crop_is_enough():
@@ -83,7 +117,7 @@ def test_the_crop_is_enough():
 def test_recalibration_is_enough():
     found, tried = run(Bank(wrong(batchnorm=0.0)))
     assert tried == ["none", "crop", "batchnorm"] and found.recovery.rung == "batchnorm"
-    assert found.state.calibration == 0
+    assert found.state.step(RECALIBRATED).fold == 0
 
 
 def test_the_head_is_refitted_last_and_on_all_training_images():
@@ -92,7 +126,7 @@ def test_the_head_is_refitted_last_and_on_all_training_images():
     found, tried = run(bank)
     assert tried[-1] == "head" and found.recovery.rung == "head" and "C=" in found.recovery.tried[-1].note
     assert found.recovery.tried[-1].score == 100.0
-    out = found.head(bank.features(found.state, np.arange(N)))
+    out = bank.logits(found.state, np.arange(N))
     assert (out.argmax(1) == LABELS).all()
 
 
@@ -107,7 +141,7 @@ def test_a_hopeless_recalibration_is_given_up_after_a_glance():
     found, _ = run(bank)
     (rung,) = [r for r in found.recovery.tried if r.rung == "batchnorm"]
     assert rung.n == GLANCE and "given up after a glance" in rung.note
-    assert all(len(indices) == GLANCE for state, indices in bank.looked if state.calibration is not None)
+    assert all(len(indices) == GLANCE for state, indices in bank.looked if recalibrated(state))
 
 
 def test_what_cannot_be_tried_says_why():
@@ -154,8 +188,10 @@ def test_every_rung_says_what_it_took():
 def test_new_heads_of_the_original_have_not_seen_the_tuning_images():
     bank = Bank(wrong())
     for i, fold in enumerate(cross_folds(LABELS, 4, 0)):
-        reference = make_reference(bank, NATIVE, i, fold, 4, LABELS, None, 2, True, 0)
+        reference = Task(LABELS, True, 4).reference(bank, i, fold, ("head",))
         flipped = LABELS.copy()
         flipped[fold.test] = 1 - flipped[fold.test]
-        other = make_reference(bank, NATIVE, i, fold, 4, flipped, None, 2, True, 0)
-        assert (reference.head.weight == other.head.weight).all() and (reference.start.bias == other.start.bias).all()
+        other = Task(flipped, True, 4).reference(bank, i, fold, ("head",))
+        mine, theirs = (bank.head_of(r.state) for r in (reference, other))
+        assert (mine.weight == theirs.weight).all() and mine is not OWN
+        assert (bank.head_of(reference.start).bias == bank.head_of(other.start).bias).all()

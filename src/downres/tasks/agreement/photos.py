@@ -1,0 +1,62 @@
+"""A folder of photographs, and nothing else."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import DownresError
+from ...images import Fold, Images, Progress, Skip, from_files
+from ...images.parts import File, divide, is_hidden, is_image, without_unreadable
+
+
+@dataclass(frozen=True, eq=False)
+class Photos:
+    """Pictures and how they are divided."""
+
+    images: Images
+    folds: tuple[Fold, ...]
+    skipped: tuple[Skip, ...]
+    description: str
+    licence: str = ""
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, checksum in zip(self.images.names, self.images.checksums, strict=True):
+            digest.update(f"{name}\0{checksum}\n".encode(errors="surrogateescape"))
+        for indices in (side for fold in self.folds for side in (fold.train, fold.test)):
+            digest.update(f"\n{len(indices)}\n".encode() + indices.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def open_photos(
+    folder: Any,
+    parts: Sequence[str] = ("train", "val"),
+    val_fraction: float = 0.5,
+    folds: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Photos:
+    """Every picture in a folder and the folders in it, whatever they are called, divided at random as `open_folder` does."""
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise DownresError(f"There is no folder {root}: point --data to a folder of photographs.")
+    paths = sorted(p for p in root.rglob("*") if is_image(p) and not is_hidden(p.relative_to(root)))
+    if len(paths) < 2:
+        raise DownresError(f"{root} holds {len(paths)} pictures, agreement needs at least 2: point --data to photographs.")
+    files = [File("", 0, path, path.relative_to(root).as_posix()) for path in paths]
+    listed = divide(np.zeros(len(files), np.int64), parts, val_fraction, folds, seed)
+    needed = np.unique(np.concatenate([side for fold in listed for side in (fold.train, fold.test)]))
+    images, skipped = from_files([files[i].path for i in needed], [files[i].name for i in needed], progress)
+    reasons = {skip.path: skip.reason for skip in skipped}
+    kept = np.array([i for i in needed if files[i].name not in reasons], dtype=np.int64)
+    divided = without_unreadable(listed, kept, files, reasons)
+    test = sum(len(fold.test) for fold in divided)
+    how = (
+        f"cross-fitted in {len(divided)} folds" if len(divided) > 1 else f"{test} to compare on, {len(images) - test} to fit on"
+    )
+    left_out = f"; {len(skipped)} unreadable files left out" if skipped else ""
+    return Photos(images, divided, tuple(skipped), f"{len(images)} photographs without labels, {how} (seed {seed}){left_out}.")

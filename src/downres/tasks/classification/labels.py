@@ -1,0 +1,164 @@
+"""Labels of classes from elsewhere than folders' names: a CSV or JSON file, a Hugging Face dataset, any PyTorch dataset."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...errors import DownresError
+from ...images import Images, Progress
+from ...images.parts import divide, listed_names
+from ..table import Table, open_rows, read_table
+from .folders import Dataset
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A table with one label a picture: names, or numbers from 0 on."""
+
+    table: Table
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Labels":
+        table = read_table(path)
+        if len(table.names) != 1:
+            raise DownresError(
+                f"A classifier has one label a picture, {table.path} has {len(table.names)} columns of them "
+                f"({listed_names(table.names)}): give file,label, or --task multilabel or regression."
+            )
+        return cls(table)
+
+    def names(self, outputs: int | None) -> tuple[str, ...]:
+        """The classes in the order of the outputs: numbers count from 0, names are sorted. Checked against the outputs."""
+        values = [row[0] for row in self.table.cells]
+        if all(value.isdigit() for value in values):
+            count = 1 + max(map(int, values)) if outputs is None else outputs
+            if max(map(int, values)) >= count:
+                raise DownresError(
+                    f"{self.table.path} has labels up to {max(map(int, values))}, the network {count} outputs: "
+                    "number the classes from 0, or pass --fit-head."
+                )
+            return tuple(str(i) for i in range(count))
+        found = tuple(sorted(set(values)))
+        if outputs is not None and len(found) != outputs:
+            raise DownresError(
+                f"The weights have {outputs} outputs and {self.table.path} {len(found)} labels ({listed_names(found)}): "
+                "pass --fit-head to fit a new linear head for them, or number them as the outputs are."
+            )
+        if len(found) < 2:
+            raise DownresError(f"A classifier needs at least 2 classes, {self.table.path} has 1 ({found[0]}): add the others.")
+        return found
+
+    def indices(self, classes: Sequence[str]) -> np.ndarray:
+        index = {name: i for i, name in enumerate(classes)}
+        return np.array([index[str(int(row[0])) if row[0].isdigit() else row[0]] for row in self.table.cells], np.int64)
+
+
+def open_labelled(folder: str | Path, labels: Labels, outputs: int | None, **options: Any) -> Dataset:
+    """The pictures of a folder with the labels of a table; options as for `open_folder`."""
+    classes = labels.names(outputs)
+    numbers = labels.indices(classes)
+    images, rows, folds, skipped, how = open_rows(folder, labels.table, numbers, **options)
+    order = (
+        "" if outputs is None else f"; outputs taken to be: {listed_names([f'{i} {name}' for i, name in enumerate(classes)])}"
+    )
+    description = f"{len(images)} images of {len(set(numbers.tolist()))} classes, {how}{order}."
+    return Dataset(images, numbers[rows], classes, folds, tuple(skipped), description)
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether it is a map-style dataset: Hugging Face's, or one of PyTorch's, of (image, target)."""
+    known = (str, Path, Dataset)
+    return not isinstance(data, known) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+def names_of(dataset: Any, outputs: int | None) -> tuple[str, ...]:
+    """The classes of a dataset: its own names, else numbers."""
+    features = getattr(dataset, "features", None)
+    if features is not None and hasattr(features, "get"):
+        names = getattr(features.get(_label_column(dataset)), "names", None)
+    else:
+        names = getattr(dataset, "classes", None)
+    count = len(names) if names else outputs or int(_labels_in(dataset).max()) + 1
+    if outputs is not None and names and len(names) != outputs:
+        raise DownresError(
+            f"The weights have {outputs} outputs and the dataset {len(names)} classes ({listed_names(list(names))}): "
+            "use fit_head to fit a new linear head for them."
+        )
+    return tuple(names) if names else tuple(f"class {i}" for i in range(count))
+
+
+def from_dataset(
+    dataset: Any,
+    outputs: int | None,
+    parts: Sequence[str] = ("train", "val"),
+    val_fraction: float = 0.5,
+    folds: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Its pictures, each taken when it is looked at. Targets are whole numbers; pictures are PIL images or uint8 arrays
+    (H, W) or (H, W, 3): a dataset that makes tensors of them is to be given without its transforms.
+    """
+    labels, classes = _labels_in(dataset), names_of(dataset, outputs)
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise DownresError(
+            f"Labels of {len(classes)} classes are 0 to {len(classes) - 1}, {labels.min()} to {labels.max()} are not: "
+            "number the classes from 0."
+        )
+    images = Images(_Pictures(dataset), [f"item {i}" for i in range(len(dataset))])
+    divided = divide(labels, parts, val_fraction, folds, seed)
+    description = (
+        f"{len(labels)} images of {len(classes)} classes, given in Python, {len(divided)} fold{'s' * (len(divided) > 1)}."
+    )
+    return Dataset(images, labels, classes, divided, (), description)
+
+
+class _Pictures(Sequence[np.ndarray]):
+    """The pictures of a dataset as uint8 arrays."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        item = self.dataset[int(index)]
+        picture = item[_image_column(self.dataset)] if isinstance(item, dict) else item[0]
+        if isinstance(picture, Image.Image):
+            picture = np.array(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+        if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+            raise DownresError(
+                f"Item {index} of the dataset is a {type(picture).__name__}, no PIL image and no uint8 array (H, W, 3): "
+                "give the dataset without its transforms."
+            )
+        return picture
+
+
+def _labels_in(dataset: Any) -> np.ndarray:
+    """int64 (n,), without decoding where the dataset tells them apart."""
+    if hasattr(dataset, "column_names"):
+        values = dataset[_label_column(dataset)]
+    elif hasattr(dataset, "targets"):
+        values = dataset.targets
+    else:
+        values = [dataset[i][1] for i in range(len(dataset))]
+    found = np.asarray(values)
+    if found.ndim != 1 or found.dtype.kind not in "iuf" or (found != np.floor(found)).any():
+        raise DownresError(
+            "A classifier's targets are whole numbers, one an image, these are not: give --task regression or multilabel a "
+            "file of labels."
+        )
+    return found.astype(np.int64)
+
+
+def _label_column(dataset: Any) -> str:
+    return next((n for n in ("label", "labels", "fine_label", "target") if n in dataset.column_names), "label")
+
+
+def _image_column(dataset: Any) -> str:
+    return next((n for n in ("image", "img", "picture") if n in dataset.column_names), "image")

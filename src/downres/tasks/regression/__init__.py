@@ -1,0 +1,1 @@
+"""Regression: one or more numbers an image, judged by mean absolute error."""

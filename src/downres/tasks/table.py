@@ -1,0 +1,201 @@
+"""A table of labels beside a folder of images: CSV or JSON, one row an image."""
+
+import csv
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DownresError
+from ..images import Fold, Images, Progress, Skip, from_files
+from ..images.parts import PARTS, File, as_found, divide, how_found, is_hidden, is_image, listed_names, without_unreadable
+
+PART_COLUMNS = ("split", "part", "subset")
+"""Headings under which a table may say which images are to fit on and which to prove on."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a file of labels. names: of the columns beside the picture's; parts: 'train' or 'val' for each row, or ()."""
+
+    path: Path
+    files: tuple[str, ...]
+    names: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    parts: tuple[str, ...] = ()
+
+
+def read_table(path: str | Path) -> Table:
+    """A CSV with a heading, whose first column (or one headed file, image, filename, path or name) is the picture's file; or
+    JSON: an object of files to values, or a list of objects as the rows of the CSV. Raises DownresError for anything else.
+    """
+    path = Path(path).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = _json_rows(json.loads(text)) if path.suffix.lower() == ".json" else _csv_rows(text)
+    except OSError as error:
+        raise DownresError(f"Cannot read the labels {path} ({error.strerror}): give a CSV or JSON file.") from None
+    except (ValueError, TypeError, AttributeError, csv.Error):
+        raise DownresError(
+            f"{path} is no table of labels: give a CSV with a heading, or JSON, a row for each picture."
+        ) from None
+    if len(rows) < 2 or len(rows[0]) < 2:
+        raise DownresError(f"{path} holds no labels: give a heading and a row for each picture, its file first.")
+    heading = [str(name).strip() for name in rows[0]]
+    ragged = next((i for i, row in enumerate(rows[1:], 2) if len(row) != len(heading)), None)
+    if ragged is not None:
+        raise DownresError(f"Row {ragged} of {path} has {len(rows[ragged - 1])} cells, its heading {len(heading)}: correct it.")
+    lower = [name.lower() for name in heading]
+    where = next((lower.index(n) for n in ("file", "image", "filename", "file_name", "path", "name") if n in lower), 0)
+    part = next((lower.index(n) for n in PART_COLUMNS if n in lower), None)
+    kept = [i for i in range(len(heading)) if i not in (where, part)]
+    body = [[str(cell).strip() for cell in row] for row in rows[1:]]
+    files = tuple(row[where] for row in body)
+    if twice := [name for name, n in Counter(files).items() if n > 1]:
+        raise DownresError(f"{path} has {len(twice)} pictures twice (the first is {twice[0]}): give each one row.")
+    parts = () if part is None else tuple(_part(path, row[part]) for row in body)
+    return Table(path, files, tuple(heading[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in body), parts)
+
+
+def _csv_rows(text: str) -> list[list[str]]:
+    dialect = csv.Sniffer().sniff(text[:4096], ",;\t") if text else csv.excel
+    return [row for row in csv.reader(text.splitlines(), dialect) if any(cell.strip() for cell in row)]
+
+
+def _json_rows(values: Any) -> list[list[Any]]:
+    def text(value: Any) -> str:
+        return "|".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    if isinstance(values, dict):
+        first = next(iter(values.values()))
+        if isinstance(first, dict):
+            return [["file", *first], *([name, *(text(row[key]) for key in first)] for name, row in values.items())]
+        return [["file", "label"], *([name, text(value)] for name, value in values.items())]
+    heading = list(values[0])
+    return [heading, *([text(row[key]) for key in heading] for row in values)]
+
+
+def _part(path: Path, word: str) -> str:
+    found = next((part for part, names in PARTS.items() if word.lower() in names), None)
+    if found is None:
+        known = ", ".join(name for names in PARTS.values() for name in names)
+        raise DownresError(f"{path} puts a picture into {word!r}: a part is one of {known}.")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class TableData:
+    """Pictures with a row of numbers each. targets: float64 (n, K), names: of the K columns."""
+
+    images: Images
+    targets: np.ndarray
+    names: tuple[str, ...]
+    folds: tuple[Fold, ...]
+    skipped: tuple[Skip, ...]
+    description: str
+    licence: str = ""
+    root: Path | str = field(default="")
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, checksum in zip(self.images.names, self.images.checksums, strict=True):
+            digest.update(f"{name}\0{checksum}\n".encode(errors="surrogateescape"))
+        digest.update("\0".join(self.names).encode() + np.ascontiguousarray(self.targets, "<f8").tobytes())
+        for indices in (side for fold in self.folds for side in (fold.train, fold.test)):
+            digest.update(f"\n{len(indices)}\n".encode() + indices.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def open_rows(
+    folder: str | Path,
+    table: Table,
+    strata: np.ndarray,
+    parts: Sequence[str] = ("train", "val"),
+    val_fraction: float = 0.5,
+    folds: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Images, np.ndarray, tuple[Fold, ...], list[Skip], str]:
+    """(images, which rows they are, folds, skipped, how they are divided) of the pictures that a table names.
+
+    Divided as the table says (a column split, part or subset), else by `val_fraction` or `folds`, as `open_folder` divides one
+    folder. strata: an integer a row that the division keeps the shares of. Pictures of the folder without a row are left out
+    and counted.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise DownresError(f"There is no folder {root}: point --data to the folder that the files of {table.path} are in.")
+    missing = [name for name in table.files if not (root / name).is_file()]
+    if missing:
+        raise DownresError(
+            f"{len(missing)} of {len(table.files)} pictures of {table.path} are not in {root} (the first is {missing[0]}): "
+            "point --data to their folder, or correct the table."
+        )
+    if folds is not None and table.parts:
+        raise DownresError(f"--folds needs pictures that are not divided, {table.path} divides them: leave one of the two out.")
+    files = [
+        File(part, 0, root / name, name)
+        for name, part in zip(table.files, table.parts or ("",) * len(table.files), strict=True)
+    ]
+    if table.parts:
+        whole = as_found(table.parts)[0]
+        none = np.zeros(0, np.int64)
+        listed = (Fold(whole.train if "train" in parts else none, whole.test if "val" in parts else none),)
+        if "val" in parts and not len(whole.test):
+            raise DownresError(f"{table.path} puts no picture into val: there is nothing to prove on.")
+    else:
+        listed = divide(strata, parts, val_fraction, folds, seed)
+    needed = np.unique(np.concatenate([side for fold in listed for side in (fold.train, fold.test)]))
+    images, skipped = from_files([files[i].path for i in needed], [files[i].name for i in needed], progress)
+    reasons = {skip.path: skip.reason for skip in skipped}
+    kept = np.array([i for i in needed if files[i].name not in reasons], dtype=np.int64)
+    divided = without_unreadable(listed, kept, files, reasons)
+    if table.parts:
+        how = how_found(divided[0], {part: Path(part) for part in PARTS})
+    elif len(divided) > 1:
+        how = f"cross-fitted in {folds} folds (seed {seed})"
+    elif not len(divided[0].train):
+        how = f"{len(divided[0].test)} to test on (seed {seed})"
+    else:
+        how = f"split into {len(divided[0].train)} to fit on and {len(divided[0].test)} to test on (seed {seed})"
+    how += f"; {len(skipped)} unreadable files left out" if skipped else ""
+    known = {(root / name).resolve() for name in table.files}
+    inside = (file for file in root.rglob("*") if is_image(file) and not is_hidden(file.relative_to(root)))
+    extra = sum(file.resolve() not in known for file in inside)
+    how += f"; {extra} pictures of the folder have no row and are left out" if extra else ""
+    return images, kept, divided, skipped, how
+
+
+def numbers(table: Table, read: Callable[[str], float] = float) -> np.ndarray:
+    """The cells as float64 (rows, columns). Raises DownresError for one that is no finite number."""
+    found = np.empty((len(table.files), len(table.names)))
+    for i, row in enumerate(table.cells):
+        for j, cell in enumerate(row):
+            try:
+                found[i, j] = read(cell)
+                if not math.isfinite(found[i, j]):
+                    raise ValueError
+            except ValueError:
+                raise DownresError(
+                    f"{table.path} has {cell!r} under {table.names[j]} for {table.files[i]}, which is no finite number: "
+                    "correct it, or leave the row out."
+                ) from None
+    return found
+
+
+def labels_beside(folder: Any, given: str | None, what: str) -> Path:
+    """The file of labels: the one given, else the only CSV or JSON file in the folder."""
+    if given is not None:
+        return Path(given)
+    root = Path(folder).expanduser()
+    found = sorted(p for p in root.glob("*") if p.suffix.lower() in (".csv", ".json")) if root.is_dir() else []
+    if len(found) != 1:
+        have = "holds none" if not found else f"holds {listed_names([p.name for p in found])}"
+        raise DownresError(f"{what} needs a file of labels, and {root} {have}: name it with --labels FILE.csv.")
+    return found[0]
