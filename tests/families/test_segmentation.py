@@ -24,7 +24,7 @@ from downres.data.preprocess import preprocess
 from downres.errors import DownresError
 from downres.families import load_model, with_preprocessing
 from downres.families import smp as smp_family
-from downres.families.adapter import find_adapter
+from downres.families.find import find_adapter
 from downres.models.regseg import RegSeg, regseg
 from downres.records import Preprocessing
 from downres.reduction import divided_by, reduce, takes_any_size

@@ -35,7 +35,8 @@ from transformers import (
 )
 
 from downres.errors import DownresError
-from downres.families.adapter import KeepOutput, SetKeyword, find_adapter
+from downres.families.adapter import KeepOutput, SetKeyword
+from downres.families.find import find_adapter
 from downres.measure.cost import measure_cost
 from downres.probe import logits_of
 from downres.reduction import reduce, token_map

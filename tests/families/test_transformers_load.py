@@ -29,7 +29,7 @@ from downres.data.preprocess import preprocess
 from downres.errors import DownresError
 from downres.families import load_model
 from downres.families import transformers as family
-from downres.families.adapter import find_adapter
+from downres.families.find import find_adapter
 from downres.records import Preprocessing
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

@@ -1,9 +1,7 @@
 """What `reduce` asks of a transformer, whatever library it is from: its patches, its grid, its blocks."""
 
-import contextlib
-import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +16,8 @@ from ..reductions.tokens import TokenState
 
 Size = tuple[int, int]
 """(height, width)"""
+IMAGE = ("img_size", "image_size", "input_size", "input_resolution", "img_dim")
+"""Names that attributes with the size of the image usually have."""
 
 
 class Adapter:
@@ -41,6 +41,8 @@ class Adapter:
     """Ends the sentence 'cannot merge or pool tokens: …' where `blocks` is empty."""
     sure = True
     """False where only a run can tell whether a reduced model works: `reduce` then makes one."""
+    gives_way = False
+    """A transformer of a library inside it counts in its place."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
@@ -192,38 +194,6 @@ def swap_class(block: nn.Module, classes: dict[type, type], state: TokenState, i
         )
     block.__class__ = kind
     block.tokens, block.index = state, index  # type: ignore[assignment]
-
-
-def find_adapter(model: nn.Module) -> Adapter | None:
-    """The first transformer in `model` (itself, or anywhere inside a user's own module) that a family knows.
-
-    None for a convnet.
-    """
-    from . import generic
-
-    return next(library_transformers(model), None) or generic.adapter("", model)
-
-
-def library_transformers(model: nn.Module) -> Iterator[Adapter]:
-    """All transformers of a library in `model`; parts of one of them are not looked at."""
-    from . import timm, torchvision
-
-    families = [timm, torchvision]
-    if "transformers.modeling_utils" in sys.modules:  # none of its models can exist before; importing it takes seconds
-        with contextlib.suppress(ImportError):  # an old version that something else needs
-            from . import transformers_vit
-
-            families.append(transformers_vit)
-    if "segmentation_models_pytorch" in sys.modules:
-        from . import smp
-
-        families.append(smp)
-    parts: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        found = None if module in parts else next(filter(None, (family.adapter(name, module) for family in families)), None)
-        if found is not None:
-            parts.update(module.modules())
-            yield found
 
 
 def as_pair(size: int | Sequence[int] | torch.Size) -> Size:

@@ -21,13 +21,12 @@ from ..probe import fake_run, input_size_of
 from ..records import PRUNE
 from ..reductions.resize import resample
 from ..reductions.tokens import TokenState
-from .adapter import Adapter, Size, as_pair, impossible, no_mask, packed_attention, said, swap_class
+from .adapter import IMAGE, Adapter, Size, as_pair, impossible, no_mask, packed_attention, said, swap_class
 
-IMAGE = ("img_size", "image_size", "input_size", "input_resolution", "img_dim")
 PATCH = ("patch_size", "patch_dim")
 GRID = ("grid_size", "grid", "patches_resolution", "feat_size", "patch_shape", "num_patches_hw")
 TOKENS = ("num_patches", "n_patches", "num_tokens", "num_positions", "num_embeddings", "seq_length", "seq_len")
-"""Names that attributes of this meaning usually have; one is changed only where it holds the old value."""
+"""Names that attributes of this meaning usually have, as IMAGE; one is changed only where it holds the old value."""
 CLASS_TOKENS = ("cls_token", "class_token", "cls", "class_embedding", "cls_embedding")
 
 

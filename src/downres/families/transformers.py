@@ -5,7 +5,6 @@ Imported only where it is asked for: the library takes seconds.
 """
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +28,9 @@ from ..errors import DownresError
 from ..parse import format_resolution
 from ..records import Preprocessing
 from . import transformers_vit  # noqa: F401  (refuses versions of the library that are too old)
-from .adapter import Size, as_pair, find_adapter
+from .adapter import Size, as_pair
+from .find import find_adapter
+from .options import nearest
 from .weights import read_checkpoint
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -126,12 +127,8 @@ def _configuration(name: str) -> Any:
 
 
 def _unknown(kind: str, where: str = "and there is no such folder") -> DownresError:
-    near = difflib.get_close_matches(kind.lower(), names(), n=3, cutoff=0.45)
-    hint = (
-        f"did you mean {', '.join(near)}?"
-        if near
-        else "give a folder with config.json, a hub name org/name, or for example vit."
-    )
+    otherwise = "give a folder with config.json, a hub name org/name, or for example vit."
+    hint = nearest(kind, names(), otherwise, cutoff=0.45)
     return DownresError(f"transformers has no classifier or segmentation network {kind!r}, {where}: {hint}")
 
 

@@ -16,7 +16,7 @@ from ..data import Dataset, Fold, MaskDataset, MaskFolder, data_classes, find_ma
 from ..data.mask_layouts import locate
 from ..errors import DownresError
 from ..families import Model, load_model
-from ..families.adapter import find_adapter
+from ..families.find import find_adapter
 from ..parse import Resolution, as_hw
 from ..probe import Answer, find_answer, total_stride
 from ..records import LOGITS, Candidate, Dense, Preprocessing
