@@ -12,16 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc, resample_patch_embed
 from torch import Tensor, nn
 
 from ..errors import DownresError
 from ..probe import fake_run, input_size_of
-from ..records import PRUNE
 from ..reductions.resize import resample
 from ..reductions.tokens import TokenState
-from .adapter import IMAGE, Adapter, Size, as_pair, impossible, no_mask, packed_attention, said, swap_class
+from .adapter import IMAGE, Adapter, Merging, Size, as_pair, attend, impossible, packed_attention, said, split_heads, swap_class
 
 PATCH = ("patch_size", "patch_dim")
 GRID = ("grid_size", "grid", "patches_resolution", "feat_size", "patch_shape", "num_patches_hw")
@@ -334,23 +332,14 @@ def _is_block(block: nn.Module) -> bool:
 
 def _attend(attention: Any, x: Tensor, state: TokenState) -> Tensor:
     """(B, tokens, C) → the same: multi-head attention with the mask of the merged tokens."""
-    packed = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))
-    queries, keys, values = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    queries, keys, values = split_heads(attention.qkv(x), attention.num_heads)
     if isinstance(getattr(attention, "q_norm", None), nn.Module):
         queries, keys = attention.q_norm(queries), attention.k_norm(keys)
-    state.keys, state.queries = keys, queries if state.by == PRUNE else None
     dropout = getattr(attention, "attn_drop", 0.0)
     dropout = float(getattr(dropout, "p", dropout)) if attention.training else 0.0
     scale = getattr(attention, "scale", None)
-    mixed = F.scaled_dot_product_attention(
-        queries,
-        keys,
-        values,
-        attn_mask=state.mask(x),
-        dropout_p=dropout,
-        scale=scale if isinstance(scale, float) else None,
-    )
-    out = attention.proj(mixed.transpose(1, 2).flatten(2))
+    scale = scale if isinstance(scale, float) else None
+    out = attention.proj(attend(queries, keys, values, x, state, dropout, scale))
     drop = getattr(attention, "proj_drop", None)
     return drop(out) if isinstance(drop, nn.Module) else out
 
@@ -365,36 +354,30 @@ def _branch(block: nn.Module, out: Tensor, which: int) -> Tensor:
     return drop(out) if isinstance(drop, nn.Module) else out
 
 
-class _MergingBlock(nn.Module):
-    tokens: TokenState
-    index: int
+class _MergingBlock(Merging):
+    attn: Any
+    norm1: Any
+    norm2: Any
+    mlp: Any
 
-    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        no_mask(*others, *named.values())
-        block: Any = self
-        self.tokens.enter(self.index)
-        x = x + _branch(self, _attend(block.attn, block.norm1(x), self.tokens), 1)
-        x = self.tokens.shrink(self.index, x)
-        x = x + _branch(self, block.mlp(block.norm2(x)), 2)
-        return self.tokens.leave(self.index, x)
+    def attended(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return x + _branch(self, _attend(self.attn, self.norm1(x), self.tokens), 1)
+
+    def widened(self, x: Tensor) -> Tensor:
+        return x + _branch(self, self.mlp(self.norm2(x)), 2)
 
 
-class _MergingEncoderLayer(nn.TransformerEncoderLayer):
-    tokens: TokenState
-    index: int
+class _MergingEncoderLayer(Merging, nn.TransformerEncoderLayer):
+    def forward(self, src: Tensor, *masks: Any, **named_masks: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(src, *masks, **named_masks)
 
-    def forward(self, src: Tensor, *others: Any, **named: Any) -> Tensor:
-        no_mask(*others, *named.values())
-        self.tokens.enter(self.index)
+    def attended(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if self.norm_first:
-            x = src + self.dropout1(packed_attention(self.self_attn, self.norm1(src), self.tokens))
-            x = self.tokens.shrink(self.index, x)
-            x = x + self._ff_block(self.norm2(x))
-        else:
-            x = self.norm1(src + self.dropout1(packed_attention(self.self_attn, src, self.tokens)))
-            x = self.tokens.shrink(self.index, x)
-            x = self.norm2(x + self._ff_block(x))
-        return self.tokens.leave(self.index, x)
+            return x + self.dropout1(packed_attention(self.self_attn, self.norm1(x), self.tokens))
+        return self.norm1(x + self.dropout1(packed_attention(self.self_attn, x, self.tokens)))
+
+    def widened(self, x: Tensor) -> Tensor:
+        return x + self._ff_block(self.norm2(x)) if self.norm_first else self.norm2(x + self._ff_block(x))
 
 
 def _verify(block: nn.Module) -> None:

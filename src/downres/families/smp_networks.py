@@ -1,7 +1,5 @@
 """The networks of segmentation_models_pytorch, whose encoder is a convnet or a transformer of the library's own."""
 
-from typing import Any
-
 from segmentation_models_pytorch.base import SegmentationModel
 from torch import nn
 
@@ -17,7 +15,6 @@ def adapter(name: str, module: nn.Module) -> Adapter | None:
 class Divided(Unknown):
     """Most of its networks take only sides that their total stride divides, and refuse others while they run."""
 
-    module: Any
     gives_way = True
     why_no_sequence = "its encoder hands out maps of several sizes"
 

@@ -19,7 +19,7 @@ from ..errors import DownresError
 from ..probe import find_stem, total_stride
 from ..records import PRUNE, Preprocessing
 from ..reductions.tokens import TokenState
-from .adapter import Adapter, KeepOutput, SetKeyword, Size, as_pair, impossible, no_mask, swap_class
+from .adapter import Adapter, KeepOutput, Merging, SetKeyword, Size, as_pair, impossible, no_mask, swap_class
 from .timm_rebuild import rebuild
 from .timm_scale import scale_vit
 
@@ -81,7 +81,6 @@ def _is_of_fixed_size(module: nn.Module) -> bool:
 class Resizable(Adapter):
     """Whatever timm resizes by `set_input_size`: Swin, SwinV2, MaxViT, BEiT, … whose tokens are no plain sequence."""
 
-    module: Any  # timm's, with attributes that nn.Module does not declare
     why_no_sequence = "its attention needs the grid: windows, or a table of relative positions"
 
     @property
@@ -152,7 +151,6 @@ def _channels(module: nn.Module) -> int:
 class Rebuilt(Adapter):
     """Whatever timm builds for one size and cannot resize: CaiT, CoaT, GC-ViT, Hiera, LeViT, PiT, TNT, VOLO, …"""
 
-    module: Any
     why_no_sequence = "it is no plain ViT: downres knows no list of like blocks in it"
 
     @property
@@ -357,102 +355,75 @@ class NaFlex(Plain):
         return "patch kernel resampled; position embeddings follow the grid in each run"
 
 
-class _MergingBlock(Block):
-    tokens: TokenState
-    index: int
+class _MergingBlock(Merging, Block):
+    def attended(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=mask)))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        no_mask(attn_mask, is_causal)
-        self.tokens.enter(self.index)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=self.tokens.mask(x))))
-        x = self.tokens.shrink(self.index, x)
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return self.tokens.leave(self.index, x)
+    def widened(self, x: Tensor) -> Tensor:
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class _MergingResPostBlock(ResPostBlock):
-    tokens: TokenState
-    index: int
+class _MergingResPostBlock(Merging, ResPostBlock):
+    def attended(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return x + self.drop_path1(self.norm1(self.attn(x, attn_mask=mask)))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        no_mask(attn_mask, is_causal)
-        self.tokens.enter(self.index)
-        x = x + self.drop_path1(self.norm1(self.attn(x, attn_mask=self.tokens.mask(x))))
-        x = self.tokens.shrink(self.index, x)
-        x = x + self.drop_path2(self.norm2(self.mlp(x)))
-        return self.tokens.leave(self.index, x)
+    def widened(self, x: Tensor) -> Tensor:
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
 
 
-def _turn(tokens: TokenState, rope: Tensor | None, attention: nn.Module) -> None:
-    """Keys as the class token attends to them, rotated; for pruning only, merging compares them as they were before."""
-    if rope is not None and tokens.by == PRUNE and tokens.keys is not None:
-        keys, half = tokens.keys, bool(getattr(attention, "rotate_half", False))
-        patches = apply_rot_embed_cat(keys[:, :, tokens.prefix :], rope, half=half)
-        tokens.keys = torch.cat([keys[:, :, : tokens.prefix], patches.to(keys.dtype)], dim=2)
+class _Turning(Merging):
+    """With rotary embeddings."""
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, *masks: Any, **named_masks: Any) -> Tensor:
+        no_mask(*masks, *named_masks.values())
+        return self.merging(x, rope=rope)
+
+    def attention(self: Any, x: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
+        tokens, rope = self.tokens, self.tokens.of_tokens(rope)
+        out = self.attn(x, rope=rope, attn_mask=mask)
+        # Keys as the class token attends to them, rotated; for pruning only, merging compares them as they were before.
+        if rope is not None and tokens.by == PRUNE and tokens.keys is not None:
+            keys, half = tokens.keys, bool(getattr(self.attn, "rotate_half", False))
+            patches = apply_rot_embed_cat(keys[:, :, tokens.prefix :], rope, half=half)
+            tokens.keys = torch.cat([keys[:, :, : tokens.prefix], patches.to(keys.dtype)], dim=2)
+        return out
 
 
-class _MergingEvaBlock(EvaBlock):
-    tokens: TokenState
-    index: int
+class _MergingEvaBlock(_Turning, EvaBlock):
+    def attended(self, x: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
+        out = self.attention(self.norm1(x), mask, rope)
+        return x + self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out)
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        no_mask(attn_mask, is_causal)
-        self.tokens.enter(self.index)
-        rope = self.tokens.of_tokens(rope)
-        attended = self.attn(self.norm1(x), rope=rope, attn_mask=self.tokens.mask(x))
-        _turn(self.tokens, rope, self.attn)
-        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
-        x = self.tokens.shrink(self.index, x)
+    def widened(self, x: Tensor) -> Tensor:
         out = self.mlp(self.norm2(x))
-        x = x + self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
-        return self.tokens.leave(self.index, x)
+        return x + self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
 
 
-class _MergingEvaBlockPostNorm(EvaBlockPostNorm):
-    tokens: TokenState
-    index: int
+class _MergingEvaBlockPostNorm(_Turning, EvaBlockPostNorm):
+    def attended(self, x: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
+        return x + self.drop_path1(self.norm1(self.attention(x, mask, rope)))
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        no_mask(attn_mask, is_causal)
-        self.tokens.enter(self.index)
-        rope = self.tokens.of_tokens(rope)
-        x = x + self.drop_path1(self.norm1(self.attn(x, rope=rope, attn_mask=self.tokens.mask(x))))
-        _turn(self.tokens, rope, self.attn)
-        x = self.tokens.shrink(self.index, x)
-        x = x + self.drop_path2(self.norm2(self.mlp(x)))
-        return self.tokens.leave(self.index, x)
+    def widened(self, x: Tensor) -> Tensor:
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
 
 
-class _MergingParallelScalingBlock(ParallelScalingBlock):
+class _MergingParallelScalingBlock(Merging, ParallelScalingBlock):
     """Attention and MLP side by side: there is no place between them, tokens merge behind both."""
 
-    tokens: TokenState
-    index: int
+    def attended(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return ParallelScalingBlock.forward(self, x, attn_mask=mask)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        no_mask(attn_mask, is_causal)
-        self.tokens.enter(self.index)
-        x = super().forward(x, attn_mask=self.tokens.mask(x))
-        x = self.tokens.shrink(self.index, x)
-        return self.tokens.leave(self.index, x)
+    def widened(self, x: Tensor) -> Tensor:
+        return x
 
 
-class _MergingParallelThingsBlock(ParallelThingsBlock):
-    tokens: TokenState
-    index: int
+class _MergingParallelThingsBlock(Merging, ParallelThingsBlock):
+    def attended(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        branches: list[Any] = list(self.attns)
+        return x + sum(b.drop_path(b.ls(b.attn(b.norm(x), attn_mask=mask))) for b in branches)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        no_mask(attn_mask, is_causal)
-        self.tokens.enter(self.index)
-        mask, branches = self.tokens.mask(x), list(self.attns)
-        attended: list[Any] = [b.drop_path(b.ls(b.attn(b.norm(x), attn_mask=mask))) for b in branches]  # type: ignore[operator, union-attr]
-        x = self.tokens.shrink(self.index, x + sum(attended))
-        x = x + torch.stack([ffn(x) for ffn in self.ffns]).sum(dim=0)
-        return self.tokens.leave(self.index, x)
+    def widened(self, x: Tensor) -> Tensor:
+        return x + torch.stack([ffn(x) for ffn in self.ffns]).sum(dim=0)
 
 
 _MERGING = {

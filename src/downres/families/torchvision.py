@@ -17,7 +17,7 @@ from ..parse import format_resolution
 from ..records import Preprocessing
 from ..reductions.resize import scaled_size
 from ..reductions.tokens import TokenState
-from .adapter import Adapter, Size, as_pair, impossible, packed_attention, swap_class
+from .adapter import Adapter, Merging, Size, as_pair, impossible, packed_attention, swap_class
 
 
 def names() -> list[str]:
@@ -76,7 +76,6 @@ def adapter(name: str, module: nn.Module) -> Adapter | None:
 class Vit(Adapter):
     """`vit_b_16` and its kin, also those with a stem of convolutions in place of patches."""
 
-    module: Any  # torchvision's, with attributes that nn.Module does not declare
     prefix, class_token = 1, True
 
     @property
@@ -128,21 +127,17 @@ class _AnyAspect(VisionTransformer):
         return self.conv_proj(x).flatten(2).transpose(1, 2)
 
 
-class _MergingBlock(EncoderBlock):
-    tokens: TokenState
-    index: int
+class _MergingBlock(Merging, EncoderBlock):
+    def attended(self: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+        return x + self.dropout(packed_attention(self.self_attention, self.ln_1(x), self.tokens))
 
-    def forward(self, input: Tensor) -> Tensor:
-        self.tokens.enter(self.index)
-        x = input + self.dropout(packed_attention(self.self_attention, self.ln_1(input), self.tokens))
-        x = self.tokens.shrink(self.index, x)
-        return self.tokens.leave(self.index, x + self.mlp(self.ln_2(x)))
+    def widened(self: Any, x: Tensor) -> Tensor:
+        return x + self.mlp(self.ln_2(x))
 
 
 class Swin(Adapter):
     """`swin_*` and `swin_v2_*` pad to whole windows in each run: they take any size as they are."""
 
-    module: Any
     why_no_sequence = "its attention needs the grid: windows"
 
     @property
@@ -174,7 +169,6 @@ class Swin(Adapter):
 class Windows(Adapter):
     """`maxvit_t`: the number of its windows is fixed when it is built, and their size with it."""
 
-    module: Any
     why_no_sequence = "its attention needs the grid: windows"
 
     @property

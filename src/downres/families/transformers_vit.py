@@ -30,7 +30,7 @@ from ..parse import format_resolution
 from ..records import PRUNE
 from ..reductions.resize import scaled_size
 from ..reductions.tokens import TokenState
-from .adapter import Adapter, KeepOutput, SetKeyword, Size, as_pair, no_mask, swap_class
+from .adapter import Adapter, KeepOutput, Merging, SetKeyword, Size, as_pair, no_mask, swap_class
 
 if tuple(map(int, __version__.split(".")[:2])) < (5, 21):  # layers and their projections were named otherwise before
     raise ImportError(f"{__version__} is installed, 5.21 is needed")
@@ -51,8 +51,6 @@ class _Patches(Adapter):
 
     `fit` always starts from the tensors found here, so that nothing is resampled twice.
     """
-
-    module: Any
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
@@ -280,7 +278,7 @@ class Relative(_Patches):
 
     def _fit_tables(self, image: Size, patch: Size, grid: Size) -> None:
         self._refit(image, patch, grid)
-        self.embeddings.__class__, self.embeddings.fitted = _FittedBeit, image
+        self.embeddings.__class__, self.embeddings.fitted = _FITTED[BeitEmbeddings], image
         for bias, table, window in self.tables:
             shape = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, table.shape[1]
             with warnings.catch_warnings():
@@ -329,27 +327,6 @@ class _FittedFixed(_Fitted):
         return super().forward(*args, **{**kwargs, "interpolate_pos_encoding": True})  # type: ignore[misc]
 
 
-class _FittedViT(_FittedFixed, ViTEmbeddings): ...
-
-
-class _FittedDeiT(_FittedFixed, DeiTEmbeddings): ...
-
-
-class _FittedSiglip(_FittedFixed, SiglipVisionEmbeddings): ...
-
-
-class _FittedCLIP(_FittedFixed, CLIPVisionEmbeddings): ...
-
-
-class _FittedDinov2(_Fitted, Dinov2Embeddings): ...
-
-
-class _FittedDinov2WithRegisters(_Fitted, Dinov2WithRegistersEmbeddings): ...
-
-
-class _FittedBeit(_Fitted, BeitEmbeddings): ...
-
-
 class _FittedBias(BeitRelativePositionBias):
     index: Tensor
 
@@ -368,93 +345,60 @@ class _RefuseMask:
         no_mask(kwargs.get("attention_mask"))
 
 
-class _Merging:
-    tokens: TokenState
-    index: int
-
-    def _enter(self, x: Tensor) -> Tensor | None:
-        self.tokens.enter(self.index)
-        return self.tokens.mask(x)
+class _Merging(Merging):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **given: Any) -> Tensor:  # type: ignore[override]
+        return self.merging(hidden_states, **given)
 
 
 class _MergingViT(_Merging):
-    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        x, mask = hidden_states, self._enter(hidden_states)
-        x = x + self.dropout(self.attention(self.layernorm_before(x), mask, **kwargs)[0])
-        x = self.tokens.shrink(self.index, x)
-        x = x + self.dropout(self.mlp(self.layernorm_after(x)))
-        return self.tokens.leave(self.index, x)
+    def attended(self: Any, x: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
+        return x + self.dropout(self.attention(self.layernorm_before(x), mask, **given)[0])
+
+    def widened(self: Any, x: Tensor) -> Tensor:
+        return x + self.dropout(self.mlp(self.layernorm_after(x)))
 
 
 class _MergingDINO(_Merging):
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
+    def attended(
+        self: Any, x: Tensor, mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor] | None = None, **given: Any
     ) -> Tensor:
-        x, mask = hidden_states, self._enter(hidden_states)
         if position_embeddings is not None:
-            kwargs["position_embeddings"] = turns = tuple(map(self.tokens.of_tokens, position_embeddings))
-        attended, _ = self.attention(self.norm1(x), attention_mask=mask, **kwargs)
+            given["position_embeddings"] = turns = tuple(map(self.tokens.of_tokens, position_embeddings))
+        out, _ = self.attention(self.norm1(x), attention_mask=mask, **given)
         if position_embeddings is not None and self.tokens.by == PRUNE:  # the class token attends to keys that are turned
             self.tokens.queries, self.tokens.keys = apply_rotary_pos_emb(self.tokens.queries, self.tokens.keys, *turns)
-        x = x + self.drop_path(self.layer_scale1(attended))
-        x = self.tokens.shrink(self.index, x)
-        x = x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
-        return self.tokens.leave(self.index, x)
+        return x + self.drop_path(self.layer_scale1(out))
+
+    def widened(self: Any, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
 
 
 class _MergingCLIP(_Merging):
-    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        x, mask = hidden_states, self._enter(hidden_states)
-        x = x + self.self_attn(hidden_states=self.layer_norm1(x), attention_mask=mask, **kwargs)[0]
-        x = self.tokens.shrink(self.index, x)
-        x = x + self.mlp(self.layer_norm2(x))
-        return self.tokens.leave(self.index, x)
+    def attended(self: Any, x: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
+        return x + self.self_attn(hidden_states=self.layer_norm1(x), attention_mask=mask, **given)[0]
+
+    def widened(self: Any, x: Tensor) -> Tensor:
+        return x + self.mlp(self.layer_norm2(x))
 
 
-# Subclasses of the library's own: what it records of its layers, it records by their class.
+def _derived(first: type, *kinds: type) -> dict[type, type]:
+    """A subclass of each of the library's kinds with the methods of `first`; in this module under its name, as pickle asks.
+
+    Subclasses: what the library records of its layers, it records by their class.
+    """
+    found = {kind: type(f"{first.__name__}_{kind.__name__}", (first, kind), {"__module__": __name__}) for kind in kinds}
+    globals().update({made.__name__: made for made in found.values()})
+    return found
 
 
-class _MergingViTLayer(_MergingViT, ViTLayer): ...
-
-
-class _MergingDeiTLayer(_MergingViT, DeiTLayer): ...
-
-
-class _MergingDinov2Layer(_MergingDINO, Dinov2Layer): ...
-
-
-class _MergingDinov2WithRegistersLayer(_MergingDINO, Dinov2WithRegistersLayer): ...
-
-
-class _MergingDINOv3Layer(_MergingDINO, DINOv3ViTLayer): ...
-
-
-class _MergingSiglipLayer(_MergingCLIP, SiglipEncoderLayer): ...
-
-
-class _MergingCLIPLayer(_MergingCLIP, CLIPEncoderLayer): ...
-
-
-_MERGING: dict[type, type] = {
-    ViTLayer: _MergingViTLayer,
-    DeiTLayer: _MergingDeiTLayer,
-    Dinov2Layer: _MergingDinov2Layer,
-    Dinov2WithRegistersLayer: _MergingDinov2WithRegistersLayer,
-    DINOv3ViTLayer: _MergingDINOv3Layer,
-    SiglipEncoderLayer: _MergingSiglipLayer,
-    CLIPEncoderLayer: _MergingCLIPLayer,
+_MERGING = {
+    **_derived(_MergingViT, ViTLayer, DeiTLayer),
+    **_derived(_MergingDINO, Dinov2Layer, Dinov2WithRegistersLayer, DINOv3ViTLayer),
+    **_derived(_MergingCLIP, SiglipEncoderLayer, CLIPEncoderLayer),
 }
-_FITTED: dict[type, type] = {
-    ViTEmbeddings: _FittedViT,
-    DeiTEmbeddings: _FittedDeiT,
-    SiglipVisionEmbeddings: _FittedSiglip,
-    CLIPVisionEmbeddings: _FittedCLIP,
-    Dinov2Embeddings: _FittedDinov2,
-    Dinov2WithRegistersEmbeddings: _FittedDinov2WithRegisters,
+_FITTED = {
+    **_derived(_FittedFixed, ViTEmbeddings, DeiTEmbeddings, SiglipVisionEmbeddings, CLIPVisionEmbeddings),
+    **_derived(_Fitted, Dinov2Embeddings, Dinov2WithRegistersEmbeddings, BeitEmbeddings),
 }
 _KINDS: dict[type[Adapter], tuple[type, ...]] = {
     Plain: (
