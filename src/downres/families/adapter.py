@@ -52,7 +52,7 @@ class Adapter:
 
     def inside(self, name: str) -> str:
         """The dotted name, in the model, of a part of the transformer."""
-        return f"{self.name}.{name}" if self.name else name
+        return dotted(self.name, name)
 
     @property
     def unit(self) -> Size:
@@ -230,6 +230,11 @@ def swap_class(block: nn.Module, classes: dict[type, type], state: TokenState, i
         )
     block.__class__ = kind
     block.tokens, block.index = state, index  # type: ignore[assignment]
+
+
+def dotted(name: str, part: str) -> str:
+    """The name of a part of the module of this name, '' for the model itself."""
+    return f"{name}.{part}" if name else part
 
 
 def as_pair(size: int | Sequence[int] | torch.Size) -> Size:

@@ -112,26 +112,19 @@ def with_preprocessing(
 def _library(spec: str) -> Any:
     """What makes the models of a library; imported where it is asked for alone, as some take seconds or are not installed."""
     family = spec.partition(":")[0]
+    found: Any
     try:
         if family == "timm":
-            from . import timm
-
-            return timm
-        if family == "torchvision":
-            from . import torchvision
-
-            return torchvision
-        if family == "regseg":
-            from . import regseg
-
-            return regseg
-        if family == "smp":
-            from . import smp
-
-            return smp
-        from . import transformers
-
-        return transformers
+            from . import timm as found
+        elif family == "torchvision":
+            from . import torchvision as found
+        elif family == "regseg":
+            from . import regseg as found
+        elif family == "smp":
+            from . import smp as found
+        else:
+            from . import transformers as found
+        return found
     except ImportError as error:
         library = {"smp": "segmentation_models_pytorch"}.get(family, family)
         raise DownresError(

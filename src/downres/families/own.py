@@ -12,14 +12,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc, resample_patch_embed
+from timm.layers import resample_abs_pos_embed_nhwc
 from torch import Tensor, nn
 
 from ..errors import DownresError
 from ..probe import fake_run, input_size_of
 from ..reductions.resize import resample
 from ..reductions.tokens import TokenState
-from .adapter import IMAGE, Adapter, Merging, Size, as_pair, attend, impossible, packed_attention, said, split_heads, swap_class
+from .adapter import (
+    IMAGE,
+    Adapter,
+    Merging,
+    Size,
+    as_pair,
+    attend,
+    dotted,
+    impossible,
+    packed_attention,
+    said,
+    split_heads,
+    swap_class,
+)
+from .patches import put, resize_kernel, resize_positions
 
 PATCH = ("patch_size", "patch_dim")
 GRID = ("grid_size", "grid", "patches_resolution", "feat_size", "patch_shape", "num_patches_hw")
@@ -31,7 +45,7 @@ CLASS_TOKENS = ("cls_token", "class_token", "cls", "class_embedding", "cls_embed
 def find(model: nn.Module) -> "OwnViT | None":
     """The transformer in `model`, or None where the parts are missing or a run does not show a plain sequence."""
     conv = next((name for name, m in model.named_modules() if _cuts_patches(m)), None)
-    lists = {name: [f"{name}.{child}" if name else child for child, _ in m.named_children()] for name, m in _lists(model)}
+    lists = {name: [dotted(name, child) for child, _ in m.named_children()] for name, m in _lists(model)}
     if conv is None or not lists:
         return None
     for size in _sizes(model, conv):
@@ -124,11 +138,11 @@ def _look(model: nn.Module, conv: str, lists: dict[str, list[str]], size: tuple[
         def sequence(name: str) -> Any:
             def note(module: nn.Module, args: tuple, output: object) -> None:
                 first, state = args[0] if args else None, getattr(module, "tokens", None)
-                if isinstance(first, Tensor) and first.ndim == 3 and isinstance(state, TokenState):  # a reduced model's
+                if not isinstance(first, Tensor) or first.ndim != 3:
+                    return
+                if isinstance(state, TokenState):  # a reduced model's
                     seen.tokens[name] = first.shape[1] + sum(state.removals[: module.index])  # type: ignore[index, arg-type]
-                elif (
-                    isinstance(first, Tensor) and isinstance(output, Tensor) and first.ndim == 3 and first.shape == output.shape
-                ):
+                elif isinstance(output, Tensor) and first.shape == output.shape:
                     seen.tokens[name] = first.shape[1]
 
             return note
@@ -233,7 +247,7 @@ class OwnViT(Adapter):
         if not any_size:
             self._check_order()
         if patch is not None and patch != kernel:
-            _resize_kernel(self._projection, patch)
+            resize_kernel(self._projection, patch)
             self._rename(PATCH, kernel, patch)
         if not any_size:
             for name, position in _positions(self.module):
@@ -254,20 +268,17 @@ class OwnViT(Adapter):
     def _place(self, name: str, position: Tensor, old: Size, new: Size) -> None:
         """Resample one position embedding of the old grid, if it is one."""
         many, tokens = math.prod(old), position.shape[-2]
-        grid = list(new)
         with torch.no_grad():
             if position.ndim == 4 and tuple(position.shape[2:]) == old:
                 found = resample(position, new, "bicubic")
             elif position.ndim == 4 and tuple(position.shape[1:3]) == old:
-                found = resample_abs_pos_embed_nhwc(position, grid)
+                found = resample_abs_pos_embed_nhwc(position, list(new))
             elif position.ndim < 4 and math.prod(position.shape[:-2]) == 1 and tokens in (many, many + self.prefix):
-                rows = position.reshape(1, tokens, -1)
-                found = resample_abs_pos_embed(rows, grid, old_size=list(old), num_prefix_tokens=tokens - many)
+                found = resize_positions(position.reshape(1, tokens, -1), old, new, tokens - many)
                 found = found.reshape(*position.shape[:-2], -1, position.shape[-1])
             else:
                 return
-        owner, _, key = name.rpartition(".")
-        _put(self.module.get_submodule(owner), key, found)
+        put(self.module, name, found)
 
     def _rename(self, keys: tuple[str, ...], old: Size, new: Size) -> None:
         """Attributes with one of these names and the old size get the new one, in the form that they had."""
@@ -300,22 +311,6 @@ class OwnViT(Adapter):
             if type(block) is nn.TransformerEncoderLayer:
                 _check_packed(block)
             swap_class(block, {nn.TransformerEncoderLayer: _MergingEncoderLayer}, state, i)
-
-
-def _put(module: nn.Module, key: str, value: Tensor) -> None:
-    """Replace a parameter or buffer by one of another shape."""
-    before = module._parameters.get(key)
-    if before is not None:
-        module._parameters[key] = nn.Parameter(value, requires_grad=before.requires_grad)
-    else:
-        module._buffers[key] = value
-
-
-def _resize_kernel(conv: nn.Conv2d, patch: Size) -> None:
-    """The patch kernel by pseudo-inverse (FlexiViT), in place."""
-    with torch.no_grad():
-        _put(conv, "weight", resample_patch_embed(conv.weight, list(patch)))
-    conv.kernel_size = conv.stride = patch
 
 
 # Blocks: norm1, attn (qkv, proj, num_heads), norm2, mlp, and what may stand between.

@@ -4,6 +4,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -20,6 +21,7 @@ from ..probe import find_stem, total_stride
 from ..records import PRUNE, Preprocessing
 from ..reductions.tokens import TokenState
 from .adapter import Adapter, KeepOutput, Merging, SetKeyword, Size, as_pair, impossible, no_mask, swap_class
+from .patches import put
 from .timm_rebuild import rebuild
 from .timm_scale import scale_vit
 
@@ -111,7 +113,7 @@ class Resizable(Adapter):
             return ratio, ratio
         if getattr(self.embedding, "dynamic_img_pad", False):
             return 1, 1  # it pads by itself
-        return self.patch or (1, 1)
+        return super().unit
 
     def fit(self, image: Size, patch: Size | None) -> str:
         given: dict[str, Any] = {"img_size": image}
@@ -126,47 +128,45 @@ class Resizable(Adapter):
 
     def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
         self.sure = False
-        name, exact, smaller = _behind_embedding(self.module, image, scale, self.patch or self.unit)
+        name, unit = find_stem(self.module, (_channels(self.module), *image)), self._step(image)
+        stem = self.module.get_submodule(name)
+        if unit == (1, 1) and isinstance(stem, nn.Conv2d):
+            unit = as_pair(stem.stride)
+        # The factor that gives the map whole numbers, and the size of an image that has such a map.
+        exact = max(1, round(image[0] // unit[0] * scale)) * unit[0] / image[0]
+        smaller = round(image[0] * exact), max(1, round(image[1] // unit[1] * exact)) * unit[1]
         if self.image is not None:
             self.fit(smaller, None)
-            if self.embedding is not None and hasattr(self.embedding, "img_size"):
-                self.embedding.img_size = image  # it alone still sees all pixels
+            embedding = self._embedding_of(name)
+            if hasattr(embedding, "img_size"):
+                embedding.img_size = image  # it alone still sees all pixels
         return self.inside(name), exact
 
+    def _step(self, image: Size) -> Size:
+        """What the sides of the map are counted in, in pixels; (1, 1) for the stride of the first convolution."""
+        return self.patch or self.unit
 
-def _behind_embedding(module: nn.Module, image: Size, scale: float, unit: Size) -> tuple[str, float, Size]:
-    """The first convolution, the factor that gives its map whole numbers, and the size of an image that has such a map."""
-    name = find_stem(module, (_channels(module), *image))
-    stem = module.get_submodule(name)
-    if unit == (1, 1) and isinstance(stem, nn.Conv2d):
-        unit = as_pair(stem.stride)
-    exact = max(1, round(image[0] // unit[0] * scale)) * unit[0] / image[0]
-    return name, exact, (round(image[0] * exact), max(1, round(image[1] // unit[1] * exact)) * unit[1])
+    def _embedding_of(self, stem: str) -> Any:
+        return self.embedding
 
 
 def _channels(module: nn.Module) -> int:
     return next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
 
 
-class Rebuilt(Adapter):
+class Rebuilt(Resizable):
     """Whatever timm builds for one size and cannot resize: CaiT, CoaT, GC-ViT, Hiera, LeViT, PiT, TNT, VOLO, …"""
 
     why_no_sequence = "it is no plain ViT: downres knows no list of like blocks in it"
+    unit = Adapter.unit
 
     @property
     def image(self) -> Size:  # type: ignore[override]
-        size = getattr(getattr(self.module, "patch_embed", None), "img_size", None)
-        size = size or getattr(self.module, "_traits", {}).get("img_size") or self.module.pretrained_cfg["input_size"][1:]
-        return as_pair(size)
+        return super().image or as_pair(self.module.pretrained_cfg["input_size"][1:])
 
     @property
     def patch(self) -> Size | None:  # type: ignore[override]
-        embedding = getattr(self.module, "patch_embed", None)
-        return as_pair(embedding.patch_size) if isinstance(embedding, PatchEmbed) else None
-
-    @property
-    def unit(self) -> Size:
-        return self.patch or (1, 1)
+        return as_pair(self.embedding.patch_size) if isinstance(self.embedding, PatchEmbed) else None
 
     def fit(self, image: Size, patch: Size | None) -> str:
         with warnings.catch_warnings(action="ignore"):
@@ -180,16 +180,12 @@ class Rebuilt(Adapter):
         self.module._traits = {**getattr(self.module, "_traits", {}), "img_size": image}
         return done
 
-    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
+    def _step(self, image: Size) -> Size:
         stride = total_stride(self.module, image, _channels(self.module))  # its maps halve evenly in multiples of this
-        unit = (1, 1) if image[0] % stride or image[1] % stride else (stride, stride)
-        self.sure = False
-        name, exact, smaller = _behind_embedding(self.module, image, scale, unit)
-        self.fit(smaller, None)
-        embedding = self.module.get_submodule(name.rpartition(".")[0])
-        if hasattr(embedding, "img_size"):
-            embedding.img_size = image  # it alone still sees all pixels
-        return self.inside(name), exact
+        return (1, 1) if image[0] % stride or image[1] % stride else (stride, stride)
+
+    def _embedding_of(self, stem: str) -> Any:
+        return self.module.get_submodule(stem.rpartition(".")[0])
 
 
 class Plain(Resizable):
@@ -283,12 +279,13 @@ class _WholeMaps:
         return type(self.vit).forward_intermediates(self.vit, x, indices, *args, **kwargs)
 
 
+@dataclass
 class _LearnedRotations:
     """Rotations of all blocks on a pooled grid, from the frequencies as they are now: they may be trained or loaded."""
 
-    def __init__(self, rope: nn.Module, grid: Size) -> None:
-        self.rope, self.grid = rope, grid
-        self.found: Tensor | None = None
+    rope: Any
+    grid: Size
+    found: Tensor | None = None
 
 
 class _OwnRotation:
@@ -298,10 +295,10 @@ class _OwnRotation:
         self.learned, self.index, self.first, self.last = learned, index, first, last
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        learned: Any = self.learned
+        learned = self.learned
         if self.first:
             learned.found = learned.rope.get_embed(shape=list(learned.grid))
-        own = learned.found[self.index]
+        own = learned.found[self.index]  # type: ignore[index]
         if self.last:
             learned.found = None
         return args, {**kwargs, "rope": own}
@@ -350,7 +347,7 @@ class NaFlex(Plain):
                 proj.in_features = kernel.shape[1]
             else:
                 proj.kernel_size = proj.stride = patch
-            proj.weight = nn.Parameter(kernel.contiguous(), requires_grad=proj.weight.requires_grad)
+            put(proj, "weight", kernel.contiguous())
         embeds.patch_size = patch
         return "patch kernel resampled; position embeddings follow the grid in each run"
 

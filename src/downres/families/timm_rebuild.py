@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel
 from torch import Tensor, nn
 
 from ..errors import DownresError
-from .adapter import Size, as_pair, impossible
+from .adapter import Size, as_pair, dotted, impossible
 
 _SIMPLE = (int, float, str, bool, tuple, list, type(None))
 _IS_POSITION = re.compile(r"pos|(^|_)rel|bias_table|attention_biases")
@@ -44,7 +44,7 @@ def rebuild(module: Any, old: Size, new: Size, patch: Size | None = None) -> str
                     continue
                 mine = getattr(own.get(name), kind, {}).get(key)
                 if mine is None or like is None or mine.shape != like.shape:
-                    raise impossible(module, new, f"{_dotted(name, key)} is not as timm makes it")
+                    raise impossible(module, new, f"{dotted(name, key)} is not as timm makes it")
                 if kind == "_buffers":
                     found = small.to(mine.device)
                     found = found.to(mine.dtype) if mine.is_floating_point() else found
@@ -52,7 +52,7 @@ def rebuild(module: Any, old: Size, new: Size, patch: Size | None = None) -> str
                     with torch.no_grad():
                         values = _resampled(key, mine, before[name], after[name], small, grids)
                     if values is None:
-                        raise _does_not_follow(module, new, _dotted(name, key))
+                        raise _does_not_follow(module, new, dotted(name, key))
                     found = nn.Parameter(values, requires_grad=mine.requires_grad)
                     resampled += 1
                 getattr(own[name], kind)[key] = found
@@ -86,10 +86,6 @@ def _alike(one: Tensor, other: Tensor, kind: str) -> bool:
     return one.shape == other.shape and (kind == "_parameters" or torch.equal(one, other))
 
 
-def _dotted(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key
-
-
 def _pairs(before: dict[str, nn.Module], after: dict[str, nn.Module]) -> list[tuple[Size, Size]]:
     """The grids that the two networks note of themselves, where they differ."""
     found = []
@@ -115,7 +111,7 @@ def _resampled(key: str, mine: Tensor, before: Any, after: Any, like: Tensor, gr
     if "relative_position_bias_table" in key:
         return resize_rel_pos_bias_table(mine, after.window_size, tuple(new), old_window_size=before.window_size)
     if key == "attention_biases":  # LeViT: (heads, rows·columns) of distances
-        return _flat(mine, -1, _resolution(before), _resolution(after))
+        return _flat(mine, -1, as_pair(before.resolution), as_pair(after.resolution))
     if mine.ndim == 4 and old[1] == new[1] and old[3] == new[3] and _square(old[2]) and _square(new[2]):  # NesT
         sides = math.isqrt(old[2]), math.isqrt(new[2])
         return _flat(mine, 2, (sides[0],) * 2, (sides[1],) * 2)
@@ -130,10 +126,6 @@ def _resampled(key: str, mine: Tensor, before: Any, after: Any, like: Tensor, gr
     for axis, (n, m) in enumerate(zip(old, new, strict=True)):
         found = found if n == m else _axis(found, axis, m)
     return found.to(mine.dtype)
-
-
-def _resolution(attention: Any) -> Size:
-    return as_pair(attention.resolution)
 
 
 def _square(n: int) -> bool:

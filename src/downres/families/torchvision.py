@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torchvision.models as models
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import SwinTransformer
@@ -18,6 +17,7 @@ from ..records import Preprocessing
 from ..reductions.resize import scaled_size
 from ..reductions.tokens import TokenState
 from .adapter import Adapter, Merging, Size, as_pair, impossible, packed_attention, swap_class
+from .patches import put, resize_kernel, resize_positions
 
 
 def names() -> list[str]:
@@ -97,16 +97,11 @@ class Vit(Adapter):
                 raise impossible(vit, image, "it is derived from torchvision's VisionTransformer, which takes square images")
             vit.__class__ = _AnyAspect
         if patch is not None and patch != self.patch:
-            with torch.no_grad():
-                kernel = resample_patch_embed(vit.conv_proj.weight, list(patch))
-            vit.conv_proj.weight = nn.Parameter(kernel, requires_grad=vit.conv_proj.weight.requires_grad)
-            vit.conv_proj.kernel_size = vit.conv_proj.stride = patch
+            resize_kernel(vit.conv_proj, patch)
             vit.patch_size = patch[0]
         vit.image_size = image[0] if image[0] == image[1] else image
-        new, positions = self.grid(image), vit.encoder.pos_embedding
-        with torch.no_grad():
-            resampled = resample_abs_pos_embed(positions, list(new), old_size=list(old), num_prefix_tokens=self.prefix)
-        vit.encoder.pos_embedding = nn.Parameter(resampled, requires_grad=positions.requires_grad)
+        new = self.grid(image)
+        put(vit.encoder, "pos_embedding", resize_positions(vit.encoder.pos_embedding, old, new, self.prefix))
         vit.seq_length = math.prod(new) + self.prefix
         return "position embedding and patch kernel resampled"
 
@@ -153,13 +148,9 @@ class Swin(Adapter):
         return 1, 1  # the convolution leaves out what does not fill a patch
 
     def fit(self, image: Size, patch: Size | None) -> str:
-        conv = self._embedding
         if patch is None:
             return "as it takes any size"
-        with torch.no_grad():
-            kernel = resample_patch_embed(conv.weight, list(patch))
-        conv.weight = nn.Parameter(kernel, requires_grad=conv.weight.requires_grad)
-        conv.kernel_size = conv.stride = patch
+        resize_kernel(self._embedding, patch)
         return "patch kernel resampled"
 
     def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:

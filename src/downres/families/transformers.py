@@ -12,12 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    AutoModelForSemanticSegmentation,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, AutoModelForSemanticSegmentation
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
@@ -207,11 +202,8 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
         said = f"assumed: ImageNet's mean and std, {how}; {format_resolution(size)} px"
         said += " by the configuration" if known or not dense else ""
         channels = getattr(config, "num_channels", 3)
-        if channels != 3:
-            return Preprocessing(
-                size, ratio, mean=(0.5,) * channels, std=(0.5,) * channels, source=said, fit=fit, any_size=not known
-            )
-        return Preprocessing(size, ratio, source=said, fit=fit, any_size=not known)
+        halves: dict[str, Any] = {} if channels == 3 else {"mean": (0.5,) * channels, "std": (0.5,) * channels}
+        return Preprocessing(size, ratio, source=said, fit=fit, any_size=not known, **halves)
     size, crop_ratio, notes = (_whole if dense else _geometry)(processor, fixed or stated)
     if fixed is not None and size != fixed:
         notes.append(f"size {format_resolution(size)} not followed: the network takes {format_resolution(fixed)}")
