@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed_nhwc
 from torch import Tensor, nn
 
 from ..errors import DownresError
@@ -33,7 +32,7 @@ from .adapter import (
     split_heads,
     swap_class,
 )
-from .patches import put, resize_kernel, resize_positions
+from .patches import put, resize_kernel, resize_positions, restated
 
 PATCH = ("patch_size", "patch_dim")
 GRID = ("grid_size", "grid", "patches_resolution", "feat_size", "patch_shape", "num_patches_hw")
@@ -272,7 +271,7 @@ class OwnViT(Adapter):
             if position.ndim == 4 and tuple(position.shape[2:]) == old:
                 found = resample(position, new, "bicubic")
             elif position.ndim == 4 and tuple(position.shape[1:3]) == old:
-                found = resample_abs_pos_embed_nhwc(position, list(new))
+                found = resample(position.permute(0, 3, 1, 2), new, "bicubic").permute(0, 2, 3, 1)
             elif position.ndim < 4 and math.prod(position.shape[:-2]) == 1 and tokens in (many, many + self.prefix):
                 found = resize_positions(position.reshape(1, tokens, -1), old, new, tokens - many)
                 found = found.reshape(*position.shape[:-2], -1, position.shape[-1])
@@ -284,10 +283,8 @@ class OwnViT(Adapter):
         """Attributes with one of these names and the old size get the new one, in the form that they had."""
         for module in self.module.modules():
             for key in keys:
-                value = vars(module).get(key)
-                if _pair(value) == old:
-                    one = isinstance(value, int) and new[0] == new[1]
-                    setattr(module, key, new[0] if one else list(new) if isinstance(value, list) else new)
+                if _pair(value := vars(module).get(key)) == old:
+                    setattr(module, key, restated(value, new))
 
     def _recount(self, old: int, new: int) -> None:
         """The same for numbers of tokens, with and without the prefix, and for indices of positions that are looked up."""

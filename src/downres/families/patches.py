@@ -1,5 +1,6 @@
 """Patch kernels and position embeddings of another size, in the place of those that a module has."""
 
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,3 +34,18 @@ def resize_positions(positions: Tensor, old: Size, new: Size, prefix: int) -> Te
     from timm.layers import resample_abs_pos_embed
 
     return resample_abs_pos_embed(positions.detach(), list(new), old_size=list(old), num_prefix_tokens=prefix)
+
+
+def restated(value: Any, size: Size) -> Any:
+    """A size in the form in which `value` states another: one number stays one number, as some are divided by."""
+    if isinstance(value, int) and size[0] == size[1]:
+        return size[0]
+    return list(size) if isinstance(value, list) else size
+
+
+def resize_relative_positions(table: Tensor, old: Size, new: Size, shape: tuple[int, ...]) -> Tensor:
+    """A table of relative positions, as of Swin and BEiT, for another window. shape: of the table that is wanted."""
+    from timm.layers import resize_rel_pos_bias_table
+
+    with warnings.catch_warnings(action="ignore"):  # timm's interpolation indexes in a way that torch warns of
+        return resize_rel_pos_bias_table(table.detach(), new, shape, old_window_size=old)

@@ -12,11 +12,12 @@ from typing import Any, TypeGuard
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
+from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from ..errors import DownresError
 from .adapter import Size, as_pair, dotted, impossible
+from .patches import resize_positions, resize_relative_positions
 
 _SIMPLE = (int, float, str, bool, tuple, list, type(None))
 _IS_POSITION = re.compile(r"pos|(^|_)rel|bias_table|attention_biases")
@@ -109,7 +110,7 @@ def _resampled(key: str, mine: Tensor, before: Any, after: Any, like: Tensor, gr
     if mine.ndim != like.ndim or not _IS_POSITION.search(key):
         return None
     if "relative_position_bias_table" in key:
-        return resize_rel_pos_bias_table(mine, after.window_size, tuple(new), old_window_size=before.window_size)
+        return resize_relative_positions(mine, before.window_size, after.window_size, tuple(new))
     if key == "attention_biases":  # LeViT: (heads, rows·columns) of distances
         return _flat(mine, -1, as_pair(before.resolution), as_pair(after.resolution))
     if mine.ndim == 4 and old[1] == new[1] and old[3] == new[3] and _square(old[2]) and _square(new[2]):  # NesT
@@ -120,7 +121,7 @@ def _resampled(key: str, mine: Tensor, before: Any, after: Any, like: Tensor, gr
         for (h, w), (rows, columns) in pairs:
             prefix = old[1] - h * w
             if 0 <= prefix <= 2 and prefix == new[1] - rows * columns:
-                return resample_abs_pos_embed(mine, [rows, columns], old_size=[h, w], num_prefix_tokens=prefix)
+                return resize_positions(mine, (h, w), (rows, columns), prefix)
         return None
     found = mine.float()
     for axis, (n, m) in enumerate(zip(old, new, strict=True)):

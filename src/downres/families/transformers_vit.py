@@ -1,12 +1,10 @@
 """The vision transformers of the transformers library: made for other sizes and patches, with fewer tokens block by block."""
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 from transformers import __version__
 from transformers.models.beit.modeling_beit import BeitEmbeddings, BeitModel, BeitRelativePositionBias
@@ -31,7 +29,7 @@ from ..records import PRUNE
 from ..reductions.resize import scaled_size
 from ..reductions.tokens import TokenState
 from .adapter import Adapter, KeepOutput, Merging, SetKeyword, Size, as_pair, no_mask, swap_class
-from .patches import put, resize_kernel, resize_positions
+from .patches import put, resize_kernel, resize_positions, resize_relative_positions, restated
 
 if tuple(map(int, __version__.split(".")[:2])) < (5, 21):  # layers and their projections were named otherwise before
     raise ImportError(f"{__version__} is installed, 5.21 is needed")
@@ -87,15 +85,14 @@ class _Patches(Adapter):
         if self.positions is not None:
             extra = self.positions.shape[1] - self.original_grid[0] * self.original_grid[1]
             self._set_positions(resize_positions(self.positions, self.original_grid, grid, extra))
-        count = grid[0] * grid[1]
-        stated = {"image_size": image, "patch_size": patch, "num_patches": count, "grid_size": grid, "patch_grid": grid}
-        inner = getattr(self.embeddings, "patch_embeddings", None)
-        for owner in (self.config, self.embeddings, inner):
+        stated = {"image_size": image, "patch_size": patch, "grid_size": grid, "patch_grid": grid}
+        owners: tuple[Any, ...] = self.config, self.embeddings, getattr(self.embeddings, "patch_embeddings", None)
+        for owner in owners:
+            if hasattr(owner, "num_patches"):
+                owner.num_patches = grid[0] * grid[1]
             for key, value in stated.items():
                 if hasattr(owner, key):
-                    # One number stays one number: the library divides by some of them.
-                    short = isinstance(getattr(owner, key), int) and isinstance(value, tuple) and value[0] == value[1]
-                    setattr(owner, key, value[0] if short else value)  # type: ignore[index]
+                    setattr(owner, key, restated(getattr(owner, key), value))
         return "patch kernel and positions resampled"
 
     def _set_positions(self, positions: Tensor) -> None:
@@ -260,10 +257,7 @@ class Relative(_Patches):
         self.embeddings.__class__, self.embeddings.fitted = _FITTED[BeitEmbeddings], image
         for bias, table, window in self.tables:
             shape = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, table.shape[1]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # timm's interpolation indexes in a way that torch warns of
-                resized = resize_rel_pos_bias_table(table.detach(), grid, shape, old_window_size=window)
-            put(bias, "relative_position_bias_table", resized)
+            put(bias, "relative_position_bias_table", resize_relative_positions(table, window, grid, shape))
             bias.window_size, bias.num_relative_distance = grid, shape[0]
             bias.__class__ = _FittedBias
             bias.register_buffer("index", bias.generate_relative_position_index(grid).to(table.device, copy=True), False)
