@@ -123,10 +123,7 @@ def _resampled(key: str, mine: Tensor, before: Any, after: Any, like: Tensor, gr
             if 0 <= prefix <= 2 and prefix == new[1] - rows * columns:
                 return resize_positions(mine, (h, w), (rows, columns), prefix)
         return None
-    found = mine.float()
-    for axis, (n, m) in enumerate(zip(old, new, strict=True)):
-        found = found if n == m else _axis(found, axis, m)
-    return found.to(mine.dtype)
+    return _stretched(mine, tuple(new))
 
 
 def _square(n: int) -> bool:
@@ -138,17 +135,17 @@ def _flat(table: Tensor, axis: int, old: Size, new: Size) -> Tensor | None:
     axis %= table.ndim
     if math.prod(old) != table.shape[axis]:
         return None
-    found = table.float().unflatten(axis, old)
-    for i in (0, 1):
-        found = _axis(found, axis + i, new[i])
-    return found.flatten(axis, axis + 1).to(table.dtype)
+    shape = (*table.shape[:axis], *new, *table.shape[axis + 1 :])
+    return _stretched(table.unflatten(axis, old), shape).flatten(axis, axis + 1)
 
 
-def _axis(table: Tensor, axis: int, size: int) -> Tensor:
-    """Cubic, antialiased, along one axis; two of them make what `interpolate` does in two dimensions."""
-    if table.shape[axis] == size:
-        return table
-    moved = table.movedim(axis, -1)
-    rows = moved.reshape(1, 1, -1, moved.shape[-1])
-    found = F.interpolate(rows, size=(rows.shape[2], size), mode="bicubic", antialias=True)
-    return found.reshape(*moved.shape[:-1], size).movedim(-1, axis)
+def _stretched(table: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Cubic, antialiased, axis by axis; two of them make what `interpolate` does in two dimensions."""
+    found = table.float()
+    for axis, size in enumerate(shape):
+        if found.shape[axis] != size:
+            moved = found.movedim(axis, -1)
+            rows = moved.reshape(1, 1, -1, moved.shape[-1])
+            rows = F.interpolate(rows, size=(rows.shape[2], size), mode="bicubic", antialias=True)
+            found = rows.reshape(*moved.shape[:-1], size).movedim(-1, axis)
+    return found.to(table.dtype)
