@@ -68,3 +68,53 @@ def test_only_families_name_the_model_libraries() -> None:
                 roots.add(node.module)
         uses = {r for r in roots if r.startswith("timm.models") or r.startswith("torchvision.models") or r == "timm"}
         assert not uses or file.parent.name == "families", (file, uses)
+
+
+KNOWN_CIRCLES: list[set[str]] = []
+
+
+def module_graph(source: Path) -> dict[str, set[str]]:
+    """Of every module of downres, the modules that it imports anywhere: at its top, in functions, for type checkers."""
+    names = {}
+    for file in source.rglob("*.py"):
+        parts = ("downres", *file.relative_to(source).with_suffix("").parts)
+        names[".".join(parts[:-1] if file.stem == "__init__" else parts)] = file
+    graph: dict[str, set[str]] = {}
+    for name, file in names.items():
+        package = name.split(".") if file.stem == "__init__" else name.split(".")[:-1]
+        graph[name] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = package[: len(package) - node.level + 1] if node.level else []
+                module = ".".join([*base, *([node.module] if node.module else [])])
+                # `from . import x` imports the module x where there is one; else the name is one of the package's own.
+                inside = {alias.name: f"{module}.{alias.name}" for alias in node.names}
+                targets = [full if full in names else module for full in inside.values()]
+            else:
+                continue
+            graph[name] |= {target for target in targets if target in names}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Strongly connected components of more than one module, and modules that import themselves."""
+    reach: dict[str, set[str]] = {}
+    for start in graph:
+        seen, todo = set[str](), list(graph[start])
+        while todo:
+            if (name := todo.pop()) not in seen:
+                seen.add(name)
+                todo += graph[name]
+        reach[start] = seen
+    found: list[set[str]] = []
+    for name in graph:
+        if name in reach[name] and not any(name in circle for circle in found):
+            found.append({name} | {other for other in reach[name] if name in reach[other]})
+    return found
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"e"}}) == [{"b", "c"}, {"e"}]
+    assert [circle for circle in circles(module_graph(SOURCE)) if circle not in KNOWN_CIRCLES] == []

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import DownresError
-from .families.adapter import Adapter, Size, find_adapter, library_transformers, said
+from .families.adapter import Adapter, Size, said
+from .families.find import find_adapter, library_transformers
 from .models.regseg import RegSeg
 from .parse import Resolution, as_hw, format_resolution
 from .probe import Answer, fake_run, find_answer, find_stem, input_size_of, total_stride

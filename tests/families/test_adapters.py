@@ -20,8 +20,8 @@ from torchvision.models.vision_transformer import ConvStemConfig
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionVit
 
 from downres import Candidate, DownresError, Merge, measure_cost, reduce, token_map
-from downres.families import generic, own
-from downres.families.adapter import find_adapter
+from downres.families import own, unknown
+from downres.families.find import find_adapter
 from downres.reduction import takes_any_size
 from downres.reductions.tokens import TokenState
 
@@ -807,7 +807,7 @@ def test_convnets_cost_no_run(monkeypatch):
     def no_run(*_args):
         raise AssertionError("a plain convnet is run for nothing")
 
-    monkeypatch.setattr(generic, "fake_run", no_run)
+    monkeypatch.setattr(unknown, "fake_run", no_run)
     monkeypatch.setattr(own, "fake_run", no_run)
     for model in (timm.create_model("resnet18"), timm.create_model("convnext_atto"), torchvision.models.mobilenet_v2()):
         assert find_adapter(model) is None and takes_any_size(model)

@@ -1,6 +1,8 @@
 """MODEL as a user writes it: library names, files, weights, and one clear sentence where it cannot be."""
 
+import subprocess
 import sys
+import textwrap
 import time
 from types import SimpleNamespace
 
@@ -312,3 +314,19 @@ def test_with_preprocessing():
 def test_assumed_preprocessing():
     assert assumed(nn.Identity()).source.startswith("assumed: ImageNet's mean and std")
     assert assumed(timm.create_model("test_vit")).resolution == 160
+
+
+def test_a_library_is_imported_where_a_network_of_it_is_asked_for():
+    """Each takes a second or more. A plain convnet needs none of them, one of torchvision's not timm."""
+    code = """
+        import sys
+        from torch import nn
+        from downres import load_model, reduce
+        libraries = {"timm", "torchvision", "transformers", "segmentation_models_pytorch", "sklearn", "scipy", "plotly"}
+        reduce(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), resolution=64)
+        print(sorted(libraries & sys.modules.keys()))
+        reduce(load_model("torchvision:resnet18", pretrained=False).module, resolution=64)
+        print(sorted(libraries & sys.modules.keys()))
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n['torchvision']\n"

@@ -12,7 +12,8 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
 from downres import DownresError, Merge, measure_cost, reduce, token_map
-from downres.families.adapter import find_adapter, packed_attention
+from downres.families.adapter import packed_attention
+from downres.families.find import find_adapter
 from downres.reduction import takes_any_size
 from downres.reductions.tokens import TokenState
 

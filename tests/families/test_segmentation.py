@@ -23,7 +23,7 @@ import downres.families
 from downres.errors import DownresError
 from downres.families import load_model, with_preprocessing
 from downres.families import smp as smp_family
-from downres.families.adapter import find_adapter
+from downres.families.find import find_adapter
 from downres.images.preprocess import preprocess
 from downres.models.regseg import RegSeg, regseg
 from downres.records import Preprocessing

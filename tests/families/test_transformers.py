@@ -36,7 +36,8 @@ from transformers import (
 
 from downres.engines.onnxruntime import OnnxRuntime, export_onnx
 from downres.errors import DownresError
-from downres.families.adapter import KeepOutput, SetKeyword, find_adapter
+from downres.families.adapter import KeepOutput, SetKeyword
+from downres.families.find import find_adapter
 from downres.measuring.cost import measure_cost
 from downres.probe import logits_of
 from downres.reduction import reduce, token_map

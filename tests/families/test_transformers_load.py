@@ -28,7 +28,7 @@ import downres
 from downres.errors import DownresError
 from downres.families import load_model
 from downres.families import transformers as family
-from downres.families.adapter import find_adapter
+from downres.families.find import find_adapter
 from downres.images.preprocess import preprocess
 from downres.records import Preprocessing
 

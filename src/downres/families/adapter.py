@@ -1,9 +1,7 @@
 """What `reduce` asks of a transformer, whatever library it is from: its patches, its grid, its blocks."""
 
-import contextlib
-import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +16,8 @@ from ..reductions.tokens import TokenState
 
 Size = tuple[int, int]
 """(height, width)"""
+IMAGE = ("img_size", "image_size", "input_size", "input_resolution", "img_dim")
+"""Names that attributes with the size of the image usually have."""
 
 
 class Adapter:
@@ -41,13 +41,18 @@ class Adapter:
     """Ends the sentence 'cannot merge or pool tokens: …' where `blocks` is empty."""
     sure = True
     """False where only a run can tell whether a reduced model works: `reduce` then makes one."""
+    gives_way = False
+    """A transformer of a library inside it counts in its place."""
+
+    module: Any
+    """Of a library, with attributes that nn.Module does not declare."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
 
     def inside(self, name: str) -> str:
         """The dotted name, in the model, of a part of the transformer."""
-        return f"{self.name}.{name}" if self.name else name
+        return dotted(self.name, name)
 
     @property
     def unit(self) -> Size:
@@ -165,11 +170,44 @@ def packed_attention(attention: nn.MultiheadAttention, x: Tensor, state: TokenSt
     The module itself hands out no keys, and its fast path takes no additive mask.
     """
     packed = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-    queries, keys, values = packed.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    queries, keys, values = split_heads(packed, attention.num_heads)
+    return attention.out_proj(attend(queries, keys, values, x, state, attention.dropout if attention.training else 0.0))
+
+
+def split_heads(packed: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """(B, tokens, 3·heads·D) → queries, keys and values, each (B, heads, tokens, D)."""
+    return packed.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, x: Tensor, state: TokenState, dropout: float, scale: float | None = None
+) -> Tensor:
+    """Three of (B, heads, tokens, D) → (B, tokens, heads·D), with the mask of the merged tokens x (B, tokens, C)."""
     state.keys, state.queries = keys, queries if state.by == PRUNE else None
-    dropout = attention.dropout if attention.training else 0.0
-    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=state.mask(x), dropout_p=dropout)
-    return attention.out_proj(mixed.transpose(1, 2).flatten(2))
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=state.mask(x), dropout_p=dropout, scale=scale)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+class Merging(nn.Module):
+    """A block whose tokens become fewer between attention and MLP. Stands before a library's block among the bases."""
+
+    tokens: TokenState
+    index: int
+
+    attended: Callable[..., Tensor]
+    """x (B, tokens, C), a mask to be added to the logits, … → x after the attention and its residual."""
+    widened: Callable[..., Tensor]
+    """x (B, tokens, C) → x after the MLP and its residual."""
+
+    def merging(self, x: Tensor, **given: Any) -> Tensor:
+        self.tokens.enter(self.index)
+        x = self.attended(x, self.tokens.mask(x), **given)
+        x = self.tokens.shrink(self.index, x)
+        return self.tokens.leave(self.index, self.widened(x))
+
+    def forward(self, x: Tensor, *masks: Any, **named_masks: Any) -> Tensor:
+        no_mask(*masks, *named_masks.values())
+        return self.merging(x)
 
 
 def no_mask(*masks: object) -> None:
@@ -182,7 +220,7 @@ def no_mask(*masks: object) -> None:
 
 
 def swap_class(block: nn.Module, classes: dict[type, type], state: TokenState, index: int) -> None:
-    """Give a block the merging `forward` of its kind. Its class changes, its submodules and state dict do not."""
+    """Give a block the `forward` of its `Merging` kind. Its class changes, its submodules and state dict do not."""
     kind = classes.get(type(block))
     if kind is None:
         known = ", ".join(c.__name__ for c in classes)
@@ -194,36 +232,9 @@ def swap_class(block: nn.Module, classes: dict[type, type], state: TokenState, i
     block.tokens, block.index = state, index  # type: ignore[assignment]
 
 
-def find_adapter(model: nn.Module) -> Adapter | None:
-    """The first transformer in `model` (itself, or anywhere inside a user's own module) that a family knows.
-
-    None for a convnet.
-    """
-    from . import generic
-
-    return next(library_transformers(model), None) or generic.adapter("", model)
-
-
-def library_transformers(model: nn.Module) -> Iterator[Adapter]:
-    """All transformers of a library in `model`; parts of one of them are not looked at."""
-    from . import timm, torchvision
-
-    families = [timm, torchvision]
-    if "transformers.modeling_utils" in sys.modules:  # none of its models can exist before; importing it takes seconds
-        with contextlib.suppress(ImportError):  # an old version that something else needs
-            from . import transformers_vit
-
-            families.append(transformers_vit)
-    if "segmentation_models_pytorch" in sys.modules:
-        from . import smp
-
-        families.append(smp)
-    parts: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        found = None if module in parts else next(filter(None, (family.adapter(name, module) for family in families)), None)
-        if found is not None:
-            parts.update(module.modules())
-            yield found
+def dotted(name: str, part: str) -> str:
+    """The name of a part of the module of this name, '' for the model itself."""
+    return f"{name}.{part}" if name else part
 
 
 def as_pair(size: int | Sequence[int] | torch.Size) -> Size:

@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +11,9 @@ from torch import nn
 
 from ..errors import DownresError
 from ..parse import format_resolution
-from ..probe import fake_run, find_stem, input_size_of
+from ..probe import input_size_of
 from ..records import Preprocessing
-from . import own
-from .adapter import Adapter, Size, find_adapter
+from .find import find_adapter
 
 
 def create(spec: str) -> nn.Module:
@@ -75,52 +72,3 @@ def preprocessing(model: nn.Module) -> Preprocessing:
         return found
     source = f"{found.source}; {format_resolution(transformer.image)} px is what the network is built for"
     return dataclasses.replace(found, resolution=transformer.image, source=source)
-
-
-def adapter(name: str, module: nn.Module) -> Adapter | None:
-    """Asked last, for a whole model in which no library's transformer was found. None for a convnet, at no cost."""
-    if not may_be_fixed(module):
-        return None
-    return own.find(module) or Unknown(name, module)
-
-
-def may_be_fixed(model: nn.Module) -> bool:
-    """Whether something in the model is a sign of attention or positions, which often hold one input size alone."""
-    names = (name for name, _ in [*model.named_parameters(), *model.named_buffers()])
-    return any(_SIGN_IN_NAME.search(name) for name in names) or any(
-        _SIGN_IN_CLASS.search(type(m).__name__) or not vars(m).keys().isdisjoint(own.IMAGE) for m in model.modules()
-    )
-
-
-_SIGN_IN_NAME = re.compile(r"(^|[._])(pos|rel)(_|$|\.|ition|ative)|attention_bias", re.IGNORECASE)
-_SIGN_IN_CLASS = re.compile(r"Attention|Attn|MHSA|Mixer|Transformer")
-
-
-class Unknown(Adapter):
-    """A network with attention or positions of a kind that downres does not know: it is run, and left as it is."""
-
-    sure = False
-    why_no_sequence = "it has no plain list of blocks that downres knows"
-
-    @functools.cached_property
-    def image(self) -> Size | None:  # type: ignore[override]
-        """Its size where it runs at this one, and not at twice as much."""
-        channels, height, width = input_size_of(self.module)
-        any_size = self._runs(channels, 2 * height, 2 * width) or not self._runs(channels, height, width)
-        return None if any_size else (height, width)
-
-    def _runs(self, *size: int) -> bool:
-        try:
-            fake_run(self.module, size, lambda _model, _x: contextlib.nullcontext())
-        except DownresError:
-            return False
-        return True
-
-    def fit(self, image: Size, patch: Size | None) -> str:
-        raise DownresError(
-            f"{type(self.module).__name__} runs at its own size alone, and downres does not know how to make it for "
-            f"{format_resolution(image)} px: give the model made for that size, or another model."
-        )
-
-    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
-        return find_stem(self.module, (input_size_of(self.module)[0], *image)), scale

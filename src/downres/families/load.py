@@ -1,8 +1,8 @@
 """`load_model`: MODEL as the user writes it → a module with its weights and its preprocessing."""
 
+import contextlib
 import dataclasses
-import difflib
-import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,9 @@ from torch import nn
 from ..errors import DownresError
 from ..models.regseg import RegSeg
 from ..records import Preprocessing
-from . import generic, regseg, timm, torchvision
+from . import generic
+from .options import nearest
 from .weights import fingerprint, load_weights, match, read_checkpoint
-
-_LISTED = {"timm": timm, "torchvision": torchvision}
-"""Libraries of which every model has a name of its own."""
 
 _PRETRAINED = {
     "timm": "the library's pretrained weights",
@@ -64,15 +62,13 @@ def load_model(
     tensors = None if weights is None else read_checkpoint(weights)
     if family in _PRETRAINED and name:
         library = _library(spec)
-        if family in _LISTED:
-            _check_name(family, name, library.names())
-        if tensors is not None:
-            module = library.create(name, False, num_classes)
-            classes = _classes_of(module, tensors)
-            if classes is not None:
-                module, num_classes = library.create(name, False, classes), classes
-        else:
-            module = _create(library, spec, pretrained, num_classes)
+        if family in ("timm", "torchvision"):  # every model has a name of its own
+            _check_name(family, name, library)
+        with _fetching(spec) if pretrained and tensors is None else contextlib.nullcontext():
+            module = library.create(name, pretrained and tensors is None, num_classes)
+        classes = None if tensors is None else _classes_of(module, tensors)
+        if classes is not None:
+            module, num_classes = library.create(name, False, classes), classes
         # `timm:vit.tag` keeps its tag in the model's own configuration; torchvision needs the name.
         preprocessing = library.preprocessing(module, name)
     elif family == "transformers" and name:
@@ -114,15 +110,38 @@ def with_preprocessing(
 
 
 def _library(spec: str) -> Any:
-    """The module of a library, of smp imported where it is asked for alone."""
+    """What makes the models of a library; imported where it is asked for alone, as some take seconds or are not installed."""
     family = spec.partition(":")[0]
-    if family != "smp":
-        return {**_LISTED, "regseg": regseg}[family]
+    found: Any
     try:
-        return importlib.import_module(".smp", __package__)
+        if family == "timm":
+            from . import timm as found
+        elif family == "torchvision":
+            from . import torchvision as found
+        elif family == "regseg":
+            from . import regseg as found
+        elif family == "smp":
+            from . import smp as found
+        else:
+            from . import transformers as found
+        return found
     except ImportError as error:
+        library = {"smp": "segmentation_models_pytorch"}.get(family, family)
         raise DownresError(
-            f"{spec} needs the library segmentation_models_pytorch ({str(error).splitlines()[0]}): pip install 'downres[smp]'."
+            f"{spec} needs the library {library} ({str(error).splitlines()[0]}): pip install 'downres[{family}]'."
+        ) from None
+
+
+@contextlib.contextmanager
+def _fetching(spec: str) -> Iterator[None]:
+    try:
+        yield
+    except DownresError:
+        raise
+    except Exception as error:  # the hubs raise many kinds: no network, no such weights, a broken download
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise DownresError(
+            f"The pretrained weights of {spec} could not be fetched ({reason}): give a file with --weights."
         ) from None
 
 
@@ -132,62 +151,36 @@ def _load(module: nn.Module, tensors: dict[str, Any]) -> str:
         return load_weights(module, tensors)
     except DownresError:
         if isinstance(module, RegSeg):
-            regseg.explain(module, tensors)
+            from .regseg import explain
+
+            explain(module, tensors)
         raise
 
 
 def _transformers(
     name: str, weights: str | Path | None, tensors: dict[str, Any] | None, pretrained: bool, num_classes: int | None
 ) -> Model:
-    """A model of a library that is loaded, and may be installed, only where it is asked for."""
-    try:
-        from . import transformers
-    except ImportError as error:
-        raise DownresError(
-            f"transformers:{name} needs the library transformers ({str(error).splitlines()[0]}): "
-            "pip install 'downres[transformers]'."
-        ) from None
-    if transformers.is_local(name):
+    library = _library(f"transformers:{name}")
+    if library.is_local(name):
         name = str(Path(name).resolve())  # found again from wherever an artifact is checked
     spec = f"transformers:{name}"
-    try:
-        module, how = transformers.create(name, pretrained, num_classes, tensors)
-    except DownresError:
-        raise
-    except Exception as error:
-        raise _not_fetched(spec, error) from None
+    with _fetching(spec):
+        module, how = library.create(name, pretrained, num_classes, tensors)
     if tensors is not None:
-        how, num_classes = f"{Path(str(weights)).name}, {how}", module.config.num_labels  # type: ignore[union-attr, assignment]
-    return Model(module.eval(), transformers.preprocessing(module, name), spec, how, num_classes)
+        how, num_classes = f"{Path(str(weights)).name}, {how}", module.config.num_labels
+    return Model(module.eval(), library.preprocessing(module, name), spec, how, num_classes)
 
 
-def _check_name(family: str, name: str, known: list[str]) -> None:
+def _check_name(family: str, name: str, library: Any) -> None:
+    known = library.names()
     base, _, tag = name.partition(".")
     if base not in known:
-        near = difflib.get_close_matches(base.lower(), known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"{family} knows {len(known)} names, for example {known[0]}."
+        hint = nearest(base, known, f"{family} knows {len(known)} names, for example {known[0]}.")
         raise DownresError(f"{family} has no model {name!r}: {hint}")
-    tags = _LISTED[family].tags(base) if tag else []
+    tags = library.tags(base) if tag else []
     if tag and tag not in tags:
         hint = f"it has {', '.join(tags)}." if tags else f"give {family}:{base}."
         raise DownresError(f"{family} has no pretrained weights {tag!r} for {base}: {hint}")
-
-
-def _create(library, spec: str, pretrained: bool, num_classes: int | None) -> nn.Module:  # type: ignore[no-untyped-def]
-    _, _, name = spec.partition(":")
-    if not pretrained:
-        return library.create(name, False, num_classes)
-    try:
-        return library.create(name, True, num_classes)
-    except DownresError:
-        raise
-    except Exception as error:  # the hubs raise many kinds: no network, no such weights, a broken download
-        raise _not_fetched(spec, error) from None
-
-
-def _not_fetched(spec: str, error: Exception) -> DownresError:
-    reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-    return DownresError(f"The pretrained weights of {spec} could not be fetched ({reason}): give a file with --weights.")
 
 
 def _classes_of(module: nn.Module, tensors: dict) -> int | None:

@@ -1,7 +1,7 @@
-"""The part of a model's name that follows commas: `exp48_decoder26,width=0.5`."""
+"""A model's name: the part that follows commas, `exp48_decoder26,width=0.5`, and what to say where there is none like it."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ..errors import DownresError
 
@@ -18,8 +18,8 @@ def split_options(spec: str, kinds: Mapping[str, type]) -> tuple[str, dict[str, 
     for word in words:
         key, _, value = (part.strip() for part in word.partition("="))
         if key not in kinds or key in found:
-            near = difflib.get_close_matches(key, kinds, n=1)
-            hint = f"did you mean {near[0]}?" if near and near[0] != key else f"give {', '.join(f'{k}=…' for k in kinds)}."
+            known = () if key in found else kinds
+            hint = nearest(key, known, f"give {', '.join(f'{k}=…' for k in kinds)}.", most=1, cutoff=0.6)
             what = "was given twice" if key in found else "is none"
             raise DownresError(f"The options of {name} are {', '.join(kinds)}, {key!r} {what}: {hint}")
         try:
@@ -30,3 +30,9 @@ def split_options(spec: str, kinds: Mapping[str, type]) -> tuple[str, dict[str, 
                 f"{8 if kinds[key] is int else 0.5}."
             ) from None
     return name, found
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str, most: int = 3, cutoff: float = 0.5) -> str:
+    """The end of a sentence on a word that is not known: the nearest that are, else what to do."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=most, cutoff=cutoff)
+    return f"did you mean {', '.join(near)}?" if near else otherwise

@@ -12,29 +12,39 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc, resample_patch_embed
 from torch import Tensor, nn
 
 from ..errors import DownresError
 from ..probe import fake_run, input_size_of
-from ..records import PRUNE
 from ..reductions.resize import resample
 from ..reductions.tokens import TokenState
-from .adapter import Adapter, Size, as_pair, impossible, no_mask, packed_attention, said, swap_class
+from .adapter import (
+    IMAGE,
+    Adapter,
+    Merging,
+    Size,
+    as_pair,
+    attend,
+    dotted,
+    impossible,
+    packed_attention,
+    said,
+    split_heads,
+    swap_class,
+)
+from .patches import put, resize_kernel, resize_positions, restated
 
-IMAGE = ("img_size", "image_size", "input_size", "input_resolution", "img_dim")
 PATCH = ("patch_size", "patch_dim")
 GRID = ("grid_size", "grid", "patches_resolution", "feat_size", "patch_shape", "num_patches_hw")
 TOKENS = ("num_patches", "n_patches", "num_tokens", "num_positions", "num_embeddings", "seq_length", "seq_len")
-"""Names that attributes of this meaning usually have; one is changed only where it holds the old value."""
+"""Names that attributes of this meaning usually have, as IMAGE; one is changed only where it holds the old value."""
 CLASS_TOKENS = ("cls_token", "class_token", "cls", "class_embedding", "cls_embedding")
 
 
 def find(model: nn.Module) -> "OwnViT | None":
     """The transformer in `model`, or None where the parts are missing or a run does not show a plain sequence."""
     conv = next((name for name, m in model.named_modules() if _cuts_patches(m)), None)
-    lists = {name: [f"{name}.{child}" if name else child for child, _ in m.named_children()] for name, m in _lists(model)}
+    lists = {name: [dotted(name, child) for child, _ in m.named_children()] for name, m in _lists(model)}
     if conv is None or not lists:
         return None
     for size in _sizes(model, conv):
@@ -127,11 +137,11 @@ def _look(model: nn.Module, conv: str, lists: dict[str, list[str]], size: tuple[
         def sequence(name: str) -> Any:
             def note(module: nn.Module, args: tuple, output: object) -> None:
                 first, state = args[0] if args else None, getattr(module, "tokens", None)
-                if isinstance(first, Tensor) and first.ndim == 3 and isinstance(state, TokenState):  # a reduced model's
+                if not isinstance(first, Tensor) or first.ndim != 3:
+                    return
+                if isinstance(state, TokenState):  # a reduced model's
                     seen.tokens[name] = first.shape[1] + sum(state.removals[: module.index])  # type: ignore[index, arg-type]
-                elif (
-                    isinstance(first, Tensor) and isinstance(output, Tensor) and first.ndim == 3 and first.shape == output.shape
-                ):
+                elif isinstance(output, Tensor) and first.shape == output.shape:
                     seen.tokens[name] = first.shape[1]
 
             return note
@@ -236,7 +246,7 @@ class OwnViT(Adapter):
         if not any_size:
             self._check_order()
         if patch is not None and patch != kernel:
-            _resize_kernel(self._projection, patch)
+            resize_kernel(self._projection, patch)
             self._rename(PATCH, kernel, patch)
         if not any_size:
             for name, position in _positions(self.module):
@@ -257,29 +267,24 @@ class OwnViT(Adapter):
     def _place(self, name: str, position: Tensor, old: Size, new: Size) -> None:
         """Resample one position embedding of the old grid, if it is one."""
         many, tokens = math.prod(old), position.shape[-2]
-        grid = list(new)
         with torch.no_grad():
             if position.ndim == 4 and tuple(position.shape[2:]) == old:
                 found = resample(position, new, "bicubic")
             elif position.ndim == 4 and tuple(position.shape[1:3]) == old:
-                found = resample_abs_pos_embed_nhwc(position, grid)
+                found = resample(position.permute(0, 3, 1, 2), new, "bicubic").permute(0, 2, 3, 1)
             elif position.ndim < 4 and math.prod(position.shape[:-2]) == 1 and tokens in (many, many + self.prefix):
-                rows = position.reshape(1, tokens, -1)
-                found = resample_abs_pos_embed(rows, grid, old_size=list(old), num_prefix_tokens=tokens - many)
+                found = resize_positions(position.reshape(1, tokens, -1), old, new, tokens - many)
                 found = found.reshape(*position.shape[:-2], -1, position.shape[-1])
             else:
                 return
-        owner, _, key = name.rpartition(".")
-        _put(self.module.get_submodule(owner), key, found)
+        put(self.module, name, found)
 
     def _rename(self, keys: tuple[str, ...], old: Size, new: Size) -> None:
         """Attributes with one of these names and the old size get the new one, in the form that they had."""
         for module in self.module.modules():
             for key in keys:
-                value = vars(module).get(key)
-                if _pair(value) == old:
-                    one = isinstance(value, int) and new[0] == new[1]
-                    setattr(module, key, new[0] if one else list(new) if isinstance(value, list) else new)
+                if _pair(value := vars(module).get(key)) == old:
+                    setattr(module, key, restated(value, new))
 
     def _recount(self, old: int, new: int) -> None:
         """The same for numbers of tokens, with and without the prefix, and for indices of positions that are looked up."""
@@ -305,22 +310,6 @@ class OwnViT(Adapter):
             swap_class(block, {nn.TransformerEncoderLayer: _MergingEncoderLayer}, state, i)
 
 
-def _put(module: nn.Module, key: str, value: Tensor) -> None:
-    """Replace a parameter or buffer by one of another shape."""
-    before = module._parameters.get(key)
-    if before is not None:
-        module._parameters[key] = nn.Parameter(value, requires_grad=before.requires_grad)
-    else:
-        module._buffers[key] = value
-
-
-def _resize_kernel(conv: nn.Conv2d, patch: Size) -> None:
-    """The patch kernel by pseudo-inverse (FlexiViT), in place."""
-    with torch.no_grad():
-        _put(conv, "weight", resample_patch_embed(conv.weight, list(patch)))
-    conv.kernel_size = conv.stride = patch
-
-
 # Blocks: norm1, attn (qkv, proj, num_heads), norm2, mlp, and what may stand between.
 
 
@@ -335,23 +324,14 @@ def _is_block(block: nn.Module) -> bool:
 
 def _attend(attention: Any, x: Tensor, state: TokenState) -> Tensor:
     """(B, tokens, C) → the same: multi-head attention with the mask of the merged tokens."""
-    packed = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))
-    queries, keys, values = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    queries, keys, values = split_heads(attention.qkv(x), attention.num_heads)
     if isinstance(getattr(attention, "q_norm", None), nn.Module):
         queries, keys = attention.q_norm(queries), attention.k_norm(keys)
-    state.keys, state.queries = keys, queries if state.by == PRUNE else None
     dropout = getattr(attention, "attn_drop", 0.0)
     dropout = float(getattr(dropout, "p", dropout)) if attention.training else 0.0
     scale = getattr(attention, "scale", None)
-    mixed = F.scaled_dot_product_attention(
-        queries,
-        keys,
-        values,
-        attn_mask=state.mask(x),
-        dropout_p=dropout,
-        scale=scale if isinstance(scale, float) else None,
-    )
-    out = attention.proj(mixed.transpose(1, 2).flatten(2))
+    scale = scale if isinstance(scale, float) else None
+    out = attention.proj(attend(queries, keys, values, x, state, dropout, scale))
     drop = getattr(attention, "proj_drop", None)
     return drop(out) if isinstance(drop, nn.Module) else out
 
@@ -366,36 +346,30 @@ def _branch(block: nn.Module, out: Tensor, which: int) -> Tensor:
     return drop(out) if isinstance(drop, nn.Module) else out
 
 
-class _MergingBlock(nn.Module):
-    tokens: TokenState
-    index: int
+class _MergingBlock(Merging):
+    attn: Any
+    norm1: Any
+    norm2: Any
+    mlp: Any
 
-    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        no_mask(*others, *named.values())
-        block: Any = self
-        self.tokens.enter(self.index)
-        x = x + _branch(self, _attend(block.attn, block.norm1(x), self.tokens), 1)
-        x = self.tokens.shrink(self.index, x)
-        x = x + _branch(self, block.mlp(block.norm2(x)), 2)
-        return self.tokens.leave(self.index, x)
+    def attended(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return x + _branch(self, _attend(self.attn, self.norm1(x), self.tokens), 1)
+
+    def widened(self, x: Tensor) -> Tensor:
+        return x + _branch(self, self.mlp(self.norm2(x)), 2)
 
 
-class _MergingEncoderLayer(nn.TransformerEncoderLayer):
-    tokens: TokenState
-    index: int
+class _MergingEncoderLayer(Merging, nn.TransformerEncoderLayer):
+    def forward(self, src: Tensor, *masks: Any, **named_masks: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(src, *masks, **named_masks)
 
-    def forward(self, src: Tensor, *others: Any, **named: Any) -> Tensor:
-        no_mask(*others, *named.values())
-        self.tokens.enter(self.index)
+    def attended(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if self.norm_first:
-            x = src + self.dropout1(packed_attention(self.self_attn, self.norm1(src), self.tokens))
-            x = self.tokens.shrink(self.index, x)
-            x = x + self._ff_block(self.norm2(x))
-        else:
-            x = self.norm1(src + self.dropout1(packed_attention(self.self_attn, src, self.tokens)))
-            x = self.tokens.shrink(self.index, x)
-            x = self.norm2(x + self._ff_block(x))
-        return self.tokens.leave(self.index, x)
+            return x + self.dropout1(packed_attention(self.self_attn, self.norm1(x), self.tokens))
+        return self.norm1(x + self.dropout1(packed_attention(self.self_attn, x, self.tokens)))
+
+    def widened(self, x: Tensor) -> Tensor:
+        return x + self._ff_block(self.norm2(x)) if self.norm_first else self.norm2(x + self._ff_block(x))
 
 
 def _verify(block: nn.Module) -> None:

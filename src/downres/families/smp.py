@@ -3,23 +3,20 @@
 Imported only where it is asked for: the library takes seconds, and may not be there.
 """
 
-import difflib
 import json
 from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
 from huggingface_hub import try_to_load_from_cache
-from segmentation_models_pytorch.base import SegmentationModel
 from segmentation_models_pytorch.encoders import encoders
 from torch import nn
 
 from ..errors import DownresError
-from ..probe import find_stem
 from ..records import Preprocessing
-from .adapter import Adapter, Size, as_pair, find_adapter, library_transformers
-from .generic import Unknown, may_be_fixed
-from .options import split_options
+from .adapter import said
+from .find import find_adapter
+from .options import nearest, split_options
 
 _OPTIONS = {"num_classes": int}
 
@@ -34,8 +31,7 @@ def create(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
     try:
         module = smp.create_model(architecture, encoder, None, classes=classes)
     except Exception as error:  # the library raises many kinds where encoder and architecture do not go together
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DownresError(f"smp:{name} cannot be built ({reason}): give another encoder.") from None
+        raise DownresError(f"smp:{name} cannot be built ({said(error)}): give another encoder.") from None
     if pretrained:
         module = smp.create_model(architecture, encoder, True if _of_timm(encoder) else "imagenet", classes=classes)  # type: ignore[arg-type]
     return module
@@ -86,36 +82,6 @@ def _parts(name: str) -> tuple[str, str, dict[str, float]]:
         )
     known = [f"tu-{n}" for n in timm.list_models()] if _of_timm(encoder) else list(encoders)
     if encoder.partition(".")[0] not in known:
-        near = difflib.get_close_matches(encoder.lower(), known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"give for example smp:{architecture}/resnet34."
+        hint = nearest(encoder, known, f"give for example smp:{architecture}/resnet34.")
         raise DownresError(f"smp has no encoder {encoder!r}: {hint}")
     return architecture, encoder, options
-
-
-def adapter(name: str, module: nn.Module) -> Adapter | None:
-    """None where a library's transformer is inside: then that one counts."""
-    if not isinstance(module, SegmentationModel) or next(library_transformers(module.encoder), None) is not None:  # type: ignore[arg-type]
-        return None
-    return Divided(name, module)
-
-
-class Divided(Unknown):
-    """Most of its networks take only sides that their total stride divides, and refuse others while they run."""
-
-    module: Any
-    why_no_sequence = "its encoder hands out maps of several sizes"
-
-    @property
-    def image(self) -> Size | None:  # type: ignore[override]
-        return super().image if may_be_fixed(self.module.encoder) else None
-
-    @property
-    def unit(self) -> Size:
-        return as_pair(self.module.encoder.output_stride if self.module.requires_divisible_input_shape else 1)
-
-    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
-        """Decoders add maps of neighbouring strides: the map that follows must divide as the image does."""
-        name = find_stem(self.module, (self.module.encoder.out_channels[0], *image))
-        stride = as_pair(self.module.get_submodule(name).stride)
-        rows, step = image[0] // stride[0], max(1, self.unit[0] // stride[0])
-        return self.inside(name), max(1, round(rows * scale / step)) * step / rows

@@ -4,6 +4,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -19,7 +20,8 @@ from ..errors import DownresError
 from ..probe import find_stem, total_stride
 from ..records import PRUNE, Preprocessing
 from ..reductions.tokens import TokenState
-from .adapter import Adapter, KeepOutput, SetKeyword, Size, as_pair, impossible, no_mask, swap_class
+from .adapter import Adapter, KeepOutput, Merging, SetKeyword, Size, as_pair, impossible, no_mask, swap_class
+from .patches import put
 from .timm_rebuild import rebuild
 from .timm_scale import scale_vit
 
@@ -81,7 +83,6 @@ def _is_of_fixed_size(module: nn.Module) -> bool:
 class Resizable(Adapter):
     """Whatever timm resizes by `set_input_size`: Swin, SwinV2, MaxViT, BEiT, … whose tokens are no plain sequence."""
 
-    module: Any  # timm's, with attributes that nn.Module does not declare
     why_no_sequence = "its attention needs the grid: windows, or a table of relative positions"
 
     @property
@@ -112,7 +113,7 @@ class Resizable(Adapter):
             return ratio, ratio
         if getattr(self.embedding, "dynamic_img_pad", False):
             return 1, 1  # it pads by itself
-        return self.patch or (1, 1)
+        return super().unit
 
     def fit(self, image: Size, patch: Size | None) -> str:
         given: dict[str, Any] = {"img_size": image}
@@ -127,48 +128,45 @@ class Resizable(Adapter):
 
     def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
         self.sure = False
-        name, exact, smaller = _behind_embedding(self.module, image, scale, self.patch or self.unit)
+        name, unit = find_stem(self.module, (_channels(self.module), *image)), self._step(image)
+        stem = self.module.get_submodule(name)
+        if unit == (1, 1) and isinstance(stem, nn.Conv2d):
+            unit = as_pair(stem.stride)
+        # The factor that gives the map whole numbers, and the size of an image that has such a map.
+        exact = max(1, round(image[0] // unit[0] * scale)) * unit[0] / image[0]
+        smaller = round(image[0] * exact), max(1, round(image[1] // unit[1] * exact)) * unit[1]
         if self.image is not None:
             self.fit(smaller, None)
-            if self.embedding is not None and hasattr(self.embedding, "img_size"):
-                self.embedding.img_size = image  # it alone still sees all pixels
+            embedding = self._embedding_of(name)
+            if hasattr(embedding, "img_size"):
+                embedding.img_size = image  # it alone still sees all pixels
         return self.inside(name), exact
 
+    def _step(self, image: Size) -> Size:
+        """What the sides of the map are counted in, in pixels; (1, 1) for the stride of the first convolution."""
+        return self.patch or self.unit
 
-def _behind_embedding(module: nn.Module, image: Size, scale: float, unit: Size) -> tuple[str, float, Size]:
-    """The first convolution, the factor that gives its map whole numbers, and the size of an image that has such a map."""
-    name = find_stem(module, (_channels(module), *image))
-    stem = module.get_submodule(name)
-    if unit == (1, 1) and isinstance(stem, nn.Conv2d):
-        unit = as_pair(stem.stride)
-    exact = max(1, round(image[0] // unit[0] * scale)) * unit[0] / image[0]
-    return name, exact, (round(image[0] * exact), max(1, round(image[1] // unit[1] * exact)) * unit[1])
+    def _embedding_of(self, stem: str) -> Any:
+        return self.embedding
 
 
 def _channels(module: nn.Module) -> int:
     return next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
 
 
-class Rebuilt(Adapter):
+class Rebuilt(Resizable):
     """Whatever timm builds for one size and cannot resize: CaiT, CoaT, GC-ViT, Hiera, LeViT, PiT, TNT, VOLO, …"""
 
-    module: Any
     why_no_sequence = "it is no plain ViT: downres knows no list of like blocks in it"
+    unit = Adapter.unit
 
     @property
     def image(self) -> Size:  # type: ignore[override]
-        size = getattr(getattr(self.module, "patch_embed", None), "img_size", None)
-        size = size or getattr(self.module, "_traits", {}).get("img_size") or self.module.pretrained_cfg["input_size"][1:]
-        return as_pair(size)
+        return super().image or as_pair(self.module.pretrained_cfg["input_size"][1:])
 
     @property
     def patch(self) -> Size | None:  # type: ignore[override]
-        embedding = getattr(self.module, "patch_embed", None)
-        return as_pair(embedding.patch_size) if isinstance(embedding, PatchEmbed) else None
-
-    @property
-    def unit(self) -> Size:
-        return self.patch or (1, 1)
+        return as_pair(self.embedding.patch_size) if isinstance(self.embedding, PatchEmbed) else None
 
     def fit(self, image: Size, patch: Size | None) -> str:
         with warnings.catch_warnings(action="ignore"):
@@ -182,16 +180,12 @@ class Rebuilt(Adapter):
         self.module._traits = {**getattr(self.module, "_traits", {}), "img_size": image}
         return done
 
-    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
+    def _step(self, image: Size) -> Size:
         stride = total_stride(self.module, image, _channels(self.module))  # its maps halve evenly in multiples of this
-        unit = (1, 1) if image[0] % stride or image[1] % stride else (stride, stride)
-        self.sure = False
-        name, exact, smaller = _behind_embedding(self.module, image, scale, unit)
-        self.fit(smaller, None)
-        embedding = self.module.get_submodule(name.rpartition(".")[0])
-        if hasattr(embedding, "img_size"):
-            embedding.img_size = image  # it alone still sees all pixels
-        return self.inside(name), exact
+        return (1, 1) if image[0] % stride or image[1] % stride else (stride, stride)
+
+    def _embedding_of(self, stem: str) -> Any:
+        return self.module.get_submodule(stem.rpartition(".")[0])
 
 
 class Plain(Resizable):
@@ -285,12 +279,13 @@ class _WholeMaps:
         return type(self.vit).forward_intermediates(self.vit, x, indices, *args, **kwargs)
 
 
+@dataclass
 class _LearnedRotations:
     """Rotations of all blocks on a pooled grid, from the frequencies as they are now: they may be trained or loaded."""
 
-    def __init__(self, rope: nn.Module, grid: Size) -> None:
-        self.rope, self.grid = rope, grid
-        self.found: Tensor | None = None
+    rope: Any
+    grid: Size
+    found: Tensor | None = None
 
 
 class _OwnRotation:
@@ -300,10 +295,10 @@ class _OwnRotation:
         self.learned, self.index, self.first, self.last = learned, index, first, last
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        learned: Any = self.learned
+        learned = self.learned
         if self.first:
             learned.found = learned.rope.get_embed(shape=list(learned.grid))
-        own = learned.found[self.index]
+        own = learned.found[self.index]  # type: ignore[index]
         if self.last:
             learned.found = None
         return args, {**kwargs, "rope": own}
@@ -352,107 +347,80 @@ class NaFlex(Plain):
                 proj.in_features = kernel.shape[1]
             else:
                 proj.kernel_size = proj.stride = patch
-            proj.weight = nn.Parameter(kernel.contiguous(), requires_grad=proj.weight.requires_grad)
+            put(proj, "weight", kernel.contiguous())
         embeds.patch_size = patch
         return "patch kernel resampled; position embeddings follow the grid in each run"
 
 
-class _MergingBlock(Block):
-    tokens: TokenState
-    index: int
+class _MergingBlock(Merging, Block):
+    def attended(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=mask)))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        no_mask(attn_mask, is_causal)
-        self.tokens.enter(self.index)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=self.tokens.mask(x))))
-        x = self.tokens.shrink(self.index, x)
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return self.tokens.leave(self.index, x)
+    def widened(self, x: Tensor) -> Tensor:
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class _MergingResPostBlock(ResPostBlock):
-    tokens: TokenState
-    index: int
+class _MergingResPostBlock(Merging, ResPostBlock):
+    def attended(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return x + self.drop_path1(self.norm1(self.attn(x, attn_mask=mask)))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        no_mask(attn_mask, is_causal)
-        self.tokens.enter(self.index)
-        x = x + self.drop_path1(self.norm1(self.attn(x, attn_mask=self.tokens.mask(x))))
-        x = self.tokens.shrink(self.index, x)
-        x = x + self.drop_path2(self.norm2(self.mlp(x)))
-        return self.tokens.leave(self.index, x)
+    def widened(self, x: Tensor) -> Tensor:
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
 
 
-def _turn(tokens: TokenState, rope: Tensor | None, attention: nn.Module) -> None:
-    """Keys as the class token attends to them, rotated; for pruning only, merging compares them as they were before."""
-    if rope is not None and tokens.by == PRUNE and tokens.keys is not None:
-        keys, half = tokens.keys, bool(getattr(attention, "rotate_half", False))
-        patches = apply_rot_embed_cat(keys[:, :, tokens.prefix :], rope, half=half)
-        tokens.keys = torch.cat([keys[:, :, : tokens.prefix], patches.to(keys.dtype)], dim=2)
+class _Turning(Merging):
+    """With rotary embeddings."""
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, *masks: Any, **named_masks: Any) -> Tensor:
+        no_mask(*masks, *named_masks.values())
+        return self.merging(x, rope=rope)
+
+    def attention(self: Any, x: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
+        tokens, rope = self.tokens, self.tokens.of_tokens(rope)
+        out = self.attn(x, rope=rope, attn_mask=mask)
+        # Keys as the class token attends to them, rotated; for pruning only, merging compares them as they were before.
+        if rope is not None and tokens.by == PRUNE and tokens.keys is not None:
+            keys, half = tokens.keys, bool(getattr(self.attn, "rotate_half", False))
+            patches = apply_rot_embed_cat(keys[:, :, tokens.prefix :], rope, half=half)
+            tokens.keys = torch.cat([keys[:, :, : tokens.prefix], patches.to(keys.dtype)], dim=2)
+        return out
 
 
-class _MergingEvaBlock(EvaBlock):
-    tokens: TokenState
-    index: int
+class _MergingEvaBlock(_Turning, EvaBlock):
+    def attended(self, x: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
+        out = self.attention(self.norm1(x), mask, rope)
+        return x + self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out)
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        no_mask(attn_mask, is_causal)
-        self.tokens.enter(self.index)
-        rope = self.tokens.of_tokens(rope)
-        attended = self.attn(self.norm1(x), rope=rope, attn_mask=self.tokens.mask(x))
-        _turn(self.tokens, rope, self.attn)
-        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
-        x = self.tokens.shrink(self.index, x)
+    def widened(self, x: Tensor) -> Tensor:
         out = self.mlp(self.norm2(x))
-        x = x + self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
-        return self.tokens.leave(self.index, x)
+        return x + self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
 
 
-class _MergingEvaBlockPostNorm(EvaBlockPostNorm):
-    tokens: TokenState
-    index: int
+class _MergingEvaBlockPostNorm(_Turning, EvaBlockPostNorm):
+    def attended(self, x: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
+        return x + self.drop_path1(self.norm1(self.attention(x, mask, rope)))
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        no_mask(attn_mask, is_causal)
-        self.tokens.enter(self.index)
-        rope = self.tokens.of_tokens(rope)
-        x = x + self.drop_path1(self.norm1(self.attn(x, rope=rope, attn_mask=self.tokens.mask(x))))
-        _turn(self.tokens, rope, self.attn)
-        x = self.tokens.shrink(self.index, x)
-        x = x + self.drop_path2(self.norm2(self.mlp(x)))
-        return self.tokens.leave(self.index, x)
+    def widened(self, x: Tensor) -> Tensor:
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
 
 
-class _MergingParallelScalingBlock(ParallelScalingBlock):
+class _MergingParallelScalingBlock(Merging, ParallelScalingBlock):
     """Attention and MLP side by side: there is no place between them, tokens merge behind both."""
 
-    tokens: TokenState
-    index: int
+    def attended(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return ParallelScalingBlock.forward(self, x, attn_mask=mask)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        no_mask(attn_mask, is_causal)
-        self.tokens.enter(self.index)
-        x = super().forward(x, attn_mask=self.tokens.mask(x))
-        x = self.tokens.shrink(self.index, x)
-        return self.tokens.leave(self.index, x)
+    def widened(self, x: Tensor) -> Tensor:
+        return x
 
 
-class _MergingParallelThingsBlock(ParallelThingsBlock):
-    tokens: TokenState
-    index: int
+class _MergingParallelThingsBlock(Merging, ParallelThingsBlock):
+    def attended(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        branches: list[Any] = list(self.attns)
+        return x + sum(b.drop_path(b.ls(b.attn(b.norm(x), attn_mask=mask))) for b in branches)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        no_mask(attn_mask, is_causal)
-        self.tokens.enter(self.index)
-        mask, branches = self.tokens.mask(x), list(self.attns)
-        attended: list[Any] = [b.drop_path(b.ls(b.attn(b.norm(x), attn_mask=mask))) for b in branches]  # type: ignore[operator, union-attr]
-        x = self.tokens.shrink(self.index, x + sum(attended))
-        x = x + torch.stack([ffn(x) for ffn in self.ffns]).sum(dim=0)
-        return self.tokens.leave(self.index, x)
+    def widened(self, x: Tensor) -> Tensor:
+        return x + torch.stack([ffn(x) for ffn in self.ffns]).sum(dim=0)
 
 
 _MERGING = {

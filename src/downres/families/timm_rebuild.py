@@ -12,11 +12,12 @@ from typing import Any, TypeGuard
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
+from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from ..errors import DownresError
-from .adapter import Size, as_pair, impossible
+from .adapter import Size, as_pair, dotted, impossible
+from .patches import resize_positions, resize_relative_positions
 
 _SIMPLE = (int, float, str, bool, tuple, list, type(None))
 _IS_POSITION = re.compile(r"pos|(^|_)rel|bias_table|attention_biases")
@@ -44,7 +45,7 @@ def rebuild(module: Any, old: Size, new: Size, patch: Size | None = None) -> str
                     continue
                 mine = getattr(own.get(name), kind, {}).get(key)
                 if mine is None or like is None or mine.shape != like.shape:
-                    raise impossible(module, new, f"{_dotted(name, key)} is not as timm makes it")
+                    raise impossible(module, new, f"{dotted(name, key)} is not as timm makes it")
                 if kind == "_buffers":
                     found = small.to(mine.device)
                     found = found.to(mine.dtype) if mine.is_floating_point() else found
@@ -52,7 +53,7 @@ def rebuild(module: Any, old: Size, new: Size, patch: Size | None = None) -> str
                     with torch.no_grad():
                         values = _resampled(key, mine, before[name], after[name], small, grids)
                     if values is None:
-                        raise _does_not_follow(module, new, _dotted(name, key))
+                        raise _does_not_follow(module, new, dotted(name, key))
                     found = nn.Parameter(values, requires_grad=mine.requires_grad)
                     resampled += 1
                 getattr(own[name], kind)[key] = found
@@ -86,10 +87,6 @@ def _alike(one: Tensor, other: Tensor, kind: str) -> bool:
     return one.shape == other.shape and (kind == "_parameters" or torch.equal(one, other))
 
 
-def _dotted(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key
-
-
 def _pairs(before: dict[str, nn.Module], after: dict[str, nn.Module]) -> list[tuple[Size, Size]]:
     """The grids that the two networks note of themselves, where they differ."""
     found = []
@@ -113,9 +110,9 @@ def _resampled(key: str, mine: Tensor, before: Any, after: Any, like: Tensor, gr
     if mine.ndim != like.ndim or not _IS_POSITION.search(key):
         return None
     if "relative_position_bias_table" in key:
-        return resize_rel_pos_bias_table(mine, after.window_size, tuple(new), old_window_size=before.window_size)
+        return resize_relative_positions(mine, before.window_size, after.window_size, tuple(new))
     if key == "attention_biases":  # LeViT: (heads, rows·columns) of distances
-        return _flat(mine, -1, _resolution(before), _resolution(after))
+        return _flat(mine, -1, as_pair(before.resolution), as_pair(after.resolution))
     if mine.ndim == 4 and old[1] == new[1] and old[3] == new[3] and _square(old[2]) and _square(new[2]):  # NesT
         sides = math.isqrt(old[2]), math.isqrt(new[2])
         return _flat(mine, 2, (sides[0],) * 2, (sides[1],) * 2)
@@ -124,16 +121,9 @@ def _resampled(key: str, mine: Tensor, before: Any, after: Any, like: Tensor, gr
         for (h, w), (rows, columns) in pairs:
             prefix = old[1] - h * w
             if 0 <= prefix <= 2 and prefix == new[1] - rows * columns:
-                return resample_abs_pos_embed(mine, [rows, columns], old_size=[h, w], num_prefix_tokens=prefix)
+                return resize_positions(mine, (h, w), (rows, columns), prefix)
         return None
-    found = mine.float()
-    for axis, (n, m) in enumerate(zip(old, new, strict=True)):
-        found = found if n == m else _axis(found, axis, m)
-    return found.to(mine.dtype)
-
-
-def _resolution(attention: Any) -> Size:
-    return as_pair(attention.resolution)
+    return _stretched(mine, tuple(new))
 
 
 def _square(n: int) -> bool:
@@ -145,17 +135,17 @@ def _flat(table: Tensor, axis: int, old: Size, new: Size) -> Tensor | None:
     axis %= table.ndim
     if math.prod(old) != table.shape[axis]:
         return None
-    found = table.float().unflatten(axis, old)
-    for i in (0, 1):
-        found = _axis(found, axis + i, new[i])
-    return found.flatten(axis, axis + 1).to(table.dtype)
+    shape = (*table.shape[:axis], *new, *table.shape[axis + 1 :])
+    return _stretched(table.unflatten(axis, old), shape).flatten(axis, axis + 1)
 
 
-def _axis(table: Tensor, axis: int, size: int) -> Tensor:
-    """Cubic, antialiased, along one axis; two of them make what `interpolate` does in two dimensions."""
-    if table.shape[axis] == size:
-        return table
-    moved = table.movedim(axis, -1)
-    rows = moved.reshape(1, 1, -1, moved.shape[-1])
-    found = F.interpolate(rows, size=(rows.shape[2], size), mode="bicubic", antialias=True)
-    return found.reshape(*moved.shape[:-1], size).movedim(-1, axis)
+def _stretched(table: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Cubic, antialiased, axis by axis; two of them make what `interpolate` does in two dimensions."""
+    found = table.float()
+    for axis, size in enumerate(shape):
+        if found.shape[axis] != size:
+            moved = found.movedim(axis, -1)
+            rows = moved.reshape(1, 1, -1, moved.shape[-1])
+            rows = F.interpolate(rows, size=(rows.shape[2], size), mode="bicubic", antialias=True)
+            found = rows.reshape(*moved.shape[:-1], size).movedim(-1, axis)
+    return found.to(table.dtype)

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from ..errors import DownresError
+from .adapter import said
 
 WIDTH_TOLERANCE = 0.005 + 1e-9
 """A width with two decimals stands for the nearest whole number of heads: 0.67 of 6 heads are 4."""
@@ -50,8 +51,7 @@ def scale_vit(vit: Any, depth: int | None, width: float, name: str = "") -> nn.M
         with torch.device(like.device):
             found = build(**{**given, **smaller}).to(like.dtype).train(vit.training)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # what timm's constructors object with
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DownresError(f"timm cannot make this {type(vit).__name__} smaller ({text}): {OTHERWISE}") from error
+        raise DownresError(f"timm cannot make this {type(vit).__name__} smaller ({said(error)}): {OTHERWISE}") from error
     if not _is_scaled(found.blocks[0], vit.blocks[0], scaled / heads):
         raise DownresError(f"timm makes not every layer of this {type(vit).__name__} ×{width:g} as wide: {OTHERWISE}")
     for key in ("pretrained_cfg", "default_cfg"):

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torchvision.models as models
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import SwinTransformer
@@ -17,7 +16,8 @@ from ..parse import format_resolution
 from ..records import Preprocessing
 from ..reductions.resize import scaled_size
 from ..reductions.tokens import TokenState
-from .adapter import Adapter, Size, as_pair, impossible, packed_attention, swap_class
+from .adapter import Adapter, Merging, Size, as_pair, impossible, packed_attention, swap_class
+from .patches import put, resize_kernel, resize_positions
 
 
 def names() -> list[str]:
@@ -76,7 +76,6 @@ def adapter(name: str, module: nn.Module) -> Adapter | None:
 class Vit(Adapter):
     """`vit_b_16` and its kin, also those with a stem of convolutions in place of patches."""
 
-    module: Any  # torchvision's, with attributes that nn.Module does not declare
     prefix, class_token = 1, True
 
     @property
@@ -98,16 +97,11 @@ class Vit(Adapter):
                 raise impossible(vit, image, "it is derived from torchvision's VisionTransformer, which takes square images")
             vit.__class__ = _AnyAspect
         if patch is not None and patch != self.patch:
-            with torch.no_grad():
-                kernel = resample_patch_embed(vit.conv_proj.weight, list(patch))
-            vit.conv_proj.weight = nn.Parameter(kernel, requires_grad=vit.conv_proj.weight.requires_grad)
-            vit.conv_proj.kernel_size = vit.conv_proj.stride = patch
+            resize_kernel(vit.conv_proj, patch)
             vit.patch_size = patch[0]
         vit.image_size = image[0] if image[0] == image[1] else image
-        new, positions = self.grid(image), vit.encoder.pos_embedding
-        with torch.no_grad():
-            resampled = resample_abs_pos_embed(positions, list(new), old_size=list(old), num_prefix_tokens=self.prefix)
-        vit.encoder.pos_embedding = nn.Parameter(resampled, requires_grad=positions.requires_grad)
+        new = self.grid(image)
+        put(vit.encoder, "pos_embedding", resize_positions(vit.encoder.pos_embedding, old, new, self.prefix))
         vit.seq_length = math.prod(new) + self.prefix
         return "position embedding and patch kernel resampled"
 
@@ -128,21 +122,17 @@ class _AnyAspect(VisionTransformer):
         return self.conv_proj(x).flatten(2).transpose(1, 2)
 
 
-class _MergingBlock(EncoderBlock):
-    tokens: TokenState
-    index: int
+class _MergingBlock(Merging, EncoderBlock):
+    def attended(self: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+        return x + self.dropout(packed_attention(self.self_attention, self.ln_1(x), self.tokens))
 
-    def forward(self, input: Tensor) -> Tensor:
-        self.tokens.enter(self.index)
-        x = input + self.dropout(packed_attention(self.self_attention, self.ln_1(input), self.tokens))
-        x = self.tokens.shrink(self.index, x)
-        return self.tokens.leave(self.index, x + self.mlp(self.ln_2(x)))
+    def widened(self: Any, x: Tensor) -> Tensor:
+        return x + self.mlp(self.ln_2(x))
 
 
 class Swin(Adapter):
     """`swin_*` and `swin_v2_*` pad to whole windows in each run: they take any size as they are."""
 
-    module: Any
     why_no_sequence = "its attention needs the grid: windows"
 
     @property
@@ -158,13 +148,9 @@ class Swin(Adapter):
         return 1, 1  # the convolution leaves out what does not fill a patch
 
     def fit(self, image: Size, patch: Size | None) -> str:
-        conv = self._embedding
         if patch is None:
             return "as it takes any size"
-        with torch.no_grad():
-            kernel = resample_patch_embed(conv.weight, list(patch))
-        conv.weight = nn.Parameter(kernel, requires_grad=conv.weight.requires_grad)
-        conv.kernel_size = conv.stride = patch
+        resize_kernel(self._embedding, patch)
         return "patch kernel resampled"
 
     def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
@@ -174,7 +160,6 @@ class Swin(Adapter):
 class Windows(Adapter):
     """`maxvit_t`: the number of its windows is fixed when it is built, and their size with it."""
 
-    module: Any
     why_no_sequence = "its attention needs the grid: windows"
 
     @property

@@ -5,7 +5,6 @@ Imported only where it is asked for: the library takes seconds.
 """
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    AutoModelForSemanticSegmentation,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, AutoModelForSemanticSegmentation
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
@@ -29,7 +23,9 @@ from ..errors import DownresError
 from ..parse import format_resolution
 from ..records import Preprocessing
 from . import transformers_vit  # noqa: F401  (refuses versions of the library that are too old)
-from .adapter import Size, as_pair, find_adapter
+from .adapter import Size, as_pair
+from .find import find_adapter
+from .options import nearest
 from .weights import read_checkpoint
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -126,12 +122,8 @@ def _configuration(name: str) -> Any:
 
 
 def _unknown(kind: str, where: str = "and there is no such folder") -> DownresError:
-    near = difflib.get_close_matches(kind.lower(), names(), n=3, cutoff=0.45)
-    hint = (
-        f"did you mean {', '.join(near)}?"
-        if near
-        else "give a folder with config.json, a hub name org/name, or for example vit."
-    )
+    otherwise = "give a folder with config.json, a hub name org/name, or for example vit."
+    hint = nearest(kind, names(), otherwise, cutoff=0.45)
     return DownresError(f"transformers has no classifier or segmentation network {kind!r}, {where}: {hint}")
 
 
@@ -210,11 +202,8 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
         said = f"assumed: ImageNet's mean and std, {how}; {format_resolution(size)} px"
         said += " by the configuration" if known or not dense else ""
         channels = getattr(config, "num_channels", 3)
-        if channels != 3:
-            return Preprocessing(
-                size, ratio, mean=(0.5,) * channels, std=(0.5,) * channels, source=said, fit=fit, any_size=not known
-            )
-        return Preprocessing(size, ratio, source=said, fit=fit, any_size=not known)
+        halves: dict[str, Any] = {} if channels == 3 else {"mean": (0.5,) * channels, "std": (0.5,) * channels}
+        return Preprocessing(size, ratio, source=said, fit=fit, any_size=not known, **halves)
     size, crop_ratio, notes = (_whole if dense else _geometry)(processor, fixed or stated)
     if fixed is not None and size != fixed:
         notes.append(f"size {format_resolution(size)} not followed: the network takes {format_resolution(fixed)}")

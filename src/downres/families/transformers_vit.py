@@ -1,12 +1,10 @@
 """The vision transformers of the transformers library: made for other sizes and patches, with fewer tokens block by block."""
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
 from transformers import __version__
 from transformers.models.beit.modeling_beit import BeitEmbeddings, BeitModel, BeitRelativePositionBias
@@ -30,7 +28,8 @@ from ..parse import format_resolution
 from ..records import PRUNE
 from ..reductions.resize import scaled_size
 from ..reductions.tokens import TokenState
-from .adapter import Adapter, KeepOutput, SetKeyword, Size, as_pair, no_mask, swap_class
+from .adapter import Adapter, KeepOutput, Merging, SetKeyword, Size, as_pair, no_mask, swap_class
+from .patches import put, resize_kernel, resize_positions, resize_relative_positions, restated
 
 if tuple(map(int, __version__.split(".")[:2])) < (5, 21):  # layers and their projections were named otherwise before
     raise ImportError(f"{__version__} is installed, 5.21 is needed")
@@ -40,10 +39,7 @@ _ADDITIVE = ("eager", "sdpa")
 
 
 def adapter(name: str, module: nn.Module) -> Adapter | None:
-    for kind, classes in _KINDS.items():
-        if isinstance(module, classes):
-            return kind(name, module)
-    return None
+    return next((kind(name, module) for kind, classes in _KINDS.items() if isinstance(module, classes)), None)
 
 
 class _Patches(Adapter):
@@ -52,67 +48,62 @@ class _Patches(Adapter):
     `fit` always starts from the tensors found here, so that nothing is resampled twice.
     """
 
-    module: Any
-
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
         self.embeddings: Any = self.module.embeddings
-        self.config: Any = module.config
+        self.config: Any = self.module.config
         path, self.convolution = next((n, m) for n, m in self.embeddings.named_modules() if isinstance(m, nn.Conv2d))
         self.convolution_name = self.inside(f"embeddings.{path}")
         self.kernel = self.convolution.weight
         table = getattr(self.embeddings, "position_embedding", None)  # SigLIP and CLIP look positions up in an nn.Embedding
         learned = getattr(self.embeddings, "position_embeddings", None) if table is None else table.weight
         self.positions = None if learned is None else learned.detach().reshape(1, -1, learned.shape[-1])
-        self.original_grid = self.grid(self._made_for)
-
-    @property
-    def _made_for(self) -> Size:
-        return as_pair(self.config.image_size)
+        self.original_grid = self.grid(as_pair(self.config.image_size))
 
     @property
     def image(self) -> Size | None:  # type: ignore[override]
-        return self._made_for
+        return as_pair(self.config.image_size)
 
     @property
     def patch(self) -> Size:  # type: ignore[override]
         return as_pair(self.config.patch_size)
 
-    def _refit(self, image: Size, patch: Size, grid: Size) -> None:
-        """Kernel for `patch`, positions for `grid`, and every attribute that states a size. The config is the copy's own."""
-        if patch != tuple(self.kernel.shape[-2:]):
-            weight = resample_patch_embed(self.kernel.detach(), list(patch))
-        else:
-            weight = self.kernel.detach()
-        self.convolution.weight = nn.Parameter(weight, self.kernel.requires_grad)
-        self.convolution.kernel_size = self.convolution.stride = patch
+    def fit(self, image: Size, patch: Size | None) -> str:
+        patch = patch or self.patch
+        return self._refit(image, patch, (image[0] // patch[0], image[1] // patch[1]))
+
+    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
+        self._refit(image, self.patch, scaled_size(self.grid(image), scale))
+        return self.convolution_name, scale
+
+    def _refit(self, image: Size, patch: Size, grid: Size) -> str:
+        """Kernel for `patch`, positions for `grid`, and every attribute that states a size. The config is the copy's own.
+
+        Says what was done, in words.
+        """
+        resize_kernel(self.convolution, patch, self.kernel)
         if self.positions is not None:
             extra = self.positions.shape[1] - self.original_grid[0] * self.original_grid[1]
-            self._set_positions(resample_abs_pos_embed(self.positions, list(grid), list(self.original_grid), extra))
-        count = grid[0] * grid[1]
-        stated = {"image_size": image, "patch_size": patch, "num_patches": count, "grid_size": grid, "patch_grid": grid}
-        inner = getattr(self.embeddings, "patch_embeddings", None)
-        for owner in (self.config, self.embeddings, inner):
+            self._set_positions(resize_positions(self.positions, self.original_grid, grid, extra))
+        stated = {"image_size": image, "patch_size": patch, "grid_size": grid, "patch_grid": grid}
+        owners: tuple[Any, ...] = self.config, self.embeddings, getattr(self.embeddings, "patch_embeddings", None)
+        for owner in owners:
+            if hasattr(owner, "num_patches"):
+                owner.num_patches = grid[0] * grid[1]
             for key, value in stated.items():
                 if hasattr(owner, key):
-                    # One number stays one number: the library divides by some of them.
-                    short = isinstance(getattr(owner, key), int) and isinstance(value, tuple) and value[0] == value[1]
-                    setattr(owner, key, value[0] if short else value)  # type: ignore[index]
+                    setattr(owner, key, restated(getattr(owner, key), value))
+        return "patch kernel and positions resampled"
 
     def _set_positions(self, positions: Tensor) -> None:
         """positions: (1, prefix + N, C)."""
         table = getattr(self.embeddings, "position_embedding", None)
         if table is None:
-            learned = self.embeddings.position_embeddings
-            self.embeddings.position_embeddings = nn.Parameter(positions, learned.requires_grad)
+            put(self.embeddings, "position_embeddings", positions)
             return
-        table.weight = nn.Parameter(positions[0], table.weight.requires_grad)
+        put(table, "weight", positions[0])
         table.num_embeddings = self.embeddings.num_positions = positions.shape[1]
         self.embeddings.position_ids = torch.arange(positions.shape[1], device=positions.device)[None]
-
-    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
-        self._refit(image, self.patch, scaled_size(self.grid(image), scale))
-        return self.convolution_name, scale
 
 
 class Plain(_Patches):
@@ -128,7 +119,7 @@ class Plain(_Patches):
             return None
         if isinstance(self.module, (Dinov2Model, Dinov2WithRegistersModel)) and not isinstance(self.embeddings, _Fitted):
             return None
-        return self._made_for
+        return super().image
 
     @property
     def prefix(self) -> int:  # type: ignore[override]
@@ -142,9 +133,8 @@ class Plain(_Patches):
     def class_token(self) -> bool:  # type: ignore[override]
         return self.prefix > 0
 
-    def fit(self, image: Size, patch: Size | None) -> str:
-        patch = patch or self.patch
-        self._refit(image, patch, (image[0] // patch[0], image[1] // patch[1]))
+    def _refit(self, image: Size, patch: Size, grid: Size) -> str:
+        super()._refit(image, patch, grid)
         if self.positions is None:
             return "rotary embeddings follow"
         self.embeddings.__class__ = _FITTED.get(type(self.embeddings), type(self.embeddings))
@@ -202,16 +192,9 @@ class Windowed(_Patches):
         found = [m for m in module.modules() if isinstance(m, SwinRelativePositionBias)]
         self.tables = {m: m.relative_position_bias_table for m in found}
 
-    def fit(self, image: Size, patch: Size | None) -> str:
-        patch = patch or self.patch
-        grid = image[0] // patch[0], image[1] // patch[1]
-        self._refit(image, patch, grid)
+    def _refit(self, image: Size, patch: Size, grid: Size) -> str:
+        super()._refit(image, patch, grid)
         return f"windows of {', '.join(map(str, self._fit_windows(grid)))} tokens a side, stage by stage"
-
-    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
-        found = super().fit_behind_embedding(image, scale)
-        self._fit_windows(scaled_size(self.grid(image), scale))
-        return found
 
     def _fit_windows(self, grid: Size) -> list[int]:
         """The side of the windows of each stage, for `grid` patch tokens in the first; later stages halve it, rounding up."""
@@ -240,7 +223,7 @@ class Windowed(_Patches):
         table, whole = self.tables[bias], self.config.window_size
         inner = slice(whole - side, whole + side - 1)
         cut = table.detach().unflatten(0, (2 * whole - 1, 2 * whole - 1))[inner, inner].flatten(0, 1)
-        bias.relative_position_bias_table = nn.Parameter(cut.clone(), table.requires_grad)
+        put(bias, "relative_position_bias_table", cut.clone())
         bias.window_size, bias.window_area = (side, side), side * side
         bias.relative_position_index = bias._create_relative_position_index().view(-1).to(table.device)
 
@@ -269,29 +252,18 @@ class Relative(_Patches):
         found = [m for m in module.modules() if isinstance(m, BeitRelativePositionBias)]
         self.tables = [(m, m.relative_position_bias_table, m.window_size) for m in found]
 
-    def fit(self, image: Size, patch: Size | None) -> str:
-        patch = patch or self.patch
-        self._fit_tables(image, patch, (image[0] // patch[0], image[1] // patch[1]))
-        return "tables of relative positions and position embeddings resampled once"
-
-    def fit_behind_embedding(self, image: Size, scale: float) -> tuple[str, float]:
-        self._fit_tables(image, self.patch, scaled_size(self.grid(image), scale))
-        return self.convolution_name, scale
-
-    def _fit_tables(self, image: Size, patch: Size, grid: Size) -> None:
-        self._refit(image, patch, grid)
-        self.embeddings.__class__, self.embeddings.fitted = _FittedBeit, image
+    def _refit(self, image: Size, patch: Size, grid: Size) -> str:
+        super()._refit(image, patch, grid)
+        self.embeddings.__class__, self.embeddings.fitted = _FITTED[BeitEmbeddings], image
         for bias, table, window in self.tables:
             shape = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, table.shape[1]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # timm's interpolation indexes in a way that torch warns of
-                resized = resize_rel_pos_bias_table(table.detach(), grid, shape, old_window_size=window)
-            bias.relative_position_bias_table = nn.Parameter(resized, table.requires_grad)
+            put(bias, "relative_position_bias_table", resize_relative_positions(table, window, grid, shape))
             bias.window_size, bias.num_relative_distance = grid, shape[0]
             bias.__class__ = _FittedBias
             bias.register_buffer("index", bias.generate_relative_position_index(grid).to(table.device, copy=True), False)
         for block in self.module.layers:
             block.patch_size = self.config.patch_size
+        return "tables of relative positions and position embeddings resampled once"
 
 
 class Pyramid(Adapter):
@@ -329,27 +301,6 @@ class _FittedFixed(_Fitted):
         return super().forward(*args, **{**kwargs, "interpolate_pos_encoding": True})  # type: ignore[misc]
 
 
-class _FittedViT(_FittedFixed, ViTEmbeddings): ...
-
-
-class _FittedDeiT(_FittedFixed, DeiTEmbeddings): ...
-
-
-class _FittedSiglip(_FittedFixed, SiglipVisionEmbeddings): ...
-
-
-class _FittedCLIP(_FittedFixed, CLIPVisionEmbeddings): ...
-
-
-class _FittedDinov2(_Fitted, Dinov2Embeddings): ...
-
-
-class _FittedDinov2WithRegisters(_Fitted, Dinov2WithRegistersEmbeddings): ...
-
-
-class _FittedBeit(_Fitted, BeitEmbeddings): ...
-
-
 class _FittedBias(BeitRelativePositionBias):
     index: Tensor
 
@@ -368,104 +319,63 @@ class _RefuseMask:
         no_mask(kwargs.get("attention_mask"))
 
 
-class _Merging:
-    tokens: TokenState
-    index: int
-
-    def _enter(self, x: Tensor) -> Tensor | None:
-        self.tokens.enter(self.index)
-        return self.tokens.mask(x)
+class _Merging(Merging):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **given: Any) -> Tensor:  # type: ignore[override]
+        return self.merging(hidden_states, **given)
 
 
 class _MergingViT(_Merging):
-    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        x, mask = hidden_states, self._enter(hidden_states)
-        x = x + self.dropout(self.attention(self.layernorm_before(x), mask, **kwargs)[0])
-        x = self.tokens.shrink(self.index, x)
-        x = x + self.dropout(self.mlp(self.layernorm_after(x)))
-        return self.tokens.leave(self.index, x)
+    def attended(self: Any, x: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
+        return x + self.dropout(self.attention(self.layernorm_before(x), mask, **given)[0])
+
+    def widened(self: Any, x: Tensor) -> Tensor:
+        return x + self.dropout(self.mlp(self.layernorm_after(x)))
 
 
 class _MergingDINO(_Merging):
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
+    def attended(
+        self: Any, x: Tensor, mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor] | None = None, **given: Any
     ) -> Tensor:
-        x, mask = hidden_states, self._enter(hidden_states)
         if position_embeddings is not None:
-            kwargs["position_embeddings"] = turns = tuple(map(self.tokens.of_tokens, position_embeddings))
-        attended, _ = self.attention(self.norm1(x), attention_mask=mask, **kwargs)
+            given["position_embeddings"] = turns = tuple(map(self.tokens.of_tokens, position_embeddings))
+        out, _ = self.attention(self.norm1(x), attention_mask=mask, **given)
         if position_embeddings is not None and self.tokens.by == PRUNE:  # the class token attends to keys that are turned
             self.tokens.queries, self.tokens.keys = apply_rotary_pos_emb(self.tokens.queries, self.tokens.keys, *turns)
-        x = x + self.drop_path(self.layer_scale1(attended))
-        x = self.tokens.shrink(self.index, x)
-        x = x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
-        return self.tokens.leave(self.index, x)
+        return x + self.drop_path(self.layer_scale1(out))
+
+    def widened(self: Any, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
 
 
 class _MergingCLIP(_Merging):
-    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        x, mask = hidden_states, self._enter(hidden_states)
-        x = x + self.self_attn(hidden_states=self.layer_norm1(x), attention_mask=mask, **kwargs)[0]
-        x = self.tokens.shrink(self.index, x)
-        x = x + self.mlp(self.layer_norm2(x))
-        return self.tokens.leave(self.index, x)
+    def attended(self: Any, x: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
+        return x + self.self_attn(hidden_states=self.layer_norm1(x), attention_mask=mask, **given)[0]
+
+    def widened(self: Any, x: Tensor) -> Tensor:
+        return x + self.mlp(self.layer_norm2(x))
 
 
-# Subclasses of the library's own: what it records of its layers, it records by their class.
+def _derived(first: type, *kinds: type) -> dict[type, type]:
+    """A subclass of each of the library's kinds with the methods of `first`; in this module under its name, as pickle asks.
+
+    Subclasses: what the library records of its layers, it records by their class.
+    """
+    found = {kind: type(f"{first.__name__}_{kind.__name__}", (first, kind), {"__module__": __name__}) for kind in kinds}
+    globals().update({made.__name__: made for made in found.values()})
+    return found
 
 
-class _MergingViTLayer(_MergingViT, ViTLayer): ...
-
-
-class _MergingDeiTLayer(_MergingViT, DeiTLayer): ...
-
-
-class _MergingDinov2Layer(_MergingDINO, Dinov2Layer): ...
-
-
-class _MergingDinov2WithRegistersLayer(_MergingDINO, Dinov2WithRegistersLayer): ...
-
-
-class _MergingDINOv3Layer(_MergingDINO, DINOv3ViTLayer): ...
-
-
-class _MergingSiglipLayer(_MergingCLIP, SiglipEncoderLayer): ...
-
-
-class _MergingCLIPLayer(_MergingCLIP, CLIPEncoderLayer): ...
-
-
-_MERGING: dict[type, type] = {
-    ViTLayer: _MergingViTLayer,
-    DeiTLayer: _MergingDeiTLayer,
-    Dinov2Layer: _MergingDinov2Layer,
-    Dinov2WithRegistersLayer: _MergingDinov2WithRegistersLayer,
-    DINOv3ViTLayer: _MergingDINOv3Layer,
-    SiglipEncoderLayer: _MergingSiglipLayer,
-    CLIPEncoderLayer: _MergingCLIPLayer,
+_MERGING = {
+    **_derived(_MergingViT, ViTLayer, DeiTLayer),
+    **_derived(_MergingDINO, Dinov2Layer, Dinov2WithRegistersLayer, DINOv3ViTLayer),
+    **_derived(_MergingCLIP, SiglipEncoderLayer, CLIPEncoderLayer),
 }
-_FITTED: dict[type, type] = {
-    ViTEmbeddings: _FittedViT,
-    DeiTEmbeddings: _FittedDeiT,
-    SiglipVisionEmbeddings: _FittedSiglip,
-    CLIPVisionEmbeddings: _FittedCLIP,
-    Dinov2Embeddings: _FittedDinov2,
-    Dinov2WithRegistersEmbeddings: _FittedDinov2WithRegisters,
+_FITTED = {
+    **_derived(_FittedFixed, ViTEmbeddings, DeiTEmbeddings, SiglipVisionEmbeddings, CLIPVisionEmbeddings),
+    **_derived(_Fitted, Dinov2Embeddings, Dinov2WithRegistersEmbeddings, BeitEmbeddings),
 }
 _KINDS: dict[type[Adapter], tuple[type, ...]] = {
-    Plain: (
-        ViTModel,
-        DeiTModel,
-        Dinov2Model,
-        Dinov2WithRegistersModel,
-        DINOv3ViTModel,
-        SiglipVisionModel,
-        CLIPVisionModel,
-    ),
+    Plain: (ViTModel, DeiTModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, SiglipVisionModel, CLIPVisionModel),
     Windowed: (SwinModel, Swinv2Model),
     Relative: (BeitModel,),
     Pyramid: (SegformerModel,),

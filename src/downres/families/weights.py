@@ -79,16 +79,12 @@ def match(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tenso
                     f"The weights are for a larger network of this kind: {len(more)} of the file's tensors have no place in it"
                     f" (first: {more[0]}): check the model's name and that the file belongs to it."
                 )
-            return {
-                k: v for k, v in renamed.items() if k in wanted
-            }, f"by name{f', prefix {prefix!r} removed' if prefix else ''}"
+            kept = {k: v for k, v in renamed.items() if k in wanted}
+            return kept, f"by name{f', prefix {prefix!r} removed' if prefix else ''}"
     ours, theirs = _in_order(wanted), _in_order(tensors)
-    if len(ours) == len(theirs) and all(
-        wanted[a].shape == tensors[b].shape and _kind(a) == _kind(b) for a, b in zip(ours, theirs, strict=True)
-    ):
-        return {
-            a: tensors[b] for a, b in zip(ours, theirs, strict=True)
-        }, f"by order: names differ, all {len(ours)} shapes agree"
+    pairs = dict(zip(ours, theirs, strict=False)) if len(ours) == len(theirs) else {}
+    if pairs and all(wanted[a].shape == tensors[b].shape and _kind(a) == _kind(b) for a, b in pairs.items()):
+        return {a: tensors[b] for a, b in pairs.items()}, f"by order: names differ, all {len(ours)} shapes agree"
     missing = sorted(_essential(wanted) - tensors.keys())
     extra = sorted(_essential(tensors) - wanted.keys())
     raise DownresError(

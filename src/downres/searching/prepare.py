@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import DownresError
 from ..families import Model, load_model
-from ..families.adapter import find_adapter
+from ..families.find import find_adapter
 from ..probe import total_stride
 from ..records import Candidate, Preprocessing, Record
 from ..reduction import divided_by, made_for
