@@ -63,7 +63,7 @@ def test_the_files_and_what_the_manifest_says(real_run):
         "model.onnx", "model.safetensors", "folds.safetensors", "manifest.json",
     }  # fmt: skip
     manifest = read_manifest(run.artifact)
-    assert manifest["format"] == 2 and manifest["candidate"]["resolution"] == 64
+    assert manifest["format"] == 3 and manifest["candidate"]["resolution"] == 64
     assert manifest["input"] == {"name": "input", "shape": ["batch", 3, 64, 64], "dtype": "float32"}
     assert manifest["output"] == {"name": "logits", "shape": ["batch", 2]}
     assert Preprocessing.from_json(manifest["preprocessing"]).hw == (64, 64)
