@@ -1,13 +1,15 @@
 """Imports run one way: a layer knows only what is below it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import downres
 
 SOURCE = Path(downres.__file__).parent
 LAYERS = (
-    ("errors", "environment"),
+    ("errors", "environment", "lazy"),
     ("parse",),
     ("records",),
     ("runtimes",),
@@ -24,6 +26,7 @@ LAYERS = (
     ("demo",),
     ("cli", "__init__"),
 )
+HEAVY = ("onnx", "onnxruntime", "sklearn", "scipy", "plotly", "jinja2", "transformers", "segmentation_models_pytorch")
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -68,3 +71,10 @@ def test_only_families_name_the_model_libraries() -> None:
                 roots.add(node.module)
         uses = {r for r in roots if r.startswith("timm.models") or r.startswith("torchvision.models") or r == "timm"}
         assert not uses or file.parent.name in ("families", "data"), (file, uses)
+
+
+def test_costs_import_nothing_that_runs_fits_or_draws() -> None:
+    """Seconds of every `downres cost`; torch and timm bring the rest of what it imports."""
+    code = f"import sys; from downres import costs; from downres.report import words; print(*sys.modules.keys() & {set(HEAVY)})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []

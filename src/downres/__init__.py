@@ -1,9 +1,8 @@
 """downres: compress vision models by letting them look at fewer pixels."""
 
-import importlib
-import sys
-import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import lazy
 
 if TYPE_CHECKING:
     from .artifact import Finding, MaskPrediction, Prediction, check, predict
@@ -68,27 +67,4 @@ _HOMES = {
     "reduction": ("Reduction", "reduce", "token_map"),
     "search": ("Run", "costs", "curve", "evaluate", "load_run", "recover", "search", "write_report"),
 }  # fmt: skip
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'downres' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
-
-class _Package(types.ModuleType):
-    """Python binds an imported submodule's name here; `search`, `recover` and `demo` must stay the functions."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+lazy(__name__, _HOMES)

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import gc
 import inspect
 import itertools
 import logging
@@ -19,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import DownresError
+from .lazy import no_collector
 from .runtimes.torch import plain_attention
 
 Seen = TypeVar("Seen")
@@ -43,7 +43,7 @@ def fake_run(model: nn.Module, input_size: tuple[int, ...], watch: Watch[Seen]) 
     size = batched(input_size)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with _no_collector(), _empty_caches(model):
+        with no_collector(), _empty_caches(model):
             tensors = itertools.chain(model.parameters(), model.buffers())
             known = {id(t): _faked(t, fake) for t in tensors if _is_plain(t)}
             with FakeCopyMode(fake):
@@ -123,18 +123,6 @@ def _content(cell: Any) -> tuple[Any, ...]:
         return (cell.cell_contents,)
     except ValueError:  # not filled yet
         return ()
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    """Tens of thousands of small objects are made here and soon dropped: Python's collector would take half of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -22,9 +22,9 @@ from ..probe import Answer, find_answer
 from ..records import PRUNE, Candidate, Cost, Dense, Merge
 from ..reduction import made_for, reduce
 from ..reductions.dense import Segmenter, check_size
-from ..report.families_picture import ORIGINAL, Row, write_families
+from ..report.rows import ORIGINAL, Row
+from .design import as_model, design_of
 from .plan import Design, default_resolutions, make_axes, plan
-from .task import as_model, design_of
 
 GIVEN = "given"
 """The family of candidates that came whole, in any combination."""
@@ -55,6 +55,8 @@ class Costs:
 
     def write_picture(self, path: str | os.PathLike[str]) -> Path:
         """The families as one self-contained HTML page: MACs against peak activation memory. Returns the path."""
+        from ..report.families_picture import write_families  # Plotly is needed for nothing else here
+
         return write_families(self.rows, path, self.model or "the model", self.batch_size, self.convention)
 
 

@@ -15,10 +15,9 @@ from torch import nn
 from ..data import Dataset, Fold, MaskDataset, MaskFolder, data_classes, find_masks, mask_classes, open_data, open_masks
 from ..data.mask_layouts import locate
 from ..errors import DownresError
-from ..families import Model, load_model
-from ..families.adapter import find_adapter
+from ..families import Model
 from ..parse import Resolution, as_hw
-from ..probe import Answer, find_answer, total_stride
+from ..probe import Answer, find_answer
 from ..records import LOGITS, Candidate, Dense, Preprocessing
 from ..recover import masks
 from ..recover.bank import Bank, State
@@ -26,8 +25,9 @@ from ..recover.features import FeatureBank
 from ..recover.head import Head
 from ..recover.ladder import split_tuning
 from ..recover.masks import MaskBank
-from ..reduction import divided_by, made_for, takes_any_size
+from ..reduction import made_for, takes_any_size
 from ..reductions.dense import check_size
+from .design import as_model, design_of
 from .plan import Design, check_trained
 
 Progress = Callable[[str, int, int], None]
@@ -312,31 +312,3 @@ def check_planned(candidates: list[Candidate], subject: Subject) -> None:
                 f"An answer to every pixel needs whole inputs, '{c}' would be cut or padded: give a resolution that the "
                 "network divides."
             )
-
-
-def as_model(model: Model | nn.Module | str, preprocessing: Preprocessing | None = None) -> Model:
-    """A specification, a bare module or a loaded model as a loaded model."""
-    if isinstance(model, str):
-        model = load_model(model)
-    if isinstance(model, nn.Module):
-        from ..families.generic import preprocessing as assumed
-
-        # Measured on the CPU in single precision, wherever and however the caller keeps it.
-        return Model(copy.deepcopy(model).cpu().float().eval(), preprocessing or assumed(model))
-    if preprocessing is not None:
-        model = dataclasses.replace(model, preprocessing=preprocessing)
-    return model
-
-
-def design_of(model: Model) -> Design:
-    """What a plan of candidates needs to know of the model."""
-    p, adapter = model.preprocessing, find_adapter(model.module)
-    patch = adapter.patch[0] if adapter is not None and adapter.patch is not None else None
-    original = made_for(model.module, p.hw)
-    return Design(
-        p.resolution,
-        total_stride(original, p.hw, len(p.mean)),
-        patch,
-        adapter is not None and bool(adapter.block_names()),
-        divided_by(original, p.hw, len(p.mean)),
-    )
