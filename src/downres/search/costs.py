@@ -152,7 +152,7 @@ class _Measuring:
         if candidate == Candidate(self.model.preprocessing.resolution):
             return measure_cost(self._answering(made_for(self.model.module, self.native)), size)
         try:
-            small = _hollow(self._reduced(self.weightless, candidate), "cpu")  # whose kernels decide what is alive
+            small = self._reduced(self.weightless, candidate)
             small.register_forward_pre_hook(_only_fake, prepend=True)
             return measure_cost(small, size)
         except Exception:  # something looked at numbers that are not there; the real one says what else is wrong
