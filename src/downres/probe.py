@@ -92,7 +92,7 @@ def _copied(value: Any, known: dict[int, Any]) -> Any:
         return value if kind is tuple else known.setdefault(id(value), set(value))
     if isinstance(value, nn.Module) and _is_copied_by_attributes(kind):
         known[id(value)] = made = kind.__new__(kind)
-        nn.Module.__setstate__(made, {k: v if type(v) in _AS_IS else _copied(v, known) for k, v in vars(value).items()})
+        made.__setstate__({k: v if type(v) in _AS_IS else _copied(v, known) for k, v in vars(value).items()})
         return made
     return copy.deepcopy(value, known)
 
@@ -105,7 +105,7 @@ def _is_copied_by_attributes(kind: type) -> bool:
     """Whether deepcopy of a module is a new object with copies of its attributes: the class has no other idea of it."""
     usual = all(
         getattr(kind, name, None) is getattr(nn.Module, name, None)
-        for name in ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__")
+        for name in ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__new__")
     )
     return usual and kind not in copyreg.dispatch_table and not any("__slots__" in vars(base) for base in kind.__mro__)
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import DownresError
 from ..families import Model, load_model
+from ..families.adapter import find_adapter
 from ..measure.cost import CONVENTION, measure_cost
 from ..parse import Resolution, as_hw
 from ..probe import Answer, find_answer
@@ -152,11 +153,20 @@ class _Measuring:
         if candidate == Candidate(self.model.preprocessing.resolution):
             return measure_cost(self._answering(made_for(self.model.module, self.native)), size)
         try:
-            small = self._reduced(self.weightless, candidate)
-            small.register_forward_pre_hook(_only_fake, prepend=True)
-            return measure_cost(small, size)
+            # A convnet is the same network at every resolution: `reduce` would copy it and change nothing.
+            as_it_is = self.convnet and candidate == Candidate(candidate.resolution)
+            small = self._answering(self.weightless) if as_it_is else self._reduced(self.weightless, candidate)
+            handle = small.register_forward_pre_hook(_only_fake, prepend=True)
+            try:
+                return measure_cost(small, size)
+            finally:
+                handle.remove()
         except Exception:  # something looked at numbers that are not there; the real one says what else is wrong
             return measure_cost(self._reduced(self.model.module, candidate), size)
+
+    @cached_property
+    def convnet(self) -> bool:
+        return find_adapter(self.weightless) is None
 
     @cached_property
     def weightless(self) -> nn.Module:
