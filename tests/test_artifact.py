@@ -346,7 +346,7 @@ def test_without_a_fitted_head_the_models_own_is_shipped(tiny, cells, tmp_path):
 
 
 def test_an_export_that_fails_leaves_the_old_artifact(shipped, tmp_path, monkeypatch):
-    folder, _, model = shipped
+    folder, dataset, model = shipped
     copied = shutil.copytree(folder, tmp_path / "best")
     before = {p.name: p.read_bytes() for p in copied.iterdir()}
 
@@ -355,12 +355,17 @@ def test_an_export_that_fails_leaves_the_old_artifact(shipped, tmp_path, monkeyp
 
     monkeypatch.setattr(write, "save_file", full)
     manifest = read_manifest(folder)
-    from downres.records import Result
+    from downres import Measuring, Question
+    from downres.recovery.state import State
+    from downres.searching.prepare import open_data, prepare_task
+    from downres.tasks.classification.quality import Quality
 
+    task = prepare_task(model, dataset, Question())
+    open_data(task, dataset, Measuring(), Question())
     with pytest.raises(OSError):
-        result = Result.from_json(manifest["result"])
+        result, original = (result_of(manifest[which], Quality) for which in ("result", "original"))
         write.export(
-            copied, model.module, preprocessing=model.preprocessing, result=result, recovery=result.recovery,
-            original=Result.from_json(manifest["original"]), classes=("a", "b"), source={},
+            copied, model.module, task, preprocessing=model.preprocessing, state=State.from_json(manifest["state"]),
+            result=result, recovery=result.recovery, original=original, source={},
         )  # fmt: skip
     assert {p.name: p.read_bytes() for p in copied.iterdir()} == before

@@ -1,13 +1,15 @@
 """Imports run one way: a layer knows only what is below it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import downres
 
 SOURCE = Path(downres.__file__).parent
 LAYERS = (
-    ("errors", "environment"),
+    ("errors", "environment", "lazy"),
     ("parse",),
     ("records",),
     ("engines",),
@@ -24,6 +26,7 @@ LAYERS = (
     ("searching",),
     ("cli", "__init__"),
 )
+HEAVY = ("onnx", "onnxruntime", "sklearn", "scipy", "plotly", "jinja2", "transformers", "segmentation_models_pytorch")
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -118,3 +121,10 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 def test_no_modules_import_each_other() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"e"}}) == [{"b", "c"}, {"e"}]
     assert [circle for circle in circles(module_graph(SOURCE)) if circle not in KNOWN_CIRCLES] == []
+
+
+def test_costs_import_nothing_that_runs_fits_or_draws() -> None:
+    """Seconds of every `downres cost`; torch and timm bring the rest of what it imports."""
+    code = f"import sys; from downres import costs; from downres.reports import words; print(*sys.modules.keys() & {set(HEAVY)})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []

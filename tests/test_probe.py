@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from downres.errors import DownresError
-from downres.probe import Answer, find_answer, input_size_of, logits_of
+from downres.probe import Answer, copied_with, find_answer, input_size_of, logits_of
 
 
 class Wrapped(nn.Module):
@@ -152,3 +152,22 @@ def test_input_size_of():
     for config in ({}, {"input_size": None}, None):
         net.pretrained_cfg = config
         assert input_size_of(net) == (3, 224, 224)
+
+
+class OwnCopy(nn.Module):
+    def __deepcopy__(self, memo):
+        return OwnCopy()
+
+
+def test_a_copy_by_hand_is_deepcopys():
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.MultiheadAttention(4, 2))
+    model = nn.ModuleDict({"a": inner, "b": inner, "own": OwnCopy()})
+    model.options, model.loop, model.sizes = {"x": [1, {2}, (3, [4])]}, [model], {7, 8}
+    made = copied_with(model, {})
+    assert made["a"] is made["b"] and made["a"] is not inner and made.loop[0] is made
+    assert made.options == model.options and made.options["x"][2][1] is not model.options["x"][2][1]
+    assert made.sizes == model.sizes and made.sizes is not model.sizes
+    assert made["own"] is not model["own"] and str(made) == str(model) and made.training
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(made.parameters(), model.parameters(), strict=True))
+    assert made.state_dict().keys() == model.state_dict().keys()
+    assert vars(made["a"][0]).keys() == vars(inner[0]).keys()

@@ -17,7 +17,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from downres.searching.demo import demo_model
 from onnx.utils import Extractor
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -29,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from downres import Candidate, DownresError, Preprocessing, load_model
 from downres.engines.onnxruntime import OnnxRuntime
 from downres.images.preprocess import preprocess
+from downres.searching.demo import demo_model
 from downres.tasks.segmentation.quality import Tallies, tally
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "vit_catdog.py"

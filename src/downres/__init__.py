@@ -1,7 +1,8 @@
 """downres: compress vision models by letting them look at fewer pixels."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import lazy
 
 if TYPE_CHECKING:
     from .artifacts import Finding, check, predict
@@ -96,16 +97,4 @@ _HOMES = {
     "tasks.segmentation.quality": ("SegmentationQuality",),
     "tasks.segmentation.task": ("MaskPrediction",),
 }  # fmt: skip
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'downres' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -1,7 +1,6 @@
 """`reduce`: a new model that looks at fewer pixels or tokens, with the inputs and outputs of the original."""
 
 import contextlib
-import copy
 import dataclasses
 import difflib
 import warnings
@@ -17,7 +16,7 @@ from .families.adapter import Adapter, Size, said
 from .families.find import find_adapter, library_transformers
 from .models.regseg import RegSeg
 from .parse import Resolution, as_hw, format_resolution
-from .probe import Answer, fake_run, find_answer, find_stem, input_size_of, total_stride
+from .probe import Answer, copied_with, fake_run, find_answer, find_stem, input_size_of, total_stride
 from .records import MERGE, PRUNE, Candidate, Change, Merge, Record
 from .reductions.dense import FullSizeLogits
 from .reductions.resize import FitInput, ResampleOutput, ResizeInput, fitted, input_size
@@ -96,7 +95,7 @@ def reduce(
         raise DownresError(f"This model was reduced before ({before.candidate}): reduce the original instead.")
     if output_interpolation not in ("bilinear", "bicubic"):
         raise DownresError(f"Logits are upsampled by bilinear or bicubic interpolation, {output_interpolation!r} is neither.")
-    work = _Work(copy.deepcopy(model), candidate, interpolation, tuple(input_size or input_size_of(model)))
+    work = _Work(copied_with(model, {}), candidate, interpolation, tuple(input_size or input_size_of(model)))
     work.scale()
     work.geometry(resize_input)
     work.shorten(model)

@@ -43,6 +43,35 @@ def found(vit):
     )  # fmt: skip
 
 
+class Remembering(nn.Module):
+    """A convnet that keeps what it made for one size until another comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.Linear(8, 5)
+        self.same = self.conv  # one layer under two names
+        self.grid: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).relu_()
+        if self.grid is None or self.grid.shape != x.shape[-2:]:
+            self.grid = torch.ones(x.shape[-2:]).cumsum(0)
+        return self.head((x * self.grid).mean((2, 3)))
+
+
+@pytest.mark.parametrize("merges", [(), (2, 0.5)])
+@pytest.mark.parametrize("kind", ["remembering", "mobilenetv3_small_050", "vit"])
+def test_one_hollow_network_counted_at_many_sizes_is_a_fresh_one_at_each(kind, merges, vit):
+    if merges and kind != "vit":
+        pytest.skip("no tokens to merge")
+    model = vit if kind == "vit" else Remembering() if kind == "remembering" else timm.create_model(kind, num_classes=5)
+    rows = costs(model, [40, 48, 56, (64, 32), 72, 48], merges=merges).rows
+    native = rows[0].candidate.hw
+    for row in rows[1:]:
+        fresh = reduce(model, row.candidate, input_size=(3, *native), resize_input=False)
+        assert row.cost == measure_cost(fresh, (3, *row.candidate.hw)), row.candidate
+
+
 def test_rows_are_in_their_families(found):
     rows = [(row.family, str(row.candidate)) for row in found.rows]
     assert rows == [

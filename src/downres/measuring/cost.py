@@ -68,6 +68,7 @@ class _Observer(TorchDispatchMode):
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
+        self.x = x
         self.macs = 0
         self.uncounted: Counter[str] = Counter()
         self.live = LiveStorages(x)
@@ -84,7 +85,7 @@ class _Observer(TorchDispatchMode):
                 return whole
         tensors = _tensors((args, tuple(kwargs.values())))
         self.live.before(tensors)
-        out = shapes.run(func, args, kwargs, tensors)
+        out = shapes.run(func, args, kwargs, tensors, self.x)
         self.live.after(_tensors((out,)), _held(op_name(func), args, out))
         macs = macs_of(func, args, kwargs, out)
         if macs is not None:

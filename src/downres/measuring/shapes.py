@@ -4,9 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
 from .macs import op_name
+
+_CPU = torch.device("cpu")
 
 
 def _names(text: str) -> frozenset[str]:
@@ -15,9 +18,15 @@ def _names(text: str) -> frozenset[str]:
 
 _BY_KERNEL = _names(
     "view _unsafe_view t transpose permute expand unsqueeze squeeze select slice split split_with_sizes unbind alias detach "
-    "mm bmm baddbmm cat embedding gather scatter_ scatter_add index_add_ sort max mean _softmax new_empty"
+    "mm bmm baddbmm cat embedding gather scatter_ scatter_add index_add_ index_select sort max mean _softmax new_empty clone "
+    "linalg_vector_norm _scaled_dot_product_flash_attention_for_cpu"
 )
-"""Operators whose kernel for meta tensors, written in C++, gives the shape and the strides of the result on any device."""
+"""Operators whose kernel for meta tensors gives the shape and the strides that the result has on any device."""
+
+_BROADCAST = _names("add sub mul div add_ sub_ mul_ div_")
+"""Of these too, where all tensors are of one type: what is promoted to another is left to FakeTensorMode."""
+
+_MADE_FROM_NOTHING = _names("empty arange")
 
 _ELEMENTWISE = _names(
     "add sub mul div neg exp log sqrt rsqrt relu gelu silu sigmoid tanh hardtanh hardswish hardsigmoid "
@@ -26,12 +35,16 @@ _ELEMENTWISE = _names(
 """Operators whose result is like an argument, where all of them are alike; in-place ones return it."""
 
 
-def run(func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+def run(func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor], like: Tensor) -> Any:
     """`func(*args, **kwargs)`; of fake tensors without FakeTensorMode's looking up, decomposing and caching, where that can be.
 
     Also more exact: a view gets the strides that it has in reality (FakeTensorMode's have others in dimensions of size 1,
-    and layouts are guessed from strides). tensors: those among the arguments.
+    and layouts are guessed from strides). tensors: those among the arguments. like: the model's input.
     """
+    if not tensors and op_name(func) in _MADE_FROM_NOTHING and _is_simple(like) and kwargs.get("device") == _CPU:
+        with in_kernel_invocation_manager(like.fake_mode):  # type: ignore[attr-defined]
+            made = func(*args, **{**kwargs, "device": "meta"})
+        return _wrapped(made, like.fake_mode, _CPU)  # type: ignore[attr-defined]
     if not tensors or "out" in kwargs or not all(map(_is_simple, tensors)):
         return func(*args, **kwargs)
     mode, device = tensors[0].fake_mode, tensors[0].fake_device  # type: ignore[attr-defined]
@@ -43,6 +56,10 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -
             out = func(*args, **kwargs)
         elif name in _ELEMENTWISE and x.is_floating_point() and all(_are_alike(x, t) for t in tensors):
             return x if name.endswith("_") else _wrapped(torch.empty_like(x), mode, device)
+        elif name in _BROADCAST and all(t.dtype == x.dtype and t.dim() > 0 for t in tensors):
+            out = func(*args, **kwargs)
+        elif name == "aten.convolution" and _stays_contiguous(*args[:2]):
+            out = func(*args, **kwargs)
         elif name == "aten.addmm":
             out = torch.mm(*args[1:3])
         elif name == "aten.native_layer_norm" and x.dtype == torch.float32:
@@ -57,6 +74,16 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -
     if isinstance(out, (tuple, list)):
         return tuple(_wrapped(o, mode, device) for o in out)
     return _wrapped(out, mode, device)
+
+
+def _stays_contiguous(image: Tensor, kernel: Tensor) -> bool:
+    """Whether a convolution's result has the usual layout: only then the meta kernel knows which."""
+    both = image, kernel
+    return (
+        image.dtype == kernel.dtype
+        and image.dim() == kernel.dim() == 4
+        and all(t.is_contiguous() and suggest_memory_format(t) == torch.contiguous_format for t in both)
+    )
 
 
 def _is_simple(tensor: Tensor) -> bool:

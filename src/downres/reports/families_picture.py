@@ -14,12 +14,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from ..parse import format_quantity
-from ..records import Candidate, Cost
+from ..records import Cost
 from . import words
 from .pictures import FONT
-
-ORIGINAL = "original"
-"""The family of the network as it came: the first row, and the start of every line."""
+from .rows import ORIGINAL, Row
 
 STYLES = {
     "resolution": ("#1a8f86", "circle", "bottom right"),
@@ -33,15 +31,6 @@ STYLES = {
 }
 """Family → colour (readable on a light and on a dark page), symbol, where its labels stand."""
 OTHER = ("#7d8590", "x", "bottom center")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One candidate with its cost, and the family that it was counted for."""
-
-    family: str
-    candidate: Candidate
-    cost: Cost
 
 
 @dataclass(frozen=True)

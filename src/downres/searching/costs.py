@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import DownresError
 from ..families import Model, load_model
+from ..families.find import find_adapter
 from ..measuring.cost import CONVENTION, measure_cost
 from ..parse import Resolution
 from ..probe import Answer, find_answer
 from ..records import PRUNE, Candidate, Cost, Merge
 from ..reduction import made_for, reduce
-from ..reports.families_picture import ORIGINAL, Row, write_families
-from ..tasks import Question, Task, counted_task
+from ..reports.rows import ORIGINAL, Row
+from ..tasks import Question, counted
+from .design import as_model, design_of
 from .plan import Design, default_resolutions, make_axes, plan
-from .prepare import as_model, design_of
 
 GIVEN = "given"
 """The family of candidates that came whole, in any combination."""
@@ -55,6 +56,8 @@ class Costs:
 
     def write_picture(self, path: str | os.PathLike[str]) -> Path:
         """The families as one self-contained HTML page: MACs against peak activation memory. Returns the path."""
+        from ..reports.families_picture import write_families  # Plotly is needed for nothing else here
+
         return write_families(self.rows, path, self.model or "the model", self.batch_size, self.convention)
 
 
@@ -133,34 +136,40 @@ class _Measuring:
     def __init__(self, model: Model, batch_size: int, question: Question) -> None:
         self.model, self.batch_size = model, batch_size
         self.channels, self.native = len(model.preprocessing.mean), model.preprocessing.hw
-        self.task: Task | None = None
+        self.answering: Callable[[nn.Module], nn.Module] = lambda network: network
         try:
             answer: Answer | None = find_answer(made_for(self.weightless, self.native), (self.channels, *self.native))
         except DownresError:  # features, or something else than one image goes in: costs are counted all the same
             answer = None
         if answer is not None:
-            self.task = counted_task(model, answer, question)
+            self.answering = counted(model, answer, question)
 
     def __call__(self, candidate: Candidate) -> Cost:
         size = self.batch_size, self.channels, *(candidate.hw or self.native)
         if candidate == Candidate(self.model.preprocessing.resolution):
-            return measure_cost(self._answering(made_for(self.model.module, self.native)), size)
+            return measure_cost(self.answering(made_for(self.model.module, self.native)), size)
         try:
-            small = _hollow(self._reduced(self.weightless, candidate), "cpu")  # whose kernels decide what is alive
-            small.register_forward_pre_hook(_only_fake, prepend=True)
-            return measure_cost(small, size)
+            # A convnet is the same network at every resolution: `reduce` would copy it and change nothing.
+            as_it_is = self.convnet and candidate == Candidate(candidate.resolution)
+            small = self.answering(self.weightless) if as_it_is else self._reduced(self.weightless, candidate)
+            handle = small.register_forward_pre_hook(_only_fake, prepend=True)
+            try:
+                return measure_cost(small, size)
+            finally:
+                handle.remove()
         except Exception:  # something looked at numbers that are not there; the real one says what else is wrong
             return measure_cost(self._reduced(self.model.module, candidate), size)
+
+    @cached_property
+    def convnet(self) -> bool:
+        return find_adapter(self.weightless) is None
 
     @cached_property
     def weightless(self) -> nn.Module:
         return _hollow(self.model.module, "meta")
 
     def _reduced(self, network: nn.Module, candidate: Candidate) -> nn.Module:
-        return self._answering(reduce(network, candidate, input_size=(self.channels, *self.native), resize_input=False))
-
-    def _answering(self, network: nn.Module) -> nn.Module:
-        return network if self.task is None else self.task.counted(network)
+        return self.answering(reduce(network, candidate, input_size=(self.channels, *self.native), resize_input=False))
 
 
 def _hollow(network: nn.Module, device: str) -> nn.Module:

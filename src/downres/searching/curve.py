@@ -10,8 +10,9 @@ from ..families import Model
 from ..measuring.cost import measure_cost
 from ..records import Budget, Preprocessing, Result
 from ..tasks import Question, Task
+from .design import design_of
 from .plan import Axes, plan
-from .prepare import Measuring, Progress, Source, check_planned, design_of, gather, open_data, prepare_task
+from .prepare import Measuring, Progress, Source, check_planned, gather, open_data, prepare_task
 
 
 @dataclasses.dataclass(frozen=True)

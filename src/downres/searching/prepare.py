@@ -1,6 +1,5 @@
 """A model made ready for all stages: loaded, its task found, what a plan needs to know of it."""
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +8,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import DownresError
-from ..families import Model, load_model
-from ..families.find import find_adapter
-from ..probe import total_stride
+from ..families import Model
 from ..records import Candidate, Preprocessing, Record
-from ..reduction import divided_by, made_for
 from ..tasks import Data, Question, Task, find_task
-from .plan import Design, check_trained
+from .design import as_model
+from .plan import check_trained
 
 Progress = Callable[[str, int, int], None]
 Source = Any
@@ -106,34 +103,6 @@ def place_of(data: Source) -> str:
     if not isinstance(root, (str, Path)):
         return ""
     return str(root) if str(root).startswith("demo:") else str(Path(root).expanduser().resolve())
-
-
-def as_model(model: Model | nn.Module | str, preprocessing: Preprocessing | None = None) -> Model:
-    """A specification, a bare module or a loaded model as a loaded model."""
-    if isinstance(model, str):
-        model = load_model(model)
-    if isinstance(model, nn.Module):
-        from ..families.generic import preprocessing as assumed
-
-        # Measured on the CPU in single precision, wherever and however the caller keeps it.
-        return Model(copy.deepcopy(model).cpu().float().eval(), preprocessing or assumed(model))
-    if preprocessing is not None:
-        model = dataclasses.replace(model, preprocessing=preprocessing)
-    return model
-
-
-def design_of(model: Model) -> Design:
-    """What a plan of candidates needs to know of the model."""
-    p, adapter = model.preprocessing, find_adapter(model.module)
-    patch = adapter.patch[0] if adapter is not None and adapter.patch is not None else None
-    original = made_for(model.module, p.hw)
-    return Design(
-        p.resolution,
-        total_stride(original, p.hw, len(p.mean)),
-        patch,
-        adapter is not None and bool(adapter.block_names()),
-        divided_by(original, p.hw, len(p.mean)),
-    )
 
 
 def gather(kinds: dict[str, Any], flat: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ..recovery.ladder import RUNGS, Reference, climb, together
 from ..recovery.state import State
 from ..reports import words
 from ..tasks import Question, Task
+from .design import design_of
 from .plan import Axes, default_axes, plan
 from .prepare import (
     Measuring,
@@ -29,7 +30,6 @@ from .prepare import (
     check_planned,
     describe,
     describe_data,
-    design_of,
     gather,
     open_data,
     place_of,

@@ -1,65 +1,26 @@
 """One room a task, and the one door to all of them: `Task`."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..errors import DownresError
-from ..families import Model
-from ..probe import Answer, find_answer
-from ..reduction import made_for
-from .evidence import Arrays, Evidence
-from .task import KINDS, Data, Question, Task
+from ..lazy import lazy
 
-__all__ = ["KINDS", "Arrays", "Data", "Evidence", "Question", "Task", "counted_task", "find_task", "known_task", "restored"]
+if TYPE_CHECKING:
+    from .evidence import Arrays, Evidence
+    from .find import find_task, known_task, restored
+    from .question import Question
+    from .segmentation.counted import counted
+    from .task import KINDS, Data, Task
 
+__all__ = ["KINDS", "Arrays", "Data", "Evidence", "Question", "Task", "counted", "find_task", "known_task", "restored"]
 
-def _own() -> None:
-    """The rooms of downres itself enter themselves in KINDS."""
-    from .agreement import task as _agreement  # noqa: F401
-    from .classification import task as _classification  # noqa: F401
-    from .multilabel import task as _multilabel  # noqa: F401
-    from .regression import task as _regression  # noqa: F401
-    from .segmentation import task as _segmentation  # noqa: F401
-
-
-ASKED = ("segmentation", "classification")
-"""Tasks that a network's answers tell by themselves, in the order in which they are asked; the others are named."""
-
-
-def known_task(task: "str | type[Task] | None") -> type[Task] | None:
-    """A task by its name, or as it is. Raises DownresError for a name that nobody gave."""
-    if task is None or isinstance(task, type):
-        return task
-    _own()
-    if task not in KINDS:
-        raise DownresError(
-            f"There is no task {task!r}: choose from {', '.join(KINDS)}, or name the file of your own, path/to/file.py:Class."
-        )
-    return KINDS[task]
-
-
-def find_task(model: Model, data: Any, question: Question, task: "str | type[Task] | None" = None) -> Task:
-    """The task of a model: the one named, else that which the network's answers are of.
-
-    Of the data only folders, and of masks their headers, are looked at: a wrong folder is said at once, not after the costs.
-    """
-    _own()
-    p = model.preprocessing
-    kind = known_task(task or question.task)
-    answer = find_answer(made_for(model.module, p.hw), (len(p.mean), *p.hw))
-    if kind is None:
-        kind = next(KINDS[name] for name in ASKED if KINDS[name].takes(answer, data, question))
-    return kind.make(model, answer, data, question)
-
-
-def counted_task(model: Model, answer: Answer, question: Question) -> Task:
-    """The task of a model of which only costs are asked."""
-    _own()
-    kind = next(KINDS[name] for name in ASKED if KINDS[name].takes(answer, None, question))
-    return kind.only_counted(model, answer, question)
-
-
-def restored(described: dict[str, Any], facts: dict[str, Any]) -> Task:
-    """The task of a run or an artifact, from what it wrote: without model and data."""
-    kind = known_task(described["name"])
-    assert kind is not None
-    return kind.restore(described, facts)
+# Whoever counts costs needs none of what looks at images, fits and draws.
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "evidence": ("Arrays", "Evidence"),
+        "find": ("find_task", "known_task", "restored"),
+        "question": ("Question",),
+        "segmentation.counted": ("counted",),
+        "task": ("KINDS", "Data", "Task"),
+    },
+)

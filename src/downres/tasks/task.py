@@ -3,7 +3,6 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -14,41 +13,20 @@ from torch import nn
 from ..errors import DownresError
 from ..families import Model
 from ..images import Fold, Images, Skip
-from ..parse import Resolution
 from ..probe import Answer, logits_of
-from ..records import Budget, Candidate, Drop, Preprocessing, Record, Recovery, Result, Score
+from ..records import Budget, Candidate, Drop, Preprocessing, Recovery, Result, Score
 from ..recovery.bank import Bank
 from ..recovery.crop import crop_options
 from ..recovery.ladder import Option, Reference, best_of, climb, standard_errors
 from ..recovery.state import RECALIBRATED, State, Step
 from ..reports.page import Section
 from .evidence import Arrays, Evidence
+from .question import Question
 
 Progress = Callable[[str, int, int], None]
 
 TOLERANCE = 1e-3
 """Largest difference of answers between torch and onnxruntime, relative to the largest of them."""
-
-
-@dataclass(frozen=True)
-class Question(Record):
-    """What is asked of the data, where the network and the folder alone do not say.
-
-    task: name of the task; None finds it from what the network answers. labels: a CSV or JSON file of labels beside a folder
-    of images. classes: a file with the names and colours of the masks' classes. fit_head: replace the final linear layer by
-    one fitted for the data's classes. label_size: (height, width) that a segmentation network's logits are brought to; None:
-    that of the masks. output: what it hands out there, 'logits' or 'classes'; upsampling: 'bilinear' or 'bicubic'.
-    compare: what agreement is of, 'classes', 'embeddings' or 'masks'; None where the network tells.
-    """
-
-    task: str | None = None
-    labels: str | None = None
-    classes: str | None = None
-    fit_head: bool = False
-    label_size: Resolution | None = None
-    output: str = "logits"
-    upsampling: str = "bilinear"
-    compare: str | None = None
 
 
 class Data(Protocol):
@@ -159,11 +137,6 @@ class Task(ABC):
     def counted(self, network: nn.Module) -> nn.Module:
         """The network as its costs are counted."""
         return network
-
-    @classmethod
-    def only_counted(cls, model: Model, answer: Answer, question: Question) -> Self:
-        """The task of a model whose costs alone are asked for: there are no data."""
-        return cls(model, answer.outputs)
 
     # Of the data
 

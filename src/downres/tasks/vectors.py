@@ -70,11 +70,6 @@ class VectorTask(Task):
         return cls(Model(module, model.preprocessing, model.spec, weights, outputs), outputs, head, width, True)
 
     @classmethod
-    def only_counted(cls, model: Model, answer: Answer, question: Question) -> Self:
-        cls.refuse_masks(answer, question)
-        return cls(model, answer.outputs, answer.head, answer.width)
-
-    @classmethod
     def refuse_masks(cls, answer: Answer, question: Question) -> None:
         """DownresError for options, or a network, that are of answers to every pixel."""
         if answer.size is not None:

@@ -212,7 +212,7 @@ class OfClasses(Classification, register=False):
     def made(self, budget: Budget, runtime: str, proof: str, many: str) -> dict[str, str]:
         return {
             "Agreement": "Images on which the class is the original's at its own resolution / all proof images, measured "
-            f"through {runtime}; 95 % Wilson interval. No label was looked at: nothing is said of which answer is right. {proof}",
+            f"through {runtime}; 95 % Wilson interval. No label was looked at: of right and wrong it says nothing. {proof}",
             "Drop": f"100 % minus the agreement; one-sided bound by Tango's score test at {100 * budget.confidence:g} % "
             f"confidence.{many}",
             "Lowered only": "The original's own weights on smaller images: what happens without recovery.",

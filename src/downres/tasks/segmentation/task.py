@@ -149,13 +149,6 @@ class Segmentation(Task):
     def counted(self, network: nn.Module) -> nn.Module:
         return self.serve(network)
 
-    @classmethod
-    def only_counted(cls, model: Model, answer: Answer, question: Question) -> Self:
-        assert answer.size is not None
-        size = model.preprocessing.hw if question.label_size is None else as_hw(question.label_size)
-        check_size(size, answer.size)
-        return cls(model, answer.outputs, Dense(size, question.output, question.upsampling, answer.align_corners))
-
     def open(self, data: Any, question: Question, **options: Any) -> MaskDataset:
         if isinstance(data, MaskDataset):
             return data

@@ -1,0 +1,56 @@
+"""Which task a network, a run or an artifact is of: the one place that knows downres' own rooms by name."""
+
+from typing import Any
+
+from ..errors import DownresError
+from ..families import Model
+from ..probe import find_answer
+from ..reduction import made_for
+from .question import Question
+from .task import KINDS, Task
+
+
+def _own() -> None:
+    """The rooms of downres itself enter themselves in KINDS."""
+    from .agreement import task as _agreement  # noqa: F401
+    from .classification import task as _classification  # noqa: F401
+    from .multilabel import task as _multilabel  # noqa: F401
+    from .regression import task as _regression  # noqa: F401
+    from .segmentation import task as _segmentation  # noqa: F401
+
+
+ASKED = ("segmentation", "classification")
+"""Tasks that a network's answers tell by themselves, in the order in which they are asked; the others are named."""
+
+
+def known_task(task: "str | type[Task] | None") -> type[Task] | None:
+    """A task by its name, or as it is. Raises DownresError for a name that nobody gave."""
+    if task is None or isinstance(task, type):
+        return task
+    _own()
+    if task not in KINDS:
+        raise DownresError(
+            f"There is no task {task!r}: choose from {', '.join(KINDS)}, or name the file of your own, path/to/file.py:Class."
+        )
+    return KINDS[task]
+
+
+def find_task(model: Model, data: Any, question: Question, task: "str | type[Task] | None" = None) -> Task:
+    """The task of a model: the one named, else that which the network's answers are of.
+
+    Of the data only folders, and of masks their headers, are looked at: a wrong folder is said at once, not after the costs.
+    """
+    _own()
+    p = model.preprocessing
+    kind = known_task(task or question.task)
+    answer = find_answer(made_for(model.module, p.hw), (len(p.mean), *p.hw))
+    if kind is None:
+        kind = next(KINDS[name] for name in ASKED if KINDS[name].takes(answer, data, question))
+    return kind.make(model, answer, data, question)
+
+
+def restored(described: dict[str, Any], facts: dict[str, Any]) -> Task:
+    """The task of a run or an artifact, from what it wrote: without model and data."""
+    kind = known_task(described["name"])
+    assert kind is not None
+    return kind.restore(described, facts)

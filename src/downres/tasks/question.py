@@ -1,0 +1,27 @@
+"""What is asked of the data, as one group of options."""
+
+from dataclasses import dataclass
+
+from ..parse import Resolution
+from ..records import Record
+
+
+@dataclass(frozen=True)
+class Question(Record):
+    """What is asked of the data, where the network and the folder alone do not say.
+
+    task: name of the task; None finds it from what the network answers. labels: a CSV or JSON file of labels beside a folder
+    of images. classes: a file with the names and colours of the masks' classes. fit_head: replace the final linear layer by
+    one fitted for the data's classes. label_size: (height, width) that a segmentation network's logits are brought to; None:
+    that of the masks. output: what it hands out there, 'logits' or 'classes'; upsampling: 'bilinear' or 'bicubic'.
+    compare: what agreement is of, 'classes', 'embeddings' or 'masks'; None where the network tells.
+    """
+
+    task: str | None = None
+    labels: str | None = None
+    classes: str | None = None
+    fit_head: bool = False
+    label_size: Resolution | None = None
+    output: str = "logits"
+    upsampling: str = "bilinear"
+    compare: str | None = None
