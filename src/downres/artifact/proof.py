@@ -201,7 +201,7 @@ def _class_maps(
     dense = Dense.from_json(manifest["dense"])
     for i, batch in zip(indices, batches(dataset.images, indices, p, 1), strict=True):
         height, width = dataset.masks[int(i)].shape
-        yield picture_classes(runtime(batch.numpy())[0][0], dataset.images[int(i)], (height, width), dense, p)
+        yield picture_classes(runtime(batch.numpy())[0][0], dataset.images.shapes[int(i)], (height, width), dense, p)
 
 
 def _with_weights(

@@ -77,7 +77,7 @@ def predict(
     found = []
     for image, name in zip(images, names, strict=True):
         pixels, out_map = answer(image)
-        mask = picture_classes(out_map, pixels, (pixels.shape[0], pixels.shape[1]), dense, preprocessing)
+        mask = picture_classes(out_map, pixels.shape, (pixels.shape[0], pixels.shape[1]), dense, preprocessing)
         found.append(_written(str(image), name, pixels, mask, manifest, place, top))
     return found
 

@@ -48,14 +48,16 @@ def open_data(
     val_fraction: float = 0.5,
     folds: int | None = None,
     seed: int = 0,
+    cache_gb: float | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
     """The data that a command names: a folder (see `open_folder`) or the embedded demo set."""
     if str(source) == DEMO_DATA:
         return open_elpv(folds or 5, seed)
     return open_folder(
-        source, outputs=outputs, parts=parts, val_fraction=val_fraction, folds=folds, seed=seed, progress=progress
-    )
+        source, outputs=outputs, parts=parts, val_fraction=val_fraction, folds=folds, seed=seed,
+        cache_gb=cache_gb, progress=progress,
+    )  # fmt: skip
 
 
 def data_classes(source: str | os.PathLike[str], outputs: int | None = None) -> tuple[str, ...]:

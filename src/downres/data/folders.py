@@ -3,23 +3,26 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import DownresError
 from .decode import EXTENSIONS
-from .images import Images, Progress, Skip, from_files
-from .split import Fold, cross_folds, split_once
+from .images import Images, Progress, Skip, cache_bytes, from_files
+from .split import Fold, cross_folds, sample, split_once
 
 _PARTS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
 """Part to the names its folder may have, the first that exists being taken."""
 _WHOLE = "whole"
 _WNID = re.compile(r"n\d{8}")
 _IMAGENET_CLASSES = 1000
+
+TRAINING_IMAGES = 10_000
+"""Images to fit on that are looked at, at most in each fold: for a head a thousand times its usual classes, and ImageNet's
+with ten images each. The ladder's other rungs take fewer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +72,6 @@ def from_arrays(
     return Dataset(images, labels, tuple(classes), tuple(folds), (), description, licence)
 
 
-class _File(NamedTuple):
-    part: str
-    label: int
-    path: Path
-    name: str
-
-
 def open_folder(
     path: str | os.PathLike[str],
     *,
@@ -84,15 +80,21 @@ def open_folder(
     val_fraction: float = 0.5,
     folds: int | None = None,
     seed: int = 0,
+    cache_gb: float | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
     """The pictures of DIR/train/CLASS/* and DIR/val/CLASS/*, or of DIR/CLASS/*, each decoded once.
+
+    All images to test on are opened, and of those to fit on at most TRAINING_IMAGES in a fold, a stratified sample by
+    `seed`: of the others nothing but the name is looked at.
 
     outputs: of the network, which the class folders must match; None accepts any number. ImageNet's folder names
     (n01440764) are mapped to the 1000 outputs, any subset of them. parts: what is needed; ("val",) decodes no training
     image and leaves fold.train empty. One folder of classes, or only one of train and val, is split with `val_fraction`
     and `seed`, or into `folds` folds, before unreadable files are left out, so that the split is the same for all
     `parts`. With parts ("val",) and a val_fraction of 1, or folds, every image in it is a test image.
+    cache_gb: of decoded pixels kept on disk at most; what does not fit is decoded again when it is looked at. None: half of
+    what is free where temporary files go.
     Raises DownresError, in one sentence that says why, where the folder cannot be used.
     """
     root = Path(path).expanduser()
@@ -104,24 +106,34 @@ def open_folder(
         )
     names = _class_folders(sources)
     output_of, classes = _map_classes(names, outputs)
-    files = [
-        _File(part, label, file, file.relative_to(root).as_posix())
-        for part, source in sources.items()
-        if len(sources) == 1 or part in parts
-        for label, name in enumerate(names)
-        for file in sorted(_image_files(source / name))
-    ]
-    labels = np.array([output_of[file.label] for file in files], dtype=np.int64)
+    listed_names: list[str] = []
+    groups = []  # (part, class) of each run of files, and how many they are
+    for part, source in sources.items():
+        if len(sources) == 1 or part in parts:
+            for label, name in enumerate(names):
+                inside = _image_names(source / name)
+                prefix = (source / name).relative_to(root).as_posix()
+                listed_names += [f"{prefix}/{file}" for file in inside]
+                groups.append((part, label, len(inside)))
+    counts = [count for _, _, count in groups]
+    labels = np.repeat([output_of[label] for _, label, _ in groups], counts).astype(np.int64)
     if len(sources) > 1:
-        listed = _as_found([file.part for file in files])
+        listed = _as_found(np.repeat([part for part, _, _ in groups], counts))
     else:
         listed = _divide(labels, parts, val_fraction, folds, seed)
-    needed = np.unique(np.concatenate([side for fold in listed for side in (fold.train, fold.test)]))
-    images, skipped = from_files([files[i].path for i in needed], [files[i].name for i in needed], progress)
+    limited = _limit_training(listed, labels, TRAINING_IMAGES, seed)
+    needed = _looked_at(limited)
+    tested = np.searchsorted(needed, _tested(limited))
+    opened = [listed_names[i] for i in needed]
+    images, skipped = from_files(
+        [root / name for name in opened], opened, progress, cache=cache_bytes(cache_gb), first=tested
+    )  # fmt: skip
     reasons = {skip.path: skip.reason for skip in skipped}
-    _check_readable(files, reasons)
-    kept = np.array([i for i in needed if files[i].name not in reasons], dtype=np.int64)
-    divided = _without_unreadable(listed, kept, files, reasons)
+    group_of = np.repeat(np.arange(len(groups)), counts)
+    unused = np.setdiff1d(_looked_at(listed), needed)
+    _check_readable(listed_names, np.delete(np.arange(len(listed_names)), unused), group_of, names, reasons)
+    kept = np.array([i for i in needed if listed_names[i] not in reasons], dtype=np.int64)
+    divided = _without_unreadable(limited, kept, listed_names, reasons)
 
     count = f"{len(kept)} images of {len(names)} classes"
     if len(sources) > 1:
@@ -129,7 +141,8 @@ def open_folder(
     else:
         (source,) = sources.values()
         count += " in one folder" if source == root else f", {source.name} only"
-        how = _how_divided(divided, len(listed[0].test) == len(files), len(files), folds, seed)
+        how = _how_divided(divided, len(listed[0].test) == len(labels), len(labels), folds, seed)
+    how += _how_limited(listed, limited, "stratified", seed)
     left_out = f"; {len(skipped)} unreadable files left out" if skipped else ""
     numbered = ""
     if outputs is not None and classes == tuple(names):  # not mapped by name: a wrong order can only be seen by the reader
@@ -148,7 +161,7 @@ def class_names(path: str | os.PathLike[str], outputs: int | None = None) -> tup
     _map_classes(names, outputs)
     for source in sources.values():
         for name in names:
-            next(_image_files(source / name))
+            _image_names(source / name, most=1)
     return tuple(names)
 
 
@@ -226,20 +239,29 @@ def _map_classes(names: list[str], outputs: int | None) -> tuple[list[int], tupl
     return list(range(len(names))), tuple(names)
 
 
-def _check_readable(files: Sequence[_File], reasons: dict[str, str]) -> None:
-    """Raise DownresError when all files of a class in a part are among `reasons`, by name, why they cannot be read."""
-    readable = {(file.part, file.label) for file in files if file.name not in reasons}
-    for file in files:
-        if (file.part, file.label) not in readable:
-            raise DownresError(
-                f"None of the images of class {file.path.parent.name} can be read ({file.name}: {reasons[file.name]}): "
-                "replace them, or remove the folder."
-            )
+def _check_readable(
+    files: Sequence[str], considered: np.ndarray, group_of: np.ndarray, classes: Sequence[str], reasons: dict[str, str]
+) -> None:
+    """Raise DownresError when all `considered` files of a class in a part are among `reasons`, why they cannot be read.
+
+    group_of: int (files,), part · len(classes) + class.
+    """
+    if not reasons:
+        return
+    unreadable = np.array([files[i] in reasons for i in considered])
+    groups = group_of[considered]
+    lost = np.flatnonzero(~np.isin(groups, groups[~unreadable]))
+    if len(lost):
+        first = considered[lost[0]]
+        raise DownresError(
+            f"None of the images of class {classes[group_of[first] % len(classes)]} can be read "
+            f"({files[first]}: {reasons[files[first]]}): replace them, or remove the folder."
+        )
 
 
-def _as_found(parts: Sequence[str]) -> tuple[Fold, ...]:
+def _as_found(parts: Sequence[str] | np.ndarray) -> tuple[Fold, ...]:
     """The fold that the folders make, from the part of each file."""
-    return (Fold(*(np.flatnonzero(np.array(parts) == part).astype(np.int64) for part in _PARTS)),)
+    return (Fold(*(np.flatnonzero(np.asarray(parts) == part).astype(np.int64) for part in _PARTS)),)
 
 
 def _divide(labels: np.ndarray, parts: Sequence[str], val_fraction: float, folds: int | None, seed: int) -> tuple[Fold, ...]:
@@ -251,8 +273,36 @@ def _divide(labels: np.ndarray, parts: Sequence[str], val_fraction: float, folds
     return tuple(Fold(fold.train if "train" in parts else none, fold.test if "val" in parts else none) for fold in divided)
 
 
+def _limit_training(folds: tuple[Fold, ...], labels: np.ndarray, most: int, seed: int) -> tuple[Fold, ...]:
+    """The folds with a stratified sample of at most `most` images to fit on in each."""
+    return tuple(Fold(fold.train[sample(labels[fold.train], most, seed)], fold.test) for fold in folds)
+
+
+def _how_limited(listed: tuple[Fold, ...], limited: tuple[Fold, ...], kind: str, seed: int) -> str:
+    """What of the images to fit on is not looked at, and why; '' where all are."""
+    pairs = [(len(after.train), len(before.train)) for before, after in zip(listed, limited, strict=True)]
+    used, there = max(pairs, key=lambda pair: pair[1] - pair[0])
+    if used == there:
+        return ""
+    whose = "in each fold " if len(pairs) > 1 else ""
+    return (
+        f"; {whose}a {kind} sample of {used} of the {there} images to fit on is used (seed {seed}), so that time, memory and "
+        "disk do not grow with their number"
+    )
+
+
+def _looked_at(folds: tuple[Fold, ...]) -> np.ndarray:
+    """Ascending indices of the images of either side."""
+    return np.unique(np.concatenate([side for fold in folds for side in (fold.train, fold.test)]))
+
+
+def _tested(folds: tuple[Fold, ...]) -> np.ndarray:
+    """Ascending indices of the images to test on: every candidate is shown them, so they come first into the cache."""
+    return np.unique(np.concatenate([fold.test for fold in folds]))
+
+
 def _without_unreadable(
-    listed: tuple[Fold, ...], kept: np.ndarray, files: Sequence[_File], reasons: dict[str, str]
+    listed: tuple[Fold, ...], kept: np.ndarray, files: Sequence[str], reasons: dict[str, str]
 ) -> tuple[Fold, ...]:
     """Folds of indices into `files` to folds of indices into `kept`. Raises DownresError where nothing is left of a side."""
     place = np.full(len(files), -1, dtype=np.int64)
@@ -262,7 +312,7 @@ def _without_unreadable(
         found = place[side]
         found = found[found >= 0]
         if len(side) and not len(found):
-            first = files[side[0]].name
+            first = files[side[0]]
             raise DownresError(
                 f"None of the {len(side)} images to {use} can be read ({first}: {reasons[first]}): replace or remove them."
             )
@@ -296,17 +346,35 @@ def _subfolders(folder: Path) -> list[str]:
         raise DownresError(f"Cannot list the folder {folder} ({error.strerror}): make it readable.") from None
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
-    """The image files in a class folder and the folders in it, in no order; at least one, or DownresError."""
-    empty = True
-    for path in folder.rglob("*"):
-        if _is_image(path) and not _is_hidden(path.relative_to(folder)):
-            empty = False
-            yield path
-    if empty:
+def _image_names(folder: Path, most: int | None = None) -> list[str]:
+    """The image files in a class folder and the folders in it, relative to it, sorted; at least one, or DownresError.
+
+    most: stop after so many, whichever they are. No file is asked for more than its name, however many there are.
+    """
+    found: list[str] = []
+    folders = [""]
+    while folders and (most is None or len(found) < most):
+        inside = folders.pop()
+        try:
+            entries = os.scandir(folder / inside)
+        except PermissionError:
+            continue
+        with entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.name.lower().endswith(EXTENSIONS):
+                    found.append(inside + entry.name)
+                    if len(found) == most:
+                        break
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{inside}{entry.name}/")
+    if not found:
         raise DownresError(
             f"The class folder {folder} holds no images ({', '.join(EXTENSIONS)}): add some, or remove the folder."
         )
+    # Folder by folder, as paths are sorted: 'a/1.png' before 'a b/1.png'.
+    return sorted(found, key=lambda name: name.split("/")) if any("/" in name for name in found) else sorted(found)
 
 
 def _is_image(path: Path) -> bool:

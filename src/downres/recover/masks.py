@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data import Fold
+from ..data import Fold, Images
 from ..data.preprocess import shown_size
 from ..errors import DownresError
 from ..measure.segmentation import Tallies, Truths, compare_tallies, segmentation_quality, tally
@@ -44,10 +44,10 @@ def classes_at(answer: np.ndarray, size: tuple[int, int], dense: Dense, part: tu
 
 
 def picture_classes(
-    answer: np.ndarray, picture: np.ndarray, size: tuple[int, int], dense: Dense, p: Preprocessing
+    answer: np.ndarray, picture: Sequence[int], size: tuple[int, int], dense: Dense, p: Preprocessing
 ) -> np.ndarray:
-    """`classes_at` of a picture (H, W, …) that `p` made the network's input of: what it padded is left out."""
-    shown = shown_size((picture.shape[0], picture.shape[1]), p)
+    """`classes_at` of a picture of the shape (H, W, …) that `p` made the network's input of: what it padded is left out."""
+    shown = shown_size((picture[0], picture[1]), p)
     return classes_at(answer, size, dense, (shown[0] / p.hw[0], shown[1] / p.hw[1]))
 
 
@@ -81,7 +81,8 @@ class MaskBank(Bank):
         """Of the images `indices`, in that order."""
         images = indices.tobytes()
         if images not in self._truths:
-            self._truths[images] = Truths([self.masks[int(i)] for i in indices], self.outputs)
+            chosen = self.masks.take(indices) if isinstance(self.masks, Images) else [self.masks[int(i)] for i in indices]
+            self._truths[images] = Truths(chosen, self.outputs)
         if (state, images) not in self._tallies:
             with contextlib.closing(self.class_maps(state, indices, serving=serving)) as maps:
                 self._tallies[state, images] = tally(maps, self._truths[images], self.outputs)
@@ -91,6 +92,8 @@ class MaskBank(Bank):
         """The predicted class map of each image, at the size of its mask."""
         assert self.images is not None
         runtime, p, done = self.runtime(state, serving), self.preprocessing_of(state), 0
+        shapes = self.images.shapes
+        sizes = self.masks.shapes if isinstance(self.masks, Images) else [mask.shape for mask in self.masks]
         with contextlib.closing(self.batches(state, indices, self.batch_size)) as source:
             for batch in source:
                 (answers,) = runtime(np.asarray(batch))
@@ -102,8 +105,8 @@ class MaskBank(Bank):
                             f"The model returns NaN or infinite values at {state.candidate} on real images "
                             f"({self.images.names[i]}): check its weights and the preprocessing."
                         )
-                    height, width = self.masks[i].shape
-                    yield picture_classes(answer, self.images[i], (height, width), self.dense, p)
+                    height, width = sizes[i][:2]
+                    yield picture_classes(answer, shapes[i], (height, width), self.dense, p)
                     done += 1
                 self.note(state, len(answers), done, len(indices))
 
