@@ -175,7 +175,7 @@ def _quality(
                     )
                 one = ready
         if isinstance(dataset, MaskDataset):
-            masks = [dataset.masks[int(j)] for j in fold.test]
+            masks = dataset.masks.take(fold.test)
             parts.append(tally(_class_maps(one, manifest, dataset, fold.test, how), masks, len(dataset.classes)))
         else:
             out = np.concatenate([one(batch.numpy())[0] for batch in batches(dataset.images, fold.test, how, 8)])
@@ -199,9 +199,10 @@ def _class_maps(
     runtime: OnnxRuntime, manifest: dict[str, Any], dataset: MaskDataset, indices: np.ndarray, p: Preprocessing
 ) -> Iterator[np.ndarray]:
     dense = Dense.from_json(manifest["dense"])
+    shapes, sizes = dataset.images.shapes, dataset.masks.shapes
     for i, batch in zip(indices, batches(dataset.images, indices, p, 1), strict=True):
-        height, width = dataset.masks[int(i)].shape
-        yield picture_classes(runtime(batch.numpy())[0][0], dataset.images.shapes[int(i)], (height, width), dense, p)
+        height, width = sizes[i][:2]
+        yield picture_classes(runtime(batch.numpy())[0][0], shapes[i], (height, width), dense, p)
 
 
 def _with_weights(

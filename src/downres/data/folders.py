@@ -21,8 +21,8 @@ _WNID = re.compile(r"n\d{8}")
 _IMAGENET_CLASSES = 1000
 
 TRAINING_IMAGES = 10_000
-"""Images to fit on that are looked at, at most in each fold: for a head a thousand times its usual classes, and ImageNet's
-with ten images each. The ladder's other rungs take fewer."""
+"""Images to fit on that are opened, at most in each fold. Only a refit of the head looks at all of them (ten of each class of
+ImageNet's); the ladder's other rungs take hundreds."""
 
 
 @dataclass(frozen=True, eq=False)

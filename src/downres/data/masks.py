@@ -34,7 +34,7 @@ __all__ = ["IGNORE", "MaskDataset", "MaskFolder", "Pair", "find_masks", "mask_cl
 _CLASSES = "give classes.txt in the data folder, or `classes`"
 
 TRAINING_MASKS = 400
-"""Images to fit on that are looked at, at most in each fold: 100 tune, and of the others 256 recalibrate BatchNorm."""
+"""Images to fit on that are opened, at most in each fold: 100 tune, and of the others 256 recalibrate BatchNorm."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,14 +60,15 @@ def curve(
     threads: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
+    cache_gb: float | None = None,
     progress: Progress | None = None,
 ) -> Curve:
     """Quality of `model` at its own resolution and as each candidate, on the same images, decoded once: top-1 of a
     classifier, mIoU of a segmentation network.
 
     What is tried is given as in `search`: `resolutions`, `stem_scales`, `patch_sizes`, `merges`, `candidates`; nothing by
-    default; `classes`, `label_size`, `output` and `upsampling` of a segmentation network too. A candidate that the network
-    cannot be reduced to comes back as 'stopped', with the reason.
+    default; `classes`, `label_size`, `output` and `upsampling` of a segmentation network too, and `cache_gb`. A candidate that
+    the network cannot be reduced to comes back as 'stopped', with the reason.
 
     Nothing is fitted, so every image of an undivided folder may be looked at; a `val_fraction` below 1 keeps to the
     images that `search` would prove on.
@@ -84,7 +85,8 @@ def curve(
     check_planned(planned, subject)
     if not planned:
         raise DownresError("There is nothing to try: give for example resolutions below the original's, 96:256:32.")
-    task = prepare(subject, data, val_fraction=val_fraction, parts=("val",), seed=seed, progress=progress)
+    opening = {"val_fraction": val_fraction, "seed": seed, "cache_gb": cache_gb}
+    task = prepare(subject, data, **opening, parts=("val",), progress=progress)  # type: ignore[arg-type]
     p = task.subject.model.preprocessing
     options = {} if batch_size is None else {"batch_size": batch_size}
     bank = subject.bank(None, runtime=runtime, threads=threads, progress=progress, **options)

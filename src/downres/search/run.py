@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from ..data import DEMO_DATA, Dataset, MaskDataset, MaskFolder
+from ..data.images import cache_bytes
 from ..environment import versions
 from ..errors import DownresError
 from ..families import Model
@@ -67,6 +68,7 @@ def search(
     label_size: Resolution | None = None,
     output: str = "logits",
     upsampling: str = "bilinear",
+    cache_gb: float | None = None,
     command: str = "",
     progress: Progress | None = None,
 ) -> Run:
@@ -96,6 +98,7 @@ def search(
             they have one, else the network's own resolution.
         output: what a segmentation network hands out at that size, 'logits' or 'classes'; see `Dense`.
         upsampling: of its logits, 'bilinear' or 'bicubic'.
+        cache_gb: of decoded pixels kept on disk at most, of which no number depends; None: half of what is free there.
         command: how the run was asked for, to be shown in its report.
 
     Raises:
@@ -104,6 +107,7 @@ def search(
     budget = Budget(max_drop, confidence, max_macs, max_memory_bytes, max_latency_ms)
     _check_choices(rungs, minimize, runtime)
     check_threads(threads)
+    cache_bytes(cache_gb)  # for its error
     axes = make_axes(resolutions, stem_scales, patch_sizes, merges, candidates, ragged)
     data_source: dict[str, Any] = {"path": _place(data), "folds": folds, "val_fraction": val_fraction, "seed": seed}
     data_source["classes_file"] = None if classes is None else str(Path(classes).resolve())
@@ -144,7 +148,8 @@ def search(
         alive = _cost_gate(subject, store, budget, [subject.native, *planned], bank, progress)
         alive = _latency_gate(subject, store, budget, alive, bank, progress)
         if len(alive) > 1:  # the first is the original
-            task = prepare(subject, data, folds=folds, val_fraction=val_fraction, seed=seed, progress=progress)
+            options: dict[str, Any] = {"folds": folds, "val_fraction": val_fraction, "seed": seed, "cache_gb": cache_gb}
+            task = prepare(subject, data, **options, progress=progress)
             store.same("data", task.describe(), "sha256")
             _measure_all(task, store, budget, alive, rungs, bank, progress)
         store.put("finished", True)

@@ -34,13 +34,15 @@ def evaluate(
     label_size: Resolution | None = None,
     upsampling: str = "bilinear",
     seed: int = 0,
+    cache_gb: float | None = None,
     progress: Progress | None = None,
 ) -> Quality | SegmentationQuality:
     """A model as it is on the validation images, at a resolution and crop ratio (default: its own): top-1 and top-5 of a
     classifier, mIoU and what goes with it of a segmentation network, at `label_size` as in `search`.
     """
     subject = prepare_model(model, data, preprocessing=preprocessing, label_size=label_size, upsampling=upsampling)
-    task = prepare(subject, data, val_fraction=val_fraction, parts=("val",), seed=seed, progress=progress)
+    opening = {"val_fraction": val_fraction, "seed": seed, "cache_gb": cache_gb}
+    task = prepare(subject, data, **opening, parts=("val",), progress=progress)  # type: ignore[arg-type]
     p = task.subject.model.preprocessing
     p = p.at(None if resolution is None else like(p.resolution, as_resolution(resolution)), crop_ratio)  # type: ignore[arg-type]
     options = {} if batch_size is None else {"batch_size": batch_size}
@@ -72,6 +74,7 @@ def recover(
     runtime: str = "torch",
     threads: int | None = None,
     seed: int = 0,
+    cache_gb: float | None = None,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Preprocessing, Recovery]:
     """The model at a lower resolution with its quality won back on the training images, as far as `max_drop` requires.
@@ -82,7 +85,7 @@ def recover(
     if (candidate is None) == (resolution is None):
         raise DownresError("Give recover either a candidate or a resolution: for example resolution=128.")
     subject = prepare_model(model, data, preprocessing=preprocessing)
-    task = prepare(subject, data, val_fraction=val_fraction, seed=seed, progress=progress)
+    task = prepare(subject, data, val_fraction=val_fraction, seed=seed, cache_gb=cache_gb, progress=progress)
     candidate = candidate or Candidate(like(task.subject.native.resolution, as_resolution(resolution)))  # type: ignore[arg-type]
     if candidate.resolution is None:
         candidate = candidate.at(task.subject.native.resolution)

@@ -281,10 +281,12 @@ def prepare(
     val_fraction: float = 0.5,
     parts: tuple[str, ...] = ("train", "val"),
     seed: int = 0,
+    cache_gb: float | None = None,
     progress: Progress | None = None,
 ) -> Task:
-    """The data opened (every image decoded, once) and checked against the model."""
+    """The data opened (every image that is looked at decoded, once) and checked against the model."""
     options: dict[str, Any] = {"parts": parts, "val_fraction": val_fraction, "folds": folds, "seed": seed, "progress": progress}
+    options["cache_gb"] = cache_gb
     if not isinstance(data, (Dataset, MaskDataset)):
         outputs = None if subject.fit_new else subject.outputs
         if subject.dense is not None:
