@@ -118,7 +118,7 @@ class Task:
         return np.concatenate([fold.test for fold in self.data.folds])
 
     def everything(self) -> Fold:
-        """The fold whose ladder makes the shipped model: all training images (with cross folds: every image)."""
+        """The fold whose ladder makes the shipped model: the training images of all folds together."""
         train = np.unique(np.concatenate([fold.train for fold in self.data.folds]))
         return Fold(train, np.zeros(0, np.int64))
 
