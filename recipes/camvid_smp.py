@@ -13,11 +13,11 @@ Expected time: a quarter of an hour on one core. Expected result: 30 mIoU on the
 import os
 
 import segmentation_models_pytorch as smp
-from downres.searching.demo import demo_model
 from regseg import load_run
 from torch import nn
 
 from downres import DownresError
+from downres.searching.demo import demo_model
 
 CLASSES = 11
 DECODER = (96, 48, 32, 16, 8)

@@ -356,6 +356,7 @@ def test_an_export_that_fails_leaves_the_old_artifact(shipped, tmp_path, monkeyp
     monkeypatch.setattr(write, "save_file", full)
     manifest = read_manifest(folder)
     from downres import Measuring, Question
+    from downres.records import Result
     from downres.recovery.state import State
     from downres.searching.prepare import open_data, prepare_task
     from downres.tasks.classification.quality import Quality
@@ -363,7 +364,9 @@ def test_an_export_that_fails_leaves_the_old_artifact(shipped, tmp_path, monkeyp
     task = prepare_task(model, dataset, Question())
     open_data(task, dataset, Measuring(), Question())
     with pytest.raises(OSError):
-        result, original = (result_of(manifest[which], Quality) for which in ("result", "original"))
+        bare = [{**manifest[which], "quality": None, "naive": None} for which in ("result", "original")]
+        qualities = [Quality.from_json(manifest[which]["quality"]) for which in ("result", "original")]
+        result, original = (dataclasses.replace(Result.from_json(b), quality=q) for b, q in zip(bare, qualities, strict=True))
         write.export(
             copied, model.module, task, preprocessing=model.preprocessing, state=State.from_json(manifest["state"]),
             result=result, recovery=result.recovery, original=original, source={},

@@ -77,20 +77,20 @@ def rewritten(folder, change):
 
 def test_what_the_manifest_says(run, maps, shapes, segmenter):
     manifest = read_manifest(run.artifact)
-    assert manifest["format"] == 2 and manifest["candidate"]["resolution"] == [36, 48]
+    assert manifest["format"] == 3 and manifest["candidate"]["resolution"] == [36, 48]
     assert manifest["input"] == {"name": "input", "shape": ["batch", 3, 36, 48], "dtype": "float32"}
     assert manifest["output"] == {"name": "logits", "shape": ["batch", 4, 48, 64]}
     assert read_manifest(maps.artifact)["output"] == {"name": "classes", "shape": ["batch", 48, 64]}
-    assert Dense.from_json(manifest["dense"]) == Dense((48, 64))
-    assert Dense.from_json(read_manifest(maps.artifact)["dense"]) == Dense((48, 64), "classes")
+    assert Dense.from_json(manifest["task"]["dense"]) == Dense((48, 64))
+    assert Dense.from_json(read_manifest(maps.artifact)["task"]["dense"]) == Dense((48, 64), "classes")
     p = Preprocessing.from_json(manifest["preprocessing"])
     assert (p.hw, p.fit) == ((36, 48), "stretch")
     assert manifest["classes"] == list(shapes.CLASSES) and manifest["colours"] == [list(c) for c in shapes.COLOURS]
     assert manifest["result"] == run.best.to_json() and manifest["original"] == run.original.to_json()
     assert {"miou", "iou", "boundary_miou", "n"} <= manifest["result"]["quality"].keys()
     source = manifest["source"]
-    assert source["model"]["dense"] == manifest["dense"] and source["model"]["num_classes"] == 4
-    assert source["data"]["classes"] == list(shapes.CLASSES) and source["data"]["classes_file"] is None
+    assert manifest["task"]["name"] == "segmentation" and manifest["task"]["outputs"] == source["model"]["outputs"] == 4
+    assert source["data"]["classes"] == list(shapes.CLASSES) and source["data"]["question"]["classes"] is None
     assert manifest["folds"] == [] and manifest["recovery"]["rung"] == "batchnorm"
     assert manifest["sha256"].keys() == {"manifest.json", "model.onnx", "model.safetensors"}
 

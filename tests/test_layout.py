@@ -125,6 +125,8 @@ def test_no_modules_import_each_other() -> None:
 
 def test_costs_import_nothing_that_runs_fits_or_draws() -> None:
     """Seconds of every `downres cost`; torch and timm bring the rest of what it imports."""
-    code = f"import sys; from downres import costs; from downres.reports import words; print(*sys.modules.keys() & {set(HEAVY)})"
+    code = (
+        f"import sys; from downres import costs; from downres.reports import words; print(*sys.modules.keys() & {set(HEAVY)})"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.split() == []

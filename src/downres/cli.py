@@ -124,6 +124,12 @@ ValFractionOption = Annotated[
 ]
 RuntimeOption = Annotated[str, typer.Option("--runtime", help="onnxruntime or torch.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads of the runtime; default: all cores available.")]
+CacheOption = Annotated[
+    float | None,
+    typer.Option(
+        "--cache-gb", metavar="GB", help="Of decoded images kept on disk, at most; default: half of what is free there."
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of splits and folds.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
 
@@ -192,6 +198,7 @@ def search(
     snap: SnapOption = True,
     runtime: RuntimeOption = "onnxruntime",
     threads: ThreadsOption = None,
+    cache_gb: CacheOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -208,7 +215,7 @@ def search(
             **axes, ragged=ragged, snap=snap,
             rungs=tuple(r for r in rungs.split(",") if r != "none"), minimize=minimize, fit_head=fit_head, folds=folds,
             val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
-            classes=classes, label_size=_size(label_size), output=output, upsampling=upsampling,
+            cache_gb=cache_gb, classes=classes, label_size=_size(label_size), output=output, upsampling=upsampling,
             command=_command(), progress=progress,
         )  # fmt: skip
     _print_run(run, as_json)
@@ -240,6 +247,7 @@ def curve(
     snap: SnapOption = True,
     runtime: RuntimeOption = "torch",
     threads: ThreadsOption = None,
+    cache_gb: CacheOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -253,7 +261,7 @@ def curve(
     with _progress() as progress:
         found = run_curve(
             loaded, data, **axes, ragged=ragged, snap=snap, max_drop=max_drop, val_fraction=val_fraction,
-            runtime=runtime, threads=threads, seed=seed, progress=progress,
+            runtime=runtime, threads=threads, seed=seed, cache_gb=cache_gb, progress=progress,
             classes=classes, label_size=_size(label_size), output=output, upsampling=upsampling,
         )  # fmt: skip
     if as_json:

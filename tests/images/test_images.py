@@ -1,6 +1,8 @@
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 from downres.errors import DownresError
 from downres.images import images as module
 from downres.images.decode import Unreadable, decode
-from downres.images.images import Images, Skip, from_arrays, from_files
+from downres.images.images import Images, Skip, cache_bytes, from_arrays, from_files
 
 RNG = np.random.default_rng(0)
 
@@ -125,12 +127,87 @@ def test_nothing_readable_and_nothing_at_all(monkeypatch):
     assert len(images) == 0 and skipped == []
 
 
-def test_a_full_disk_is_one_sentence(files, monkeypatch):
-    paths, _ = files
+def test_a_full_disk_is_a_full_cache(files, monkeypatch):
+    paths, pictures = files
     # A device that is always full stands for the disk.
     monkeypatch.setattr(module.tempfile, "TemporaryFile", lambda **options: open("/dev/full", "r+b", buffering=0))
-    with pytest.raises(DownresError, match=r"full: the decoded images need about 3.3 kB \(3300 bytes\); point TMPDIR to"):
-        from_files(paths, names_of(paths))
+    with pytest.warns(UserWarning, match="9 decoded images need 3.76 kB and the cache for them has 0 B: 9 of them"):
+        images, _ = from_files(paths, names_of(paths))
+    np.testing.assert_array_equal(images[3], pictures[4])
+
+
+@pytest.mark.parametrize("cache", [0, 315, 1000, 2000])
+def test_a_small_cache_gives_the_same_pictures(files, monkeypatch, cache):
+    paths, _ = files
+    whole, _ = from_files(paths, names_of(paths))
+    with pytest.warns(UserWarning, match="of them are decoded again each time they are looked at, which costs time"):
+        images, skipped = from_files(paths, names_of(paths), cache=cache)
+    assert images.names == whole.names and images.checksums == whole.checksums and images.shapes == whole.shapes
+    assert len(skipped) == 2
+    kept, size = set(), 0
+    for i, shape in enumerate(whole.shapes):
+        if size + np.prod(shape) <= cache:
+            kept.add(i)
+            size += np.prod(shape)
+    calls = Counter()
+    outcome = module._decode_or_reason
+    monkeypatch.setattr(module, "_decode_or_reason", lambda path, read: calls.update([path.name]) or outcome(path, read))
+    for i in [*range(9), *range(9)]:
+        np.testing.assert_array_equal(images[i], whole[i])
+    assert calls == {whole.names[i]: 2 for i in range(9) if i not in kept} and len(images._pictures._pixels) == size <= cache
+
+
+def test_the_first_to_be_kept_need_not_be_the_first(files, monkeypatch):
+    paths, pictures = files
+    with pytest.warns(UserWarning, match="8 of them"):
+        images, _ = from_files(paths, names_of(paths), cache=14 * 11 * 3, first=[9, 3])
+    assert [images.names[i] for i, file in enumerate(images._pictures.files) if file.start is not None] == ["9.png"]
+    chosen = images.take([8, 0])
+    assert chosen.names == ["9.png", "0.png"] and chosen.checksums == [images.checksums[8], images.checksums[0]]
+    assert chosen.shapes == [(14, 11, 3), (5, 20, 3)] and len(chosen) == 2
+    np.testing.assert_array_equal(chosen[0], pictures[9])
+    np.testing.assert_array_equal(chosen[1], pictures[0])
+
+
+def test_threads_read_pictures_outside_of_the_cache(files):
+    paths, pictures = files
+    with pytest.warns(UserWarning):
+        images, _ = from_files(paths, names_of(paths), cache=500)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: (i, images[i % 9]), range(200)))
+    for i, picture in found:
+        np.testing.assert_array_equal(picture, pictures[[0, 1, 2, 4, 5, 6, 7, 8, 9][i % 9]])
+
+
+def test_a_file_that_changes_while_in_use(files):
+    paths, _ = files
+    with pytest.warns(UserWarning):
+        images, _ = from_files(paths, names_of(paths), cache=0)
+    Image.new("RGB", (20, 5)).save(paths[0])
+    paths[1].unlink()
+    with pytest.raises(DownresError, match=r"0.png changed while it was in use \(other pixels\): run again"):
+        images[0]
+    with pytest.raises(DownresError, match=r"1.png changed while it was in use \(no such file\): run again"):
+        images[1]
+    assert images[2].size
+
+
+def test_how_much_is_kept(monkeypatch):
+    assert cache_bytes(1.5) == 1_500_000_000 and cache_bytes(0) == 0
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1001))
+    assert cache_bytes() == 500
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(DownresError, match="The cache of decoded images has 0 GB or more"):
+            cache_bytes(wrong)
+
+
+def test_shapes_and_parts_of_arrays():
+    array = RNG.integers(0, 256, (4, 6, 5), dtype=np.uint8)
+    images = from_arrays(array)
+    assert images.shapes == [(6, 5)] * 4
+    chosen = images.take(np.array([2, 2]))
+    assert chosen.names == ["photo 2", "photo 2"] and np.shares_memory(chosen[1], array)
+    assert chosen.checksums == [images.checksums[2]] * 2 == images.take([2, 2]).checksums
 
 
 def test_arrays_are_not_copied():

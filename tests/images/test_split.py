@@ -5,6 +5,7 @@ import pytest
 
 from downres.errors import DownresError
 from downres.images import cross_folds, split_once
+from downres.images.split import sample
 
 RNG = np.random.default_rng(0)
 UNEVEN = np.concatenate([np.repeat(np.arange(10), 3 * np.arange(1, 11)), [77, 78, 79, 80, 81, 82]])
@@ -97,3 +98,17 @@ def test_impossible_splits():
 def test_two_images_are_always_one_and_one(fraction):
     fold = split_once(np.array([0, 1]), fraction, seed=0)
     assert len(fold.train) == len(fold.test) == 1
+
+
+def test_a_sample_is_stratified_reproducible_and_all_where_there_are_few():
+    labels = np.repeat([0, 1, 2, 3, 4], [900, 90, 9, 2, 1])
+    chosen = sample(labels, 100, seed=1)
+    assert len(chosen) == 100 and chosen.dtype == np.int64 and (np.diff(chosen) > 0).all()
+    counts = np.bincount(labels[chosen])
+    assert abs(counts[0] - 86) <= 2 and abs(counts[1] - 9) <= 2 and (counts[2:] == [2, 2, 1]).all()
+    np.testing.assert_array_equal(chosen, sample(labels, 100, seed=1))
+    assert (chosen != sample(labels, 100, seed=2)).any()
+    for most in (1002, 5000):
+        np.testing.assert_array_equal(sample(labels, most, seed=1), np.arange(1002))
+    assert len(sample(np.arange(50), 10, seed=0)) == 50  # each class keeps its only image
+    assert len(sample(np.zeros(0, np.int64), 10, seed=0)) == 0

@@ -169,11 +169,15 @@ def test_the_network_of_a_refitted_state_has_that_head(bank, tmp_path, in_folder
     again = bank(folder) if in_folder else first
     with torch.no_grad():
         network = again.network(State.from_json(state.to_json()))
-    assert (network.head.weight.detach().numpy() == fitted.weight).all() and (network.head.bias == torch.tensor([1.0, 2.0])).all()
+    assert (network.head.weight.detach().numpy() == fitted.weight).all() and (
+        network.head.bias == torch.tensor([1.0, 2.0])
+    ).all()
     assert torch.equal(again.model.head.weight, own)
-    assert list((tmp_path / "weights").iterdir()) == [tmp_path / "weights" / f"{state.history[-1].tensors}.safetensors"] if (
-        in_folder
-    ) else not list(tmp_path.iterdir())
+    assert (
+        list((tmp_path / "weights").iterdir()) == [tmp_path / "weights" / f"{state.history[-1].tensors}.safetensors"]
+        if (in_folder)
+        else not list(tmp_path.iterdir())
+    )
 
 
 def test_one_pass_gives_logits_and_features_and_the_model_is_left_alone(tiny):

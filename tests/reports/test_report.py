@@ -189,7 +189,9 @@ def test_page_has_its_parts_and_no_outside_address():
 def test_page_without_photographs_latency_or_candidates():
     bare = Result(Candidate(300), "measured", quality=quality(97.0))
     page = without_plotly(
-        build_report(sample(original=bare, results=results()[:1], best=None, section=photos_html((), LICENCE), skipped=(), warnings=()))
+        build_report(
+            sample(original=bare, results=results()[:1], best=None, section=photos_html((), LICENCE), skipped=(), warnings=())
+        )
     )
     assert "There is no picture" in page
     assert "What the model sees" not in page

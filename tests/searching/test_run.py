@@ -506,6 +506,25 @@ def test_predictions_of_the_original_are_those_of_its_head(tiny, cells, tmp_path
     assert abs(int(correct.sum()) - run.results[0].quality.correct) <= 1
 
 
+def test_a_cache_smaller_than_the_data_changes_no_number(tiny, cells, tmp_path):
+    folder = cells.write(tmp_path / "data")
+    whole = run_search(tiny, str(folder), tmp_path / "whole")
+    small = run_search(tiny, str(folder), tmp_path / "small", cache_gb=3e-4)  # of 1.1 MB
+    assert len(whole.results) == len(small.results) > 1 and small.best.candidate == whole.best.candidate
+    for one, other in zip((whole.original, *whole.results), (small.original, *small.results), strict=True):
+        assert (one.quality, one.naive, one.drop) == (other.quality, other.naive, other.drop)
+        assert (one.recovery is None) == (other.recovery is None)
+        if one.recovery is not None:
+            assert [(r.rung, r.score, r.n, r.images) for r in one.recovery.tried] == [
+                (r.rung, r.score, r.n, r.images) for r in other.recovery.tried
+            ]
+    assert Store.read(small.folder).get("data") == Store.read(whole.folder).get("data")
+    # The run goes on with another cache: it is not among what its numbers depend on.
+    assert run_search(tiny, str(folder), tmp_path / "small").results == small.results
+    with pytest.raises(DownresError, match="The cache of decoded images has 0 GB or more, -1 cannot be"):
+        run_search(tiny, str(folder), tmp_path / "none", cache_gb=-1)
+
+
 def test_a_network_for_grey_pictures(cells, tmp_path):
     """One channel in, from mean and std: nothing takes three for granted."""
     import torch

@@ -1,16 +1,19 @@
-"""Decoded pictures: kept as raw pixels, so that many resolutions can be measured after decoding once."""
+"""Decoded pictures: kept as raw pixels within a bounded cache, so that many resolutions can be measured after decoding once."""
 
 import errno
+import math
 import mmap
 import os
+import shutil
 import tempfile
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -55,11 +58,65 @@ class Images(Sequence[np.ndarray]):
             self._checksums = [_checksum(picture) for picture in self._pictures]
         return self._checksums
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of each picture; no file is decoded for it."""
+        if isinstance(self._pictures, _Decoded):
+            return [file.shape for file in self._pictures.files]
+        return [picture.shape for picture in self._pictures]
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Images":
+        """Those pictures, in that order; no file is decoded and nothing copied for it."""
+        chosen = [int(i) for i in indices]
+        if isinstance(self._pictures, _Decoded):
+            pictures: Sequence[np.ndarray] = self._pictures.take(chosen)
+        else:
+            pictures = [self._pictures[i] for i in chosen]
+        checksums = None if self._checksums is None else [self._checksums[i] for i in chosen]
+        return Images(pictures, [self.names[i] for i in chosen], checksums)
+
     def __len__(self) -> int:
         return len(self._pictures)
 
     def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]  # one at a time: no slices
         return self._pictures[index]
+
+
+class _File(NamedTuple):
+    """A file that was decoded once; start: of its pixels in the cache, bytes, or None where they are not in it."""
+
+    path: str | os.PathLike[str]
+    shape: tuple[int, ...]
+    checksum: int
+    start: int | None
+
+
+class _Decoded(Sequence[np.ndarray]):
+    """Pictures of files, each decoded once: from the cache those that are in it, the others from their files again.
+
+    What is in the cache stays there. Every state of a network looks at the same images in the same order, so of a cache that
+    drops what was used longest ago each image would be gone just before it is needed again. Nothing here changes, so
+    threads may read at the same time.
+    """
+
+    def __init__(self, files: list[_File], pixels: np.ndarray, read: _Read) -> None:
+        self.files, self._pixels, self._read = files, pixels, read
+
+    def take(self, indices: Sequence[int]) -> "_Decoded":
+        return _Decoded([self.files[i] for i in indices], self._pixels, self._read)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+        file = self.files[index]
+        if file.start is not None:
+            return self._pixels[file.start : file.start + math.prod(file.shape)].reshape(file.shape)
+        outcome = _decode_or_reason(file.path, self._read)
+        if isinstance(outcome, Unreadable) or outcome[1] != file.checksum:
+            why = str(outcome) if isinstance(outcome, Unreadable) else "other pixels"
+            raise DownresError(f"The file {file.path} changed while it was in use ({why}): run again once the data rest.")
+        return outcome[0]
 
 
 def from_arrays(array: np.ndarray, names: Sequence[str] | None = None) -> Images:
@@ -74,6 +131,15 @@ def from_arrays(array: np.ndarray, names: Sequence[str] | None = None) -> Images
     return Images(list(array), names)
 
 
+def cache_bytes(cache_gb: float | None = None) -> int:
+    """How much of decoded images may be kept: what is asked for, or half of what is free where temporary files go."""
+    if cache_gb is None:
+        return shutil.disk_usage(tempfile.gettempdir()).free // 2
+    if not 0 <= cache_gb < math.inf:
+        raise DownresError(f"The cache of decoded images has 0 GB or more, {cache_gb} cannot be: give for example 10.")
+    return int(cache_gb * 1e9)
+
+
 def from_files(
     paths: Sequence[str | os.PathLike[str]],
     names: Sequence[str],
@@ -81,34 +147,57 @@ def from_files(
     workers: int = 2,
     read: _Read | None = None,
     stage: str = "decoding",
+    cache: int | None = None,
+    first: Sequence[int] | np.ndarray = (),
 ) -> tuple[Images, list[Skip]]:
-    """Decode every file once, in `workers` threads, in order; the unreadable ones come back as Skips.
+    """Decode every file once, in `workers` threads; images in the order of the files, the unreadable ones as Skips.
 
     read: instead of `decode`, for files that are no photographs; raises Unreadable as it does. stage: for `progress`.
+    cache: bytes of pixels that are kept at most, None for `cache_bytes()`; what does not fit is decoded again each time it
+    is asked for, and a warning says so. first: indices of the files that are to be kept before the others.
     The pixels are in a temporary file without a name, mapped into memory: as fast as memory while it fits, and bounded
-    by the disk and not by memory when it does not. Raises DownresError when that disk is full.
+    by the disk and not by memory when it does not.
     """
-    kept: list[int] = []
-    shapes: list[tuple[int, ...]] = []
-    checksums: list[int] = []
-    skipped: list[Skip] = []
-    written = 0
+    limit, read = cache_bytes() if cache is None else cache, read or decode
+    rest = np.ones(len(paths), bool)
+    rest[np.asarray(first, np.int64)] = False
+    order = [*map(int, first), *map(int, np.flatnonzero(rest))]
+    found: dict[int, _File] = {}
+    skipped: dict[int, Skip] = {}
+    written = total = 0
     with tempfile.TemporaryFile(buffering=0) as file:
-        for i, outcome in enumerate(_decode_in_order(paths, workers, read or decode)):
+        outcomes = _decode_in_order([paths[i] for i in order], workers, read)
+        for done, (i, outcome) in enumerate(zip(order, outcomes, strict=True), 1):
             if isinstance(outcome, Unreadable):
-                skipped.append(Skip(names[i], str(outcome)))
+                skipped[i] = Skip(names[i], str(outcome))
             else:
                 picture, checksum = outcome
-                written += picture.nbytes
-                _write(file, picture, needed=written * len(paths) // (i + 1))
-                kept.append(i)
-                shapes.append(picture.shape)
-                checksums.append(checksum)
+                total += picture.nbytes
+                start = None
+                if written + picture.nbytes <= limit:
+                    if _write(file, picture):
+                        start, written = written, written + picture.nbytes
+                    else:  # the disk is full: what is there stays, half a picture goes
+                        limit = written
+                        file.seek(written)
+                found[i] = _File(paths[i], picture.shape, checksum, start)
             if progress is not None:
-                progress(stage, i + 1, len(paths))
+                progress(stage, done, len(paths))
         # The mapping keeps the file alive after its descriptor is closed; an empty file cannot be mapped.
-        pixels = np.frombuffer(mmap.mmap(file.fileno(), 0) if written else b"", np.uint8)
-    return Images(_cut(pixels, shapes), [names[i] for i in kept], checksums), skipped
+        if written:
+            file.truncate(written)
+        pixels = np.frombuffer(mmap.mmap(file.fileno(), written) if written else b"", np.uint8)
+    kept = sorted(found)
+    again = sum(found[i].start is None for i in kept)
+    if again:
+        warnings.warn(
+            f"{len(kept)} decoded images need {format_quantity(total, 'B')} and the cache for them has "
+            f"{format_quantity(limit, 'B')}: {again} of them are decoded again each time they are looked at, which costs "
+            "time and changes no number; give more with --cache-gb, or point TMPDIR to a larger disk.",
+            stacklevel=2,
+        )
+    files = _Decoded([found[i] for i in kept], pixels, read)
+    return Images(files, [names[i] for i in kept], [found[i].checksum for i in kept]), [skipped[i] for i in sorted(skipped)]
 
 
 def _decode_in_order(paths: Sequence[str | os.PathLike[str]], workers: int, read: _Read) -> Iterator[_Outcome]:
@@ -139,8 +228,8 @@ def _checksum(picture: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(picture).data, zlib.crc32(repr(picture.shape).encode()))
 
 
-def _write(file: BinaryIO, pixels: np.ndarray, needed: int) -> None:
-    """Append the pixels; `needed` is the estimate, in bytes, for the whole data set."""
+def _write(file: BinaryIO, pixels: np.ndarray) -> bool:
+    """Append the pixels; False where the disk is full before they are all there."""
     left = np.ascontiguousarray(pixels).data.cast("B")
     try:
         while left:
@@ -148,13 +237,5 @@ def _write(file: BinaryIO, pixels: np.ndarray, needed: int) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise DownresError(
-            f"The disk for temporary files ({tempfile.gettempdir()}) is full: the decoded images need about "
-            f"{format_quantity(needed, 'B')} ({needed} bytes); point TMPDIR to a larger disk or give fewer images."
-        ) from None
-
-
-def _cut(pixels: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
-    """Views of the flat bytes, one of each shape, in a row."""
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes], dtype=np.int64)
-    return [pixels[end - int(np.prod(shape)) : end].reshape(shape) for shape, end in zip(shapes, ends, strict=True)]
+        return False
+    return True

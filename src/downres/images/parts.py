@@ -3,29 +3,22 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import DownresError
 from .decode import EXTENSIONS
-from .split import Fold, cross_folds, split_once
+from .images import Images, Progress, Skip, cache_bytes, from_files
+from .split import Fold, cross_folds, sample, split_once
 
 PARTS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
 """Part to the names its folder may have, the first that exists being taken."""
 WHOLE = "whole"
 
 
-class File(NamedTuple):
-    part: str
-    label: int
-    path: Path
-    name: str
-
-
-def as_found(parts: Sequence[str]) -> tuple[Fold, ...]:
+def as_found(parts: Sequence[str] | np.ndarray) -> tuple[Fold, ...]:
     """The fold that the folders make, from the part of each file."""
-    return (Fold(*(np.flatnonzero(np.array(parts) == part).astype(np.int64) for part in PARTS)),)
+    return (Fold(*(np.flatnonzero(np.asarray(parts) == part).astype(np.int64) for part in PARTS)),)
 
 
 def divide(labels: np.ndarray, parts: Sequence[str], val_fraction: float, folds: int | None, seed: int) -> tuple[Fold, ...]:
@@ -37,8 +30,36 @@ def divide(labels: np.ndarray, parts: Sequence[str], val_fraction: float, folds:
     return tuple(Fold(fold.train if "train" in parts else none, fold.test if "val" in parts else none) for fold in divided)
 
 
+def limit_training(folds: tuple[Fold, ...], labels: np.ndarray, most: int, seed: int) -> tuple[Fold, ...]:
+    """The folds with a stratified sample of at most `most` images to fit on in each."""
+    return tuple(Fold(fold.train[sample(labels[fold.train], most, seed)], fold.test) for fold in folds)
+
+
+def how_limited(listed: tuple[Fold, ...], limited: tuple[Fold, ...], kind: str, seed: int) -> str:
+    """What of the images to fit on is not looked at, and why; '' where all are."""
+    pairs = [(len(after.train), len(before.train)) for before, after in zip(listed, limited, strict=True)]
+    used, there = max(pairs, key=lambda pair: pair[1] - pair[0])
+    if used == there:
+        return ""
+    whose = "in each fold " if len(pairs) > 1 else ""
+    return (
+        f"; {whose}a {kind} sample of {used} of the {there} images to fit on is used (seed {seed}), so that time, memory and "
+        "disk do not grow with their number"
+    )
+
+
+def looked_at(folds: tuple[Fold, ...]) -> np.ndarray:
+    """Ascending indices of the images of either side."""
+    return np.unique(np.concatenate([side for fold in folds for side in (fold.train, fold.test)]))
+
+
+def tested_images(folds: tuple[Fold, ...]) -> np.ndarray:
+    """Ascending indices of the images to test on: every candidate is shown them, so they come first into the cache."""
+    return np.unique(np.concatenate([fold.test for fold in folds]))
+
+
 def without_unreadable(
-    listed: tuple[Fold, ...], kept: np.ndarray, files: Sequence[File], reasons: dict[str, str]
+    listed: tuple[Fold, ...], kept: np.ndarray, files: Sequence[str], reasons: dict[str, str]
 ) -> tuple[Fold, ...]:
     """Folds of indices into `files` to folds of indices into `kept`. Raises DownresError where nothing is left of a side."""
     place = np.full(len(files), -1, dtype=np.int64)
@@ -48,7 +69,7 @@ def without_unreadable(
         found = place[side]
         found = found[found >= 0]
         if len(side) and not len(found):
-            first = files[side[0]].name
+            first = files[side[0]]
             raise DownresError(
                 f"None of the {len(side)} images to {use} can be read ({first}: {reasons[first]}): replace or remove them."
             )
@@ -81,3 +102,38 @@ def is_hidden(path: Path) -> bool:
 def listed_names(names: Sequence[str], most: int = 5) -> str:
     """The first few names, for a sentence."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+TRAINING_IMAGES = 10_000
+"""Images to fit on that are opened, at most in each fold. Only a refit of the head looks at all of them (ten of each class of
+ImageNet's); the ladder's other rungs take hundreds."""
+
+
+def open_listed(
+    root: Path,
+    names: Sequence[str],
+    listed: tuple[Fold, ...],
+    strata: np.ndarray,
+    seed: int,
+    cache_gb: float | None,
+    progress: Progress | None,
+) -> tuple[Images, np.ndarray, tuple[Fold, ...], list[Skip], str]:
+    """(images, which of the names they are, their folds, left out, what of the training images is not used) .
+
+    listed: folds of indices into `names`; of the images to fit on a sample of at most TRAINING_IMAGES is opened, stratified by
+    `strata`.
+    """
+    limited = limit_training(listed, strata, TRAINING_IMAGES, seed)
+    needed = looked_at(limited)
+    first = np.searchsorted(needed, tested_images(limited))
+    opened = [names[i] for i in needed]
+    images, skipped = from_files([root / n for n in opened], opened, progress, cache=cache_bytes(cache_gb), first=first)
+    reasons = {skip.path: skip.reason for skip in skipped}
+    kept = np.array([i for i in needed if names[i] not in reasons], dtype=np.int64)
+    return (
+        images,
+        kept,
+        without_unreadable(limited, kept, names, reasons),
+        skipped,
+        how_limited(listed, limited, "random", seed),
+    )

@@ -61,6 +61,21 @@ def cross_folds(labels: np.ndarray, k: int, seed: int) -> tuple[Fold, ...]:
     return tuple(Fold(_without(n, test), test) for test in tests)
 
 
+def sample(labels: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """Ascending indices, int64, of a stratified sample of `most` of the labels, or of all where there are not more.
+
+    A class keeps at least two (or its only one), so that it can still be on both sides of a split.
+    """
+    labels = np.asarray(labels)
+    if len(labels) <= most:
+        return np.arange(len(labels), dtype=np.int64)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    classes = _by_class(labels, rng)
+    sizes = np.array([len(members) for members in classes])
+    counts = _round_to_total(sizes * (most / len(labels)), np.minimum(sizes, 2), sizes, most, rng)
+    return np.sort(np.concatenate([members[:count] for members, count in zip(classes, counts, strict=True)]))
+
+
 def _by_class(labels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     """The int64 indices of each class in label order, shuffled within the class."""
     order = np.argsort(labels, kind="stable").astype(np.int64)

@@ -26,6 +26,7 @@ class Measuring(Record):
     runtime: 'onnxruntime' or 'torch'; threads: of it, None takes every core. folds: cross-fit on one folder, so that every
     image is a proof image once. val_fraction: part of an undivided folder that is kept for the proof. seed: of splits and
     folds. batch_size: images in one pass, None: as is quickest; latency is always that of one.
+    cache_gb: of decoded pixels kept on disk at most, of which no number depends; None: half of what is free there.
     """
 
     runtime: str = "onnxruntime"
@@ -34,6 +35,7 @@ class Measuring(Record):
     val_fraction: float = 0.5
     seed: int = 0
     batch_size: int | None = None
+    cache_gb: float | None = None
 
     def options(self) -> dict[str, Any]:
         """Of a bank."""
@@ -62,6 +64,7 @@ def open_data(
 ) -> None:
     """The data opened and checked against the model."""
     how: dict[str, Any] = {"folds": measuring.folds, "val_fraction": measuring.val_fraction, "seed": measuring.seed}
+    how["cache_gb"] = measuring.cache_gb
     opened = task.open(data, parts=parts, progress=progress, question=question, **how)
     task.begin(opened, measuring.seed)
 

@@ -13,6 +13,7 @@ from ..engines import check_threads
 from ..environment import versions
 from ..errors import DownresError
 from ..families import Model
+from ..images.images import cache_bytes
 from ..measuring.cost import measure_cost
 from ..measuring.latency import RUNTIMES, interleaved, random_batch
 from ..records import Budget, Candidate, Cost, Latency, Preprocessing, Recovery
@@ -88,6 +89,7 @@ def search(
         budget = dataclasses.replace(budget, max_drop=max_drop)
     _check_choices(rungs, minimize, measuring.runtime)
     check_threads(measuring.threads)
+    cache_bytes(measuring.cache_gb)  # for its error
     subject = prepare_task(model, data, question, task, preprocessing)
     subject.check_budget(budget)
     wanted, rungs = rungs, tuple(rung for rung in rungs if rung in subject.rungs)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import DownresError
-from ..images import Fold, Images, Progress, Skip, from_files
-from ..images.parts import PARTS, File, as_found, divide, how_found, is_hidden, is_image, listed_names, without_unreadable
+from ..images import Fold, Images, Progress, Skip
+from ..images.parts import PARTS, as_found, divide, how_found, is_hidden, is_image, listed_names, open_listed
 
 PART_COLUMNS = ("split", "part", "subset")
 """Headings under which a table may say which images are to fit on and which to prove on."""
@@ -120,6 +120,7 @@ def open_rows(
     val_fraction: float = 0.5,
     folds: int | None = None,
     seed: int = 0,
+    cache_gb: float | None = None,
     progress: Progress | None = None,
 ) -> tuple[Images, np.ndarray, tuple[Fold, ...], list[Skip], str]:
     """(images, which rows they are, folds, skipped, how they are divided) of the pictures that a table names.
@@ -139,10 +140,6 @@ def open_rows(
         )
     if folds is not None and table.parts:
         raise DownresError(f"--folds needs pictures that are not divided, {table.path} divides them: leave one of the two out.")
-    files = [
-        File(part, 0, root / name, name)
-        for name, part in zip(table.files, table.parts or ("",) * len(table.files), strict=True)
-    ]
     if table.parts:
         whole = as_found(table.parts)[0]
         none = np.zeros(0, np.int64)
@@ -151,11 +148,7 @@ def open_rows(
             raise DownresError(f"{table.path} puts no picture into val: there is nothing to prove on.")
     else:
         listed = divide(strata, parts, val_fraction, folds, seed)
-    needed = np.unique(np.concatenate([side for fold in listed for side in (fold.train, fold.test)]))
-    images, skipped = from_files([files[i].path for i in needed], [files[i].name for i in needed], progress)
-    reasons = {skip.path: skip.reason for skip in skipped}
-    kept = np.array([i for i in needed if files[i].name not in reasons], dtype=np.int64)
-    divided = without_unreadable(listed, kept, files, reasons)
+    images, kept, divided, skipped, limited = open_listed(root, table.files, listed, strata, seed, cache_gb, progress)
     if table.parts:
         how = how_found(divided[0], {part: Path(part) for part in PARTS})
     elif len(divided) > 1:
@@ -164,6 +157,7 @@ def open_rows(
         how = f"{len(divided[0].test)} to test on (seed {seed})"
     else:
         how = f"split into {len(divided[0].train)} to fit on and {len(divided[0].test)} to test on (seed {seed})"
+    how += limited
     how += f"; {len(skipped)} unreadable files left out" if skipped else ""
     known = {(root / name).resolve() for name in table.files}
     inside = (file for file in root.rglob("*") if is_image(file) and not is_hidden(file.relative_to(root)))

@@ -10,6 +10,7 @@ from downres.images import Fold
 from downres.images import images as images_module
 from downres.images.images import from_arrays as images_from_arrays
 from downres.tasks import Question
+from downres.tasks.classification import folders as folders_module
 from downres.tasks.classification.elpv import DEMO_DATA, open_elpv
 from downres.tasks.classification.folders import Dataset, class_names, from_arrays, open_folder
 from downres.tasks.classification.task import Classification
@@ -233,6 +234,86 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path):
     np.testing.assert_array_equal(data.labels, [0, 0, 0, 1, 1, 1, 0, 1])
     np.testing.assert_array_equal(data.folds[0].test, [6, 7])
     assert data.description.endswith(f"2 in val to test on; 2 unreadable files left out{CAT_AND_DOG}.")
+
+
+def link(root, tree):
+    """As `make`, of many files: all are links to one picture."""
+    root.mkdir(exist_ok=True)
+    Image.new("RGB", (6, 5), (1, 2, 3)).save(root / ".one.png")
+    for folder, count in tree.items():
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            os.link(root / ".one.png", root / folder / f"{i:05d}.png")
+    return root
+
+
+def test_of_many_training_images_only_a_sample_is_opened(tmp_path, monkeypatch):
+    calls = decoded_names(monkeypatch)
+    link(tmp_path, {"train/cat": 16_000, "train/dog": 3000, "val/cat": 600, "val/dog": 400})
+    data = open_folder(tmp_path, outputs=2, seed=3)
+    assert len(calls) == 11_000 and set(calls.values()) == {1}
+    (fold,) = data.folds
+    assert len(data.images) == 11_000 and len(fold.train) == 10_000 and len(fold.test) == 1000
+    assert np.bincount(data.labels[fold.train]).tolist() == [8421, 1579]
+    assert data.description == (
+        "11000 images of 2 classes, 10000 in train to fit on and 1000 in val to test on; a stratified sample of 10000 of the "
+        f"19000 images to fit on is used (seed 3), so that time, memory and disk do not grow with their number{CAT_AND_DOG}."
+    )
+    alone = open_folder(tmp_path, outputs=2, seed=3, parts=("train",))
+    assert alone.images.names == [data.images.names[i] for i in fold.train]
+    assert "sample" not in open_folder(tmp_path, outputs=2, parts=("val",)).description
+
+
+def test_what_is_not_in_the_sample_is_not_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders_module, "TRAINING_IMAGES", 8)
+    make(tmp_path, {"train/cat": 10, "train/dog": 10, "val/cat": 2, "val/dog": 2})
+    data = open_folder(tmp_path, outputs=2)
+    used = [data.images.names[i] for i in data.folds[0].train]
+    assert len(used) == 8 and [sum(name.startswith(f"train/{c}") for name in used) for c in ("cat", "dog")] == [4, 4]
+    others = sorted({f"train/{c}/{i}.png" for c in ("cat", "dog") for i in range(10)} - set(used))
+    for name in others:
+        (tmp_path / name).write_bytes(b"")
+    again = open_folder(tmp_path, outputs=2)
+    assert again.fingerprint() == data.fingerprint() and again.skipped == ()
+    (tmp_path / used[0]).write_bytes(b"")  # in the sample it is: the sample stays, without it
+    fewer = open_folder(tmp_path, outputs=2)
+    assert [skip.path for skip in fewer.skipped] == [used[0]] and len(fewer.folds[0].train) == 7
+    assert "7 in train to fit on" in fewer.description and "a stratified sample of 8 of the 20 images" in fewer.description
+    for name in used[:4]:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DownresError, match=r"None of the images of class cat can be read \(train/cat/.*: empty file\): repl"):
+        open_folder(tmp_path, outputs=2)
+
+
+def test_each_fold_fits_on_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders_module, "TRAINING_IMAGES", 6)
+    make(tmp_path, {"cat": 6, "dog": 6})
+    data = open_folder(tmp_path, outputs=None, folds=3)
+    assert [(len(fold.train), len(fold.test)) for fold in data.folds] == [(6, 4)] * 3 and len(data.images) == 12
+    assert all(not set(fold.train) & set(fold.test) for fold in data.folds)
+    assert "; in each fold a stratified sample of 6 of the 8 images to fit on is used (seed 0), so that" in data.description
+
+
+def test_a_small_cache_changes_nothing(tmp_path):
+    make(tmp_path, {"cat": 6, "dog": 8})
+    whole = open_folder(tmp_path, outputs=2)
+    with pytest.warns(UserWarning, match="14 decoded images need 1.26 kB and the cache for them has 700 B: 7 of them"):
+        data = open_folder(tmp_path, outputs=2, cache_gb=7e-7)
+    assert data.fingerprint() == whole.fingerprint() and data.description == whole.description
+    for one, other in zip(data.images, whole.images, strict=True):
+        np.testing.assert_array_equal(one, other)
+    cached = [i for i, file in enumerate(data.images._pictures.files) if file.start is not None]
+    assert cached == data.folds[0].test.tolist()  # these every candidate is shown
+
+
+def test_files_are_listed_as_paths_are_sorted(tmp_path):
+    make(tmp_path, {"cat": 2, "cat/b": 1, "cat/b c": 1, "cat/B": 1, "cat/.hidden": 1, "dog": 1, "dog/x.png": 1})
+    data = open_folder(tmp_path, outputs=2, parts=("val",), val_fraction=1.0)
+    listed = sorted(path for path in tmp_path.rglob("*.png") if ".hidden" not in path.parts and path != tmp_path)
+    skipped = {skip.path: skip.reason for skip in data.skipped}
+    assert skipped == {"dog/x.png": "a folder"}
+    assert data.images.names == [name for p in listed if (name := p.relative_to(tmp_path).as_posix()) not in skipped]
+    assert len(data.images) == 7
 
 
 def test_progress_is_passed_on(tmp_path):

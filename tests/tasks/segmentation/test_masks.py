@@ -6,8 +6,11 @@ import pytest
 from PIL import Image
 
 from downres.errors import DownresError
+from downres.recovery.bank import CALIBRATION_IMAGES
+from downres.tasks.segmentation import masks as masks_module
 from downres.tasks.segmentation.mask_layouts import _camvid_part
 from downres.tasks.segmentation.masks import IGNORE, find_masks, mask_classes, open_masks
+from downres.tasks.segmentation.task import Segmentation
 
 RNG = np.random.default_rng(0)
 SIZE = (6, 8)
@@ -498,6 +501,45 @@ def test_progress(tmp_path):
 
 
 # Refusals
+
+
+def test_of_many_training_images_only_a_sample_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(masks_module, "TRAINING_MASKS", 4)
+    folders(tmp_path, count=7)
+    seen = []
+    data = open_masks(tmp_path, outputs=3, seed=2, progress=lambda *report: seen.append(report))
+    assert seen[10] == ("decoding", 11, 11) and seen[-1] == ("reading masks", 11, 11)
+    used = [data.images.names[i] for i in data.folds[0].train]
+    assert len(used) == 4 and len(data.folds[0].test) == 7 and used == sorted(used)
+    sentence = (
+        "4 in train to fit on and 7 in val to test on; a random sample of 4 of the 7 images to fit on is used (seed 2), so"
+    )
+    assert sentence in data.description
+    alone = open_masks(tmp_path, outputs=3, seed=2, parts=("train",))
+    assert alone.images.names == used
+    (tmp_path / used[1]).write_bytes(b"")
+    fewer = open_masks(tmp_path, outputs=3, seed=2)
+    assert [fewer.images.names[i] for i in fewer.folds[0].train] == [used[0], *used[2:]]
+
+
+def test_a_sample_is_as_large_as_what_the_ladder_looks_at():
+    assert Segmentation.tuning_images <= masks_module.TRAINING_MASKS // 4
+    assert CALIBRATION_IMAGES <= masks_module.TRAINING_MASKS - Segmentation.tuning_images
+
+
+def test_a_small_cache_changes_nothing(tmp_path):
+    masks = folders(tmp_path)
+    (tmp_path / "train" / "masks" / "1.png").write_bytes(b"")
+    whole = open_masks(tmp_path, outputs=3)
+    with pytest.warns(UserWarning, match="are decoded again each time"):
+        data = open_masks(tmp_path, outputs=3, cache_gb=7e-7)
+    assert data.fingerprint() == whole.fingerprint() and data.description == whole.description
+    assert data.images.names == data.masks.names == [name for name in masks if name != "train/images/1.png"]
+    for one, other, name in zip(data.images, whole.images, data.images.names, strict=True):
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(data.masks[data.masks.names.index(name)], masks[name])
+    for images in (data.images, data.masks):
+        assert [i for i, file in enumerate(images._pictures.files) if file.start is not None] == data.folds[0].test.tolist()
 
 
 def test_unreadable_files_are_left_out(tmp_path):

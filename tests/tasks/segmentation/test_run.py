@@ -280,6 +280,12 @@ def test_stem_candidates(segmenter, shapes, scenes):
     assert found.cost.input_size == (1, 3, 48, 64)
 
 
+def test_a_cache_smaller_than_the_data_changes_no_number(seen, segmenter, scenes):
+    with pytest.warns(UserWarning, match="are decoded again each time they are looked at"):
+        small = curve(segmenter(), scenes, [*SMALLER, (12, 16)], threads=1, cache_gb=1e-4)  # of 0.2 MB
+    assert small.to_json() == seen.to_json()
+
+
 def test_evaluate(seen, segmenter, scenes):
     assert evaluate(segmenter(), scenes, threads=1) == seen.original.quality
     assert evaluate(segmenter(), scenes, resolution=(24, 32), threads=1) == seen.results[1].quality

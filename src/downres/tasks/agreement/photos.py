@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import DownresError
-from ...images import Fold, Images, Progress, Skip, from_files
-from ...images.parts import File, divide, is_hidden, is_image, without_unreadable
+from ...images import Fold, Images, Progress, Skip
+from ...images.parts import divide, is_hidden, is_image, open_listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,7 @@ def open_photos(
     val_fraction: float = 0.5,
     folds: int | None = None,
     seed: int = 0,
+    cache_gb: float | None = None,
     progress: Progress | None = None,
 ) -> Photos:
     """Every picture in a folder and the folders in it, whatever they are called, divided at random as `open_folder` does."""
@@ -47,16 +48,15 @@ def open_photos(
     paths = sorted(p for p in root.rglob("*") if is_image(p) and not is_hidden(p.relative_to(root)))
     if len(paths) < 2:
         raise DownresError(f"{root} holds {len(paths)} pictures, agreement needs at least 2: point --data to photographs.")
-    files = [File("", 0, path, path.relative_to(root).as_posix()) for path in paths]
-    listed = divide(np.zeros(len(files), np.int64), parts, val_fraction, folds, seed)
-    needed = np.unique(np.concatenate([side for fold in listed for side in (fold.train, fold.test)]))
-    images, skipped = from_files([files[i].path for i in needed], [files[i].name for i in needed], progress)
-    reasons = {skip.path: skip.reason for skip in skipped}
-    kept = np.array([i for i in needed if files[i].name not in reasons], dtype=np.int64)
-    divided = without_unreadable(listed, kept, files, reasons)
+    names = [path.relative_to(root).as_posix() for path in paths]
+    alike = np.zeros(len(names), np.int64)
+    listed = divide(alike, parts, val_fraction, folds, seed)
+    images, _, divided, skipped, limited = open_listed(root, names, listed, alike, seed, cache_gb, progress)
     test = sum(len(fold.test) for fold in divided)
     how = (
         f"cross-fitted in {len(divided)} folds" if len(divided) > 1 else f"{test} to compare on, {len(images) - test} to fit on"
     )
     left_out = f"; {len(skipped)} unreadable files left out" if skipped else ""
-    return Photos(images, divided, tuple(skipped), f"{len(images)} photographs without labels, {how} (seed {seed}){left_out}.")
+    return Photos(
+        images, divided, tuple(skipped), f"{len(images)} photographs without labels, {how} (seed {seed}){limited}{left_out}."
+    )

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,20 +11,23 @@ import numpy as np
 
 from ...errors import DownresError
 from ...images.decode import EXTENSIONS
-from ...images.images import Images, Progress, Skip, from_files
+from ...images.images import Images, Progress, Skip, cache_bytes, from_files
 from ...images.parts import (
     PARTS,
+    TRAINING_IMAGES,
     WHOLE,
-    File,
     as_found,
     divide,
     how_found,
-    is_hidden,
+    how_limited,
     is_image,
+    limit_training,
     listed_names,
+    looked_at,
     subfolders,
+    tested_images,
     without_unreadable,
-)
+)  # fmt: skip
 from ...images.split import Fold
 
 _WNID = re.compile(r"n\d{8}")
@@ -86,15 +89,21 @@ def open_folder(
     val_fraction: float = 0.5,
     folds: int | None = None,
     seed: int = 0,
+    cache_gb: float | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
     """The pictures of DIR/train/CLASS/* and DIR/val/CLASS/*, or of DIR/CLASS/*, each decoded once.
+
+    All images to test on are opened, and of those to fit on at most TRAINING_IMAGES in a fold, a stratified sample by
+    `seed`: of the others nothing but the name is looked at.
 
     outputs: of the network, which the class folders must match; None accepts any number. ImageNet's folder names
     (n01440764) are mapped to the 1000 outputs, any subset of them. parts: what is needed; ("val",) decodes no training
     image and leaves fold.train empty. One folder of classes, or only one of train and val, is split with `val_fraction`
     and `seed`, or into `folds` folds, before unreadable files are left out, so that the split is the same for all
     `parts`. With parts ("val",) and a val_fraction of 1, or folds, every image in it is a test image.
+    cache_gb: of decoded pixels kept on disk at most; what does not fit is decoded again when it is looked at. None: half of
+    what is free where temporary files go.
     Raises DownresError, in one sentence that says why, where the folder cannot be used.
     """
     root = Path(path).expanduser()
@@ -106,24 +115,34 @@ def open_folder(
         )
     names = _class_folders(sources)
     output_of, classes = _map_classes(names, outputs)
-    files = [
-        File(part, label, file, file.relative_to(root).as_posix())
-        for part, source in sources.items()
-        if len(sources) == 1 or part in parts
-        for label, name in enumerate(names)
-        for file in sorted(_image_files(source / name))
-    ]
-    labels = np.array([output_of[file.label] for file in files], dtype=np.int64)
+    file_names: list[str] = []
+    groups = []  # (part, class) of each run of files, and how many they are
+    for part, source in sources.items():
+        if len(sources) == 1 or part in parts:
+            for label, name in enumerate(names):
+                inside = _image_names(source / name)
+                prefix = (source / name).relative_to(root).as_posix()
+                file_names += [f"{prefix}/{file}" for file in inside]
+                groups.append((part, label, len(inside)))
+    counts = [count for _, _, count in groups]
+    labels = np.repeat([output_of[label] for _, label, _ in groups], counts).astype(np.int64)
     if len(sources) > 1:
-        listed = as_found([file.part for file in files])
+        listed = as_found(np.repeat([part for part, _, _ in groups], counts))
     else:
         listed = divide(labels, parts, val_fraction, folds, seed)
-    needed = np.unique(np.concatenate([side for fold in listed for side in (fold.train, fold.test)]))
-    images, skipped = from_files([files[i].path for i in needed], [files[i].name for i in needed], progress)
+    limited = limit_training(listed, labels, TRAINING_IMAGES, seed)
+    needed = looked_at(limited)
+    tested = np.searchsorted(needed, tested_images(limited))
+    opened = [file_names[i] for i in needed]
+    images, skipped = from_files(
+        [root / name for name in opened], opened, progress, cache=cache_bytes(cache_gb), first=tested
+    )  # fmt: skip
     reasons = {skip.path: skip.reason for skip in skipped}
-    _check_readable(files, reasons)
-    kept = np.array([i for i in needed if files[i].name not in reasons], dtype=np.int64)
-    divided = without_unreadable(listed, kept, files, reasons)
+    group_of = np.repeat(np.arange(len(groups)), counts)
+    unused = np.setdiff1d(looked_at(listed), needed)
+    _check_readable(file_names, np.delete(np.arange(len(file_names)), unused), group_of, names, reasons)
+    kept = np.array([i for i in needed if file_names[i] not in reasons], dtype=np.int64)
+    divided = without_unreadable(limited, kept, file_names, reasons)
 
     count = f"{len(kept)} images of {len(names)} classes"
     if len(sources) > 1:
@@ -131,7 +150,8 @@ def open_folder(
     else:
         (source,) = sources.values()
         count += " in one folder" if source == root else f", {source.name} only"
-        how = _how_divided(divided, len(listed[0].test) == len(files), len(files), folds, seed)
+        how = _how_divided(divided, len(listed[0].test) == len(labels), len(labels), folds, seed)
+    how += how_limited(listed, limited, "stratified", seed)
     left_out = f"; {len(skipped)} unreadable files left out" if skipped else ""
     numbered = ""
     if outputs is not None and classes == tuple(names):  # not mapped by name: a wrong order can only be seen by the reader
@@ -150,7 +170,7 @@ def class_names(path: str | os.PathLike[str], outputs: int | None = None) -> tup
     _map_classes(names, outputs)
     for source in sources.values():
         for name in names:
-            next(_image_files(source / name))
+            _image_names(source / name, most=1)
     return tuple(names)
 
 
@@ -228,15 +248,24 @@ def _map_classes(names: list[str], outputs: int | None) -> tuple[list[int], tupl
     return list(range(len(names))), tuple(names)
 
 
-def _check_readable(files: Sequence[File], reasons: dict[str, str]) -> None:
-    """Raise DownresError when all files of a class in a part are among `reasons`, by name, why they cannot be read."""
-    readable = {(file.part, file.label) for file in files if file.name not in reasons}
-    for file in files:
-        if (file.part, file.label) not in readable:
-            raise DownresError(
-                f"None of the images of class {file.path.parent.name} can be read ({file.name}: {reasons[file.name]}): "
-                "replace them, or remove the folder."
-            )
+def _check_readable(
+    files: Sequence[str], considered: np.ndarray, group_of: np.ndarray, classes: Sequence[str], reasons: dict[str, str]
+) -> None:
+    """Raise DownresError when all `considered` files of a class in a part are among `reasons`, why they cannot be read.
+
+    group_of: int (files,), part · len(classes) + class.
+    """
+    if not reasons:
+        return
+    unreadable = np.array([files[i] in reasons for i in considered])
+    groups = group_of[considered]
+    lost = np.flatnonzero(~np.isin(groups, groups[~unreadable]))
+    if len(lost):
+        first = considered[lost[0]]
+        raise DownresError(
+            f"None of the images of class {classes[group_of[first] % len(classes)]} can be read "
+            f"({files[first]}: {reasons[files[first]]}): replace them, or remove the folder."
+        )
 
 
 def _how_divided(divided: tuple[Fold, ...], whole: bool, total: int, folds: int | None, seed: int) -> str:
@@ -251,14 +280,32 @@ def _how_divided(divided: tuple[Fold, ...], whole: bool, total: int, folds: int 
     return f"those to {'fit' if len(fold.train) else 'test'} on of a stratified split of {total} (seed {seed})"
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
-    """The image files in a class folder and the folders in it, in no order; at least one, or DownresError."""
-    empty = True
-    for path in folder.rglob("*"):
-        if is_image(path) and not is_hidden(path.relative_to(folder)):
-            empty = False
-            yield path
-    if empty:
+def _image_names(folder: Path, most: int | None = None) -> list[str]:
+    """The image files in a class folder and the folders in it, relative to it, sorted; at least one, or DownresError.
+
+    most: stop after so many, whichever they are. No file is asked for more than its name, however many there are.
+    """
+    found: list[str] = []
+    folders = [""]
+    while folders and (most is None or len(found) < most):
+        inside = folders.pop()
+        try:
+            entries = os.scandir(folder / inside)
+        except PermissionError:
+            continue
+        with entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.name.lower().endswith(EXTENSIONS):
+                    found.append(inside + entry.name)
+                    if len(found) == most:
+                        break
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{inside}{entry.name}/")
+    if not found:
         raise DownresError(
             f"The class folder {folder} holds no images ({', '.join(EXTENSIONS)}): add some, or remove the folder."
         )
+    # Folder by folder, as paths are sorted: 'a/1.png' before 'a b/1.png'.
+    return sorted(found, key=lambda name: name.split("/")) if any("/" in name for name in found) else sorted(found)

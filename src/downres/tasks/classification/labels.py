@@ -98,6 +98,7 @@ def from_dataset(
     val_fraction: float = 0.5,
     folds: int | None = None,
     seed: int = 0,
+    cache_gb: float | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
     """Its pictures, each taken when it is looked at. Targets are whole numbers; pictures are PIL images or uint8 arrays

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...images import Images
 from ...images.preprocess import shown_size
 from ...records import Dense, Preprocessing
 from ...recovery.bank import Bank, State
@@ -35,10 +36,10 @@ def classes_at(answer: np.ndarray, size: tuple[int, int], dense: Dense, part: tu
 
 
 def picture_classes(
-    answer: np.ndarray, picture: np.ndarray, size: tuple[int, int], dense: Dense, p: Preprocessing
+    answer: np.ndarray, picture: Sequence[int], size: tuple[int, int], dense: Dense, p: Preprocessing
 ) -> np.ndarray:
-    """`classes_at` of a picture (H, W, …) that `p` made the network's input of: what it padded is left out."""
-    shown = shown_size((picture.shape[0], picture.shape[1]), p)
+    """`classes_at` of a picture of the shape (H, W, …) that `p` made the network's input of: what it padded is left out."""
+    shown = shown_size((picture[0], picture[1]), p)
     return classes_at(answer, size, dense, (shown[0] / p.hw[0], shown[1] / p.hw[1]))
 
 
@@ -67,7 +68,8 @@ class MaskBank(Bank):
         """Of the images `indices`, in that order."""
         images = indices.tobytes()
         if images not in self._truths:
-            self._truths[images] = Truths([self.masks[int(i)] for i in indices], self.outputs)
+            chosen = self.masks.take(indices) if isinstance(self.masks, Images) else [self.masks[int(i)] for i in indices]
+            self._truths[images] = Truths(chosen, self.outputs)
         if (state, images) not in self._tallies:
             with contextlib.closing(self.class_maps(state, indices, serving=serving)) as maps:
                 self._tallies[state, images] = tally(maps, self._truths[images], self.outputs)
@@ -76,11 +78,12 @@ class MaskBank(Bank):
     def class_maps(self, state: State, indices: np.ndarray, *, serving: bool = True) -> Generator[np.ndarray]:
         """The predicted class map of each image, at the size of its mask."""
         assert self.images is not None
-        p = self.preprocessing_of(state)
+        p, shapes = self.preprocessing_of(state), self.images.shapes
+        sizes = self.masks.shapes if isinstance(self.masks, Images) else [mask.shape for mask in self.masks]
         with contextlib.closing(self.answers(state, indices, serving=serving)) as answers:
             for i, (answer,) in zip(indices, answers, strict=True):
-                height, width = self.masks[int(i)].shape
-                yield picture_classes(answer, self.images[int(i)], (height, width), self.dense, p)
+                height, width = sizes[int(i)][:2]
+                yield picture_classes(answer, shapes[int(i)], (height, width), self.dense, p)
 
     def refuse_nan(self, state: State, image: int, *answer: np.ndarray) -> None:
         # A class map has no NaN: its largest number says that there was one.

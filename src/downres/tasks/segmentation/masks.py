@@ -11,8 +11,19 @@ import numpy as np
 
 from ...errors import DownresError
 from ...images.decode import Unreadable
-from ...images.images import Images, Progress, Skip, from_files
-from ...images.parts import WHOLE, File, as_found, divide, how_found, listed_names, without_unreadable
+from ...images.images import Images, Progress, Skip, cache_bytes, from_files
+from ...images.parts import (
+    WHOLE,
+    as_found,
+    divide,
+    how_found,
+    how_limited,
+    limit_training,
+    listed_names,
+    looked_at,
+    tested_images,
+    without_unreadable,
+)  # fmt: skip
 from ...images.split import Fold
 from .mask_files import colours_of, header_of, packed, values_of
 from .mask_layouts import TITLES, Pair, Pairs, locate
@@ -21,6 +32,9 @@ from .mask_legends import IGNORE, UNKNOWN, VOC_COLOURS, Colour, Legend, legend_o
 __all__ = ["IGNORE", "MaskDataset", "MaskFolder", "Pair", "find_masks", "mask_classes", "open_masks"]
 
 _CLASSES = "give classes.txt in the data folder, or `classes`"
+
+TRAINING_MASKS = 400
+"""Images to fit on that are opened, at most in each fold: 100 tune, and of the others 256 recalibrate BatchNorm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,13 +217,15 @@ def open_masks(
     seed: int = 0,
     layout: str | None = None,
     classes: str | os.PathLike[str] | Sequence[str] | None = None,
+    cache_gb: float | None = None,
     progress: Progress | None = None,
 ) -> MaskDataset:
     """The images and masks of a folder, each decoded once.
 
-    outputs: of the network, which the classes must match in number; None accepts any. parts, val_fraction, folds, seed:
-    as for `open_folder`; a folder that is not divided is split at random, without regard to classes. layout, classes: as
-    for `find_masks`. Images that cannot be read, or whose masks cannot, are left out.
+    outputs: of the network, which the classes must match in number; None accepts any. parts, val_fraction, folds, seed,
+    cache_gb: as for `open_folder`; a folder that is not divided is split at random, without regard to classes. layout,
+    classes: as for `find_masks`. Images that cannot be read, or whose masks cannot, are left out. Of the images to fit on
+    at most TRAINING_MASKS are decoded in each fold, a random sample by `seed`.
     Raises DownresError, in one sentence that says why, where the folder cannot be used.
     """
     found = mask_classes(source, outputs, layout=layout, classes=classes)
@@ -221,18 +237,21 @@ def open_masks(
     whole = len(found.pairs) == 1
     used = {part: pairs for part, pairs in found.pairs.items() if whole or part in parts}
     pairs = [pair for some in used.values() for pair in some]
-    files = [File(part, 0, pair.image, pair.name) for part, some in used.items() for pair in some]
+    files = [pair.name for pair in pairs]
+    alike = np.zeros(len(files), np.int64)
     if whole:
-        listed = divide(np.zeros(len(files), np.int64), parts, val_fraction, folds, seed)
+        listed = divide(alike, parts, val_fraction, folds, seed)
     else:
-        listed = as_found([file.part for file in files])
-    needed = np.unique(np.concatenate([side for fold in listed for side in (fold.train, fold.test)]))
-    images, masks, skipped = _decode_pairs(found, [pairs[i] for i in needed], progress)
+        listed = as_found([part for part, some in used.items() for _ in some])
+    limited = limit_training(listed, alike, TRAINING_MASKS, seed)
+    needed = looked_at(limited)
+    tested = np.searchsorted(needed, tested_images(limited))
+    images, masks, skipped = _decode_pairs(found, [pairs[i] for i in needed], tested, cache_bytes(cache_gb), progress)
     reasons = {skip.path: skip.reason for skip in skipped}
-    kept = np.array([i for i in needed if files[i].name not in reasons], dtype=np.int64)
-    divided = without_unreadable(listed, kept, files, reasons)
+    kept = np.array([i for i in needed if files[i] not in reasons], dtype=np.int64)
+    divided = without_unreadable(limited, kept, files, reasons)
 
-    sizes = {mask.shape for mask in masks}
+    sizes = {(shape[0], shape[1]) for shape in masks.shapes}
     size = next(iter(sizes)) if len(sizes) == 1 else None
     absent = _absent(found.classes, masks, divided)
     sentence = f"{len(images)} images with masks of {len(found.classes)} classes ({TITLES[found.layout]} layout), "
@@ -241,6 +260,7 @@ def open_masks(
         sentence += _how_split(divided, len(files), folds, seed)
     else:
         sentence += how_found(divided[0], {part: Path(part) for part in found.pairs})
+    sentence += how_limited(listed, limited, "random", seed)
     sentence += f"; all masks {size[0]}×{size[1]}" if size else "; masks of several sizes"
     sentence += f"; {found.note}" if found.note else ""
     sentence += f"; no image to test on has {listed_names(absent)}" if absent else ""
@@ -251,21 +271,27 @@ def open_masks(
     )  # fmt: skip
 
 
-def _decode_pairs(found: MaskFolder, pairs: Sequence[Pair], progress: Progress | None) -> tuple[Images, Images, list[Skip]]:
-    """(images, masks, left out): those pairs of which both can be read, in order."""
-    images, skipped = from_files([pair.image for pair in pairs], [pair.name for pair in pairs], progress)
+def _decode_pairs(
+    found: MaskFolder, pairs: Sequence[Pair], tested: np.ndarray, cache: int, progress: Progress | None
+) -> tuple[Images, Images, list[Skip]]:
+    """(images, masks, left out): those pairs of which both can be read, in order.
+
+    cache: bytes; a quarter is the masks', which have one byte a pixel where images have three.
+    """
+    names = [pair.name for pair in pairs]
+    images, skipped = from_files([pair.image for pair in pairs], names, progress, cache=cache * 3 // 4, first=tested)
     unreadable = {skip.path for skip in skipped}
-    left = [pair for pair in pairs if pair.name not in unreadable]
+    left = [i for i, name in enumerate(names) if name not in unreadable]
     masks, unread = from_files(
-        [pair.mask for pair in left], [pair.name for pair in left], progress, read=found._read, stage="reading masks"
-    )
+        [pairs[i].mask for i in left], [names[i] for i in left], progress, read=found._read, stage="reading masks",
+        cache=cache // 4, first=np.flatnonzero(np.isin(left, tested)),
+    )  # fmt: skip
     skipped += [Skip(skip.path, f"mask {skip.reason}") for skip in unread]
     unreadable = {skip.path for skip in unread}
-    both = [i for i, pair in enumerate(left) if pair.name not in unreadable]
-    images = Images([images[i] for i in both], [images.names[i] for i in both], [images.checksums[i] for i in both])
-    for name, image, mask in zip(images.names, images, masks, strict=True):  # upright, which a PNG's header does not tell
-        if image.shape[:2] != mask.shape:
-            raise _sizes_differ(name, image.shape[:2], mask.shape)
+    images = images.take([k for k, i in enumerate(left) if names[i] not in unreadable])
+    for name, image, mask in zip(images.names, images.shapes, masks.shapes, strict=True):  # upright, as no PNG's header tells
+        if image[:2] != mask:
+            raise _sizes_differ(name, image[:2], mask)
     return images, masks, skipped
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...errors import DownresError
 from ...families import Model
+from ...images import Images
 from ...parse import as_hw, format_resolution
 from ...probe import Answer, find_answer
 from ...records import CLASSES, LOGITS, OUTSIDE, Budget, Candidate, Dense, Drop, Preprocessing, Record, Recovery, Result
@@ -175,13 +176,15 @@ class Segmentation(Task):
         return bank.tallies(state, indices, serving=serving)
 
     def judge(self, answers: Iterable[np.ndarray], indices: np.ndarray, preprocessing: Preprocessing) -> Tallies:
-        masks = [self.truth[int(i)] for i in indices]
+        masks = self.truth.take(indices) if isinstance(self.truth, Images) else [self.truth[int(i)] for i in indices]
         return tally(self._maps(answers, indices, preprocessing), masks, self.outputs)
 
     def _maps(self, answers: Iterable[np.ndarray], indices: np.ndarray, p: Preprocessing) -> Iterator[np.ndarray]:
+        shapes = self.data.images.shapes
+        sizes = self.truth.shapes if isinstance(self.truth, Images) else [mask.shape for mask in self.truth]
         for i, answer in zip(indices, answers, strict=True):
-            height, width = self.truth[int(i)].shape
-            yield picture_classes(answer, self.data.images[int(i)], (height, width), self.dense, p)
+            height, width = sizes[int(i)][:2]
+            yield picture_classes(answer, shapes[int(i)], (height, width), self.dense, p)
 
     def quality(self, evidence: Tallies) -> SegmentationQuality:
         return segmentation_quality(evidence)
@@ -265,7 +268,7 @@ class Segmentation(Task):
         self, answer: np.ndarray, picture: np.ndarray, image: str, preprocessing: Preprocessing, top: int, out: Path
     ) -> MaskPrediction:
         """Also writes NAME_mask.png and NAME_overlay.png."""
-        mask = picture_classes(answer, picture, (picture.shape[0], picture.shape[1]), self.dense, preprocessing)
+        mask = picture_classes(answer, picture.shape, (picture.shape[0], picture.shape[1]), self.dense, preprocessing)
         if mask.dtype != np.uint8:
             raise DownresError(
                 f"A palette PNG has room for 256 classes, these are {len(self.classes)}: use the ONNX file's own output."
