@@ -6,13 +6,14 @@ from pathlib import Path
 
 from torch import nn
 
+from ..axes import Axes, axes_of
 from ..errors import DownresError
 from ..families import Model
 from ..measure.cost import measure_cost
 from ..parse import Resolution
 from ..records import Budget, Candidate, Merge, Preprocessing, Result
 from ..recover.bank import State
-from .plan import make_axes, plan
+from .plan import plan
 from .select import Evidence, verdicts
 from .single import quality_of
 from .task import Data, Progress, check_planned, prepare, prepare_model, with_classes
@@ -48,6 +49,7 @@ def curve(
     merges: Sequence[Merge | int | float | str] = (),
     candidates: Sequence[Candidate | str] = (),
     ragged: str = "error",
+    tries: Axes | None = None,
     snap: bool = True,
     max_drop: float = 1.0,
     val_fraction: float = 1.0,
@@ -65,9 +67,9 @@ def curve(
     """Quality of `model` at its own resolution and as each candidate, on the same images, decoded once: top-1 of a
     classifier, mIoU of a segmentation network.
 
-    What is tried is given as in `search`: `resolutions`, `stem_scales`, `patch_sizes`, `merges`, `candidates`; nothing by
-    default; `classes`, `label_size`, `output` and `upsampling` of a segmentation network too. A candidate that the network
-    cannot be reduced to comes back as 'stopped', with the reason.
+    What is tried is given as in `search`: `resolutions`, `stem_scales`, `patch_sizes`, `merges`, `candidates`, or all in one
+    `tries`; nothing by default; `classes`, `label_size`, `output` and `upsampling` of a segmentation network too. A candidate
+    that the network cannot be reduced to comes back as 'stopped', with the reason.
 
     Nothing is fitted, so every image of an undivided folder may be looked at; a `val_fraction` below 1 keeps to the
     images that `search` would prove on.
@@ -75,7 +77,8 @@ def curve(
     The verdict says of each candidate alone whether its drop is within `max_drop` points; whoever picks one of many
     by it should use `search`, which pays for the number of looks.
     """
-    axes = make_axes(resolutions, stem_scales, patch_sizes, merges, candidates, ragged)
+    given = Axes(resolutions, stem_scales, patch_sizes, merges, candidates, ragged)
+    axes = axes_of(tries, given, Axes((), (), (), ()))
     data = with_classes(data, classes)
     subject = prepare_model(
         model, data, preprocessing=preprocessing, label_size=label_size, output=output, upsampling=upsampling

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..axes import Axes, axes_of, default_axes
 from ..data import DEMO_DATA, Dataset, MaskDataset, MaskFolder
 from ..environment import versions
 from ..errors import DownresError
@@ -28,7 +29,7 @@ from ..report import words
 from ..runtimes import check_threads
 from .masks import MASK_RUNGS, keep_scenes, masks_measure
 from .photos import keep_photos
-from .plan import default_axes, make_axes, plan
+from .plan import plan
 from .results import Run, load_run
 from .select import MINIMIZE, over_budget
 from .ship import reference_of, ship
@@ -51,6 +52,7 @@ def search(
     merges: Sequence[Merge | int | float | str] | None = None,
     candidates: Sequence[Candidate | str] = (),
     ragged: str = "error",
+    tries: Axes | None = None,
     snap: bool = True,
     rungs: tuple[str, ...] = RUNGS,
     minimize: str = "macs",
@@ -85,6 +87,7 @@ def search(
             (from its own resolution down; patches and merging for transformers), () leaves an axis out.
         candidates: more to try as they are, in any combination: `Candidate`s or their text, '168 merge4'.
         ragged: what patches do where they do not divide the input: 'error', 'floor' (cut) or 'pad'.
+        tries: all of these in one `Axes` instead.
         snap: take resolutions to multiples of the network's stride.
         rungs: of the recovery ladder, from 'crop', 'batchnorm', 'head'; () only lowers the input.
         minimize: what 'cheapest' means: 'macs', 'memory' or 'latency'.
@@ -104,7 +107,7 @@ def search(
     budget = Budget(max_drop, confidence, max_macs, max_memory_bytes, max_latency_ms)
     _check_choices(rungs, minimize, runtime)
     check_threads(threads)
-    axes = make_axes(resolutions, stem_scales, patch_sizes, merges, candidates, ragged)
+    axes = axes_of(tries, Axes(resolutions, stem_scales, patch_sizes, merges, candidates, ragged), Axes())
     data_source: dict[str, Any] = {"path": _place(data), "folds": folds, "val_fraction": val_fraction, "seed": seed}
     data_source["classes_file"] = None if classes is None else str(Path(classes).resolve())
     data = with_classes(data, classes)
