@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .artifact import Finding, MaskPrediction, Prediction, check, predict
+    from .axes import Axes
     from .data import Dataset, Fold, Images, MaskDataset, MaskFolder, find_masks, from_arrays, open_folder, open_masks
     from .demo import demo
     from .errors import DownresError
@@ -42,15 +43,16 @@ __all__ = [
     "load_model", "with_preprocessing", "Model", "open_folder", "from_arrays", "Dataset", "Images", "Fold",
     "find_masks", "open_masks", "MaskFolder", "MaskDataset", "Segmenter", "regseg",
     # records
-    "Candidate", "Merge", "Budget", "Cost", "Latency", "Quality", "SegmentationQuality", "Dense", "Drop", "Preprocessing",
-    "Recovery", "Rung", "Result", "Run", "Change", "Reduction", "Finding", "Prediction", "MaskPrediction", "load_run",
-    "CONVENTION", "DownresError",
+    "Candidate", "Merge", "Axes", "Budget", "Cost", "Latency", "Quality", "SegmentationQuality", "Dense", "Drop",
+    "Preprocessing", "Recovery", "Rung", "Result", "Run", "Change", "Reduction", "Finding", "Prediction", "MaskPrediction",
+    "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
 
 # Importing torch, timm and the runtimes takes seconds; a name is imported when it is first used, so that
 # `downres --help` and a mistyped option answer at once. The imports above say the same to type checkers.
 _HOMES = {
     "artifact": ("Finding", "MaskPrediction", "Prediction", "check", "predict"),
+    "axes": ("Axes",),
     "data": (
         "Dataset", "Fold", "Images", "MaskDataset", "MaskFolder", "find_masks", "from_arrays", "open_folder", "open_masks",
     ),
