@@ -11,7 +11,10 @@ SOURCE = Path(downres.__file__).parent
 LAYERS = (
     ("errors", "environment", "lazy"),
     ("parse",),
+    ("record",),
+    ("techniques",),
     ("records",),
+    ("axes",),
     ("engines",),
     ("probe",),
     ("reductions", "images"),
@@ -27,19 +30,29 @@ LAYERS = (
     ("cli", "__init__"),
 )
 HEAVY = ("onnx", "onnxruntime", "sklearn", "scipy", "plotly", "jinja2", "transformers", "segmentation_models_pytorch")
+# A technique is told in one file, from its word to how it changes a network: what that takes is imported when it is done.
+LATE = {"techniques": {"probe", "reductions", "models"}}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def imported(file: Path) -> set[str]:
-    """Top-level modules of downres that a file imports, relatively or not, wherever in the file."""
+    """Top-level modules of downres that a file imports, relatively or not, wherever in the file.
+
+    Of a package in `LATE` without what it may import inside a function, and what it imports for types alone.
+    """
     package = ("downres", *file.relative_to(SOURCE).parts[:-1])
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    late = LATE.get(file.relative_to(SOURCE).parts[0], set())
+    tree = ast.parse(file.read_text())
+    typing = [node for node in tree.body if late and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    tree.body = [node for node in tree.body if node not in typing]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             names = [*base, *(node.module or "").split(".")] if node.module else [*base]
             paths = [names] if node.module else [[*names, alias.name] for alias in node.names]
-            found |= {path[1] for path in paths if len(path) > 1 and path[0] == "downres"}
+            names_found = {path[1] for path in paths if len(path) > 1 and path[0] == "downres"}
+            found |= names_found if node.col_offset == 0 else names_found - late
     return found
 
 

@@ -6,6 +6,7 @@ from .lazy import lazy
 
 if TYPE_CHECKING:
     from .artifacts import Finding, check, predict
+    from .axes import Axes
     from .errors import DownresError
     from .families import Model, load_model, with_preprocessing
     from .images import Fold, Images
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from .searching.costs import costs
     from .searching.curve import Curve, curve
     from .searching.demo import demo
-    from .searching.plan import Axes
     from .searching.prepare import Measuring
     from .searching.results import Run, load_run
     from .searching.run import search
@@ -68,6 +68,7 @@ __all__ = [
 # `downres --help` and a mistyped option answer at once. The imports above say the same to type checkers.
 _HOMES = {
     "artifacts": ("Finding", "check", "predict"),
+    "axes": ("Axes",),
     "errors": ("DownresError",),
     "families": ("Model", "load_model", "with_preprocessing"),
     "images": ("Fold", "Images"),
@@ -83,7 +84,6 @@ _HOMES = {
     "searching.costs": ("costs",),
     "searching.curve": ("Curve", "curve"),
     "searching.demo": ("demo",),
-    "searching.plan": ("Axes",),
     "searching.prepare": ("Measuring",),
     "searching.results": ("Run", "load_run"),
     "searching.run": ("search",),

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import inspect
 import json
 import os
 import shlex
@@ -20,7 +21,8 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from .errors import DownresError
-from .parse import format_quantity, format_resolution, parse_quantity, parse_resolutions
+from .parse import floats, format_quantity, format_resolution, parse_quantity, parse_resolutions
+from .techniques import RESOLUTION, Technique, techniques
 
 # torch, timm and the runtimes take seconds to import: `--help` and a mistyped option must not wait for them,
 # so every command imports what it calls.
@@ -52,10 +54,6 @@ DataOption = Annotated[
 WeightsOption = Annotated[
     Path | None, typer.Option("--weights", help="A .safetensors or .pth file (read with weights_only=True).")
 ]
-ResolutionsOption = Annotated[
-    str | None,
-    typer.Option("--resolution", metavar="SPEC", help="96:256:32, 96,128,160 or HxW; default: from the model's own down."),
-]
 NativeOption = Annotated[
     str | None,
     typer.Option(
@@ -67,24 +65,6 @@ StdOption = Annotated[str | None, typer.Option("--std", help="Per channel, on 0â
 InterpolationOption = Annotated[str | None, typer.Option("--interpolation", help="bilinear or bicubic.")]
 CropOption = Annotated[
     float | None, typer.Option("--crop-ratio", help="Side of the centre crop over the resized short side, above 0 to 1.")
-]
-StemScaleOption = Annotated[
-    str | None,
-    typer.Option(
-        "--stem-scale", metavar="0.75,0.5", help="Resample after the embedding by these factors; 'none' for no such variants."
-    ),
-]
-PatchSizeOption = Annotated[
-    str | None,
-    typer.Option("--patch-size", metavar="20,24", help="Patches of these sides, in pixels; 'none' for no such variants."),
-]
-MergeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--merge",
-        metavar="8,50%",
-        help="Merge tokens: 8 a block, 50% kept at the end, 8-decreasing, prune8 by attention; 'none' for no such variants.",
-    ),
 ]
 CandidateOption = Annotated[
     list[str] | None,
@@ -138,6 +118,39 @@ out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in
 err = Console(stderr=True, highlight=False)
 
 
+class _Trying:
+    """A command whose options are those of the techniques too, in front of --candidate; they come as `**tried`, by keyword.
+
+    The signature, which typer reads when the program starts, is made when it is read: a technique that is registered later
+    has its option too. untrained: also techniques whose accuracy cannot be measured.
+    """
+
+    def __init__(self, command: Callable[..., None], untrained: bool) -> None:
+        self.command, self.untrained = command, untrained
+        self.__name__, self.__doc__, self.__annotations__ = command.__name__, command.__doc__, {}
+
+    def __call__(self, **given: Any) -> None:
+        self.command(**given)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        own = [p for p in inspect.signature(self.command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        at = [p.name for p in own].index("candidate")
+        options = [_option(t) for t in techniques() if t.measurable or self.untrained]
+        return inspect.Signature([*own[:at], *options, *own[at:]])
+
+
+def _option(t: Technique) -> inspect.Parameter:
+    """One technique as an option: a text, or a flag where it has nothing to choose from."""
+    kind, default, shown = (str | None, None, t.metavar) if t.metavar else (bool, False, None)
+    told = Annotated[kind, typer.Option(t.option, metavar=shown, help=t.help)]  # type: ignore[valid-type]
+    return inspect.Parameter(t.keyword, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=told)
+
+
+def _trying(untrained: bool = False) -> Callable[[Callable[..., None]], _Trying]:
+    return lambda command: _Trying(command, untrained)
+
+
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("demo"),
@@ -154,6 +167,7 @@ def demo(
 
 
 @app.command()
+@_trying()
 def search(
     model: ModelArgument,
     data: DataOption,
@@ -166,10 +180,6 @@ def search(
     max_memory: Annotated[
         str | None, typer.Option("--max-memory", metavar="20MB", help="Peak activation memory of one image.")
     ] = None,
-    resolution: ResolutionsOption = None,
-    stem_scale: StemScaleOption = None,
-    patch_size: PatchSizeOption = None,
-    merge: MergeOption = None,
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
     rungs: Annotated[
@@ -201,9 +211,10 @@ def search(
     cache_gb: CacheOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
+    **tried: Any,
 ) -> None:
     """Find the cheapest way to look at less whose drop is proven to be within --max-drop, and ship the model."""
-    axes = _axes(None, resolution, stem_scale, patch_size, merge, candidate)
+    tries = _axes(tried, None, candidate, ragged)
     macs = parse_quantity(max_macs, "--max-macs") if max_macs else None
     memory = parse_quantity(max_memory, "--max-memory") if max_memory else None
     from .searching.run import search as run_search
@@ -212,7 +223,7 @@ def search(
     with _progress() as progress:
         run = run_search(
             loaded, data, max_drop=max_drop, max_macs=macs, max_memory_bytes=memory, max_latency_ms=max_latency_ms,
-            **axes, ragged=ragged, snap=snap,
+            tries=tries, snap=snap,
             rungs=tuple(r for r in rungs.split(",") if r != "none"), minimize=minimize, fit_head=fit_head, folds=folds,
             val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
             cache_gb=cache_gb, classes=classes, label_size=_size(label_size), output=output, upsampling=upsampling,
@@ -222,13 +233,10 @@ def search(
 
 
 @app.command()
+@_trying()
 def curve(
     model: ModelArgument,
     data: DataOption,
-    resolution: ResolutionsOption = None,
-    stem_scale: StemScaleOption = None,
-    patch_size: PatchSizeOption = None,
-    merge: MergeOption = None,
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
     max_drop: Annotated[float, typer.Option("--max-drop", help="Points, for the verdict of each resolution alone.")] = 1.0,
@@ -250,17 +258,18 @@ def curve(
     cache_gb: CacheOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
+    **tried: Any,
 ) -> None:
     """Quality against resolution, patches and tokens, with the model's own weights: no search, no recovery."""
-    axes = _axes((), resolution, stem_scale, patch_size, merge, candidate)
-    if not any(axes.values()):  # said at once, not after the weights are loaded
+    tries = _axes(tried, (), candidate, ragged)
+    if tries.is_empty:  # said at once, not after the weights are loaded
         raise DownresError("A curve needs something to try: give --resolution 96:256:32, --merge 8,50% or --patch-size 20,28.")
     from .searching.curve import curve as run_curve
 
     loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio, fit)
     with _progress() as progress:
         found = run_curve(
-            loaded, data, **axes, ragged=ragged, snap=snap, max_drop=max_drop, val_fraction=val_fraction,
+            loaded, data, tries=tries, snap=snap, max_drop=max_drop, val_fraction=val_fraction,
             runtime=runtime, threads=threads, seed=seed, cache_gb=cache_gb, progress=progress,
             classes=classes, label_size=_size(label_size), output=output, upsampling=upsampling,
         )  # fmt: skip
@@ -273,16 +282,9 @@ def curve(
 
 
 @app.command()
+@_trying(untrained=True)
 def cost(
     model: ModelArgument,
-    resolution: ResolutionsOption = None,
-    stem_scale: StemScaleOption = None,
-    patch_size: PatchSizeOption = None,
-    merge: MergeOption = None,
-    depth: Annotated[str | None, typer.Option("--depth", metavar="10,8,6", help="Numbers of blocks: model scaling.")] = None,
-    width: Annotated[
-        str | None, typer.Option("--width", metavar="0.5,0.67", help="Factors on the channels: model scaling.")
-    ] = None,
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images in one pass.")] = 1,
@@ -295,17 +297,17 @@ def cost(
         Path | None, typer.Option("--picture", metavar="FILE.html", help="Draw the families: MACs against memory.")
     ] = None,
     as_json: JsonOption = False,
+    **tried: Any,
 ) -> None:
     """MACs, parameters and peak activation memory of families of candidates; needs no data and no weights."""
-    axes = _axes((), resolution, stem_scale, patch_size, merge, candidate)
-    if resolution is None and not any(axes.values()) and not depth and not width:
-        axes["resolutions"] = None  # nothing asked for: from the model's own down
-    axes |= {"depths": _integers(depth, "--depth") if depth else (), "widths": _floats(width, "--width") if width else ()}
+    tries = _axes(tried, (), candidate, ragged)
+    if tries.is_empty and not any(tried.values()):
+        tries = tries.replaced({RESOLUTION.keyword: None})  # nothing asked for: from the model's own down
     from .searching.costs import costs
 
     loaded = _load(model, weights, native_resolution, pretrained=False)
     answer: dict[str, Any] = {"label_size": _size(label_size), "output": output, "upsampling": upsampling}
-    found = costs(loaded, **axes, ragged=ragged, batch_size=batch_size, **answer)
+    found = costs(loaded, tries=tries, batch_size=batch_size, **answer)
     page = found.write_picture(picture) if picture else None
     if as_json:
         _print_json({**found.to_json(), **({"picture": str(page)} if page else {})})
@@ -462,8 +464,8 @@ def _load(
     if len(natives) > 1:
         raise DownresError(f"--native-resolution is one resolution, {native!r} are {len(natives)}: give for example 224.")
     given: dict[str, Any] = {
-        "mean": tuple(_floats(mean, "--mean")) if mean else None,
-        "std": tuple(_floats(std, "--std")) if std else None,
+        "mean": tuple(floats(mean, "--mean")) if mean else None,
+        "std": tuple(floats(std, "--std")) if std else None,
         "fit": fit,
     }
     from .families import load_model, with_preprocessing
@@ -480,42 +482,15 @@ def _size(text: str | None) -> Any:
     return sizes[0]
 
 
-def _axes(
-    default: tuple | None, resolution: str | None, stem_scale: str | None, patch_size: str | None, merge: str | None,
-    candidate: list[str] | None,
-) -> dict[str, Any]:  # fmt: skip
+def _axes(tried: dict[str, Any], default: tuple | None, candidate: list[str] | None, ragged: str) -> Any:
     """What to try, as the options say it; `default` for an axis that no option speaks of, 'none' for no variant along it."""
+    from .axes import Axes
 
-    def axis(text: str | None, read: Callable[[str], Any]) -> Any:
-        return default if text is None else () if text == "none" else read(text)
-
-    from .records import Candidate, Merge
-
-    return {
-        "resolutions": axis(resolution, parse_resolutions),
-        "stem_scales": axis(stem_scale, lambda text: _floats(text, "--stem-scale")),
-        "patch_sizes": axis(patch_size, lambda text: _integers(text, "--patch-size")),
-        "merges": axis(merge, lambda text: [Merge.parse(part) for part in text.split(",")]),
-        "candidates": [Candidate.parse(text) for text in candidate or ()],
-    }
-
-
-def _integers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise DownresError(
-            f"Cannot read {text!r} for {option}: give whole numbers with commas between them, for example 20,24."
-        ) from None
-
-
-def _floats(text: str, option: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise DownresError(
-            f"Cannot read {text!r} for {option}: give numbers with commas between them, for example 0.5,0.5,0.5."
-        ) from None
+    axes: dict[str, Any] = {}
+    for t in techniques():
+        text = tried.get(t.keyword)
+        axes[t.keyword] = default if not text else () if text == "none" else t.parse_option(text)
+    return Axes.of(axes, candidates=candidate or (), ragged=ragged)
 
 
 @contextlib.contextmanager

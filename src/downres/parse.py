@@ -75,6 +75,26 @@ def parse_resolutions(text: str) -> list[Resolution]:
     return list(dict.fromkeys(found))
 
 
+def integers(text: str, option: str) -> list[int]:
+    """`20,24`; option: whose text it is, for the error."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DownresError(
+            f"Cannot read {text!r} for {option}: give whole numbers with commas between them, for example 20,24."
+        ) from None
+
+
+def floats(text: str, option: str) -> list[float]:
+    """`0.5,0.75`; option: whose text it is, for the error."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise DownresError(
+            f"Cannot read {text!r} for {option}: give numbers with commas between them, for example 0.5,0.5,0.5."
+        ) from None
+
+
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 

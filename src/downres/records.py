@@ -5,154 +5,20 @@ Units are in the names or stated: `macs` are multiply-accumulates, `*_bytes` byt
 """
 
 import dataclasses
-import re
-import types
-import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from operator import index
 from typing import Any, ClassVar, Self
 
 from .errors import DownresError
-from .parse import Resolution, as_hw, as_resolution, check_resolution, format_resolution
-
-RAGGED = ("error", "floor", "pad")
-"""What to do where the patches do not divide the input; see `Candidate.ragged`."""
-
-
-class Record:
-    """Frozen dataclass that turns into plain JSON values and back, nested records included."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        hints = typing.get_type_hints(cls)
-        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        return cls(**{k: _typed(hints[k], v) for k, v in values.items() if k in known})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Record):
-        return value.to_json()
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return value
-
-
-def _typed(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        kinds = [a for a in args if a is not type(None)]
-        if isinstance(value, list):
-            kinds = [a for a in kinds if typing.get_origin(a) in (tuple, list)]
-        elif isinstance(value, dict):  # of several records the one whose fields these are
-            kinds = sorted(kinds, key=lambda kind: len(_fields(kind) ^ value.keys()))
-        return _typed(kinds[0], value) if kinds else value
-    if origin is tuple:
-        inner = args[0] if args else Any
-        return tuple(_typed(inner, v) for v in value)
-    if isinstance(hint, type) and issubclass(hint, Record):
-        return hint.from_json(value)
-    return value
-
-
-def _fields(kind: Any) -> set[str]:
-    return {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
-
-
-_DECIMAL = r"\d*\.?\d+(?:e-?\d+)?"
-CONSTANT, DECREASING = "constant", "decreasing"
-MERGE, PRUNE = "merge", "prune"
-
-
-@dataclass(frozen=True)
-class Merge(Record):
-    """How many patch tokens to take out of a transformer's sequence, block by block. Give `r` or `keep`.
-
-    r: tokens a block, on average over the blocks. keep: fraction of the patch tokens that is left after the last block.
-    schedule: 'constant', or 'decreasing': from 2r in the first block linearly to 0 in the last (Bolya 2023, ToMe, sec. 4.1).
-    by: 'merge' joins the most similar tokens (ToMe); 'prune' fuses those that the class token attends to least into one
-    (Liang 2022, EViT).
-    """
-
-    r: int | None = None
-    keep: float | None = None
-    schedule: str = CONSTANT
-    by: str = MERGE
-
-    def __post_init__(self) -> None:
-        if (self.r is None) == (self.keep is None):
-            raise DownresError(
-                "Give either r (tokens a block) or keep (fraction left at the end): for example r=8 or keep=0.5."
-            )
-        try:
-            if self.r is not None:
-                object.__setattr__(self, "r", _count(self.r))
-        except (TypeError, ValueError):
-            raise DownresError(
-                f"The tokens taken out a block are a whole number of at least 1, {self.r!r} is not: give for example 8."
-            ) from None
-        if self.keep is not None and not 0.0 < self.keep < 1.0:
-            raise DownresError(
-                f"The fraction of tokens kept is between 0 and 1, {self.keep} is not: give for example 0.5 (50%)."
-            )
-        if self.schedule not in (CONSTANT, DECREASING):
-            raise DownresError(f"The schedule is {CONSTANT} or {DECREASING}, {self.schedule!r} is neither.")
-        if self.by not in (MERGE, PRUNE):
-            raise DownresError(f"Tokens are taken out by {MERGE} or {PRUNE}, {self.by!r} is neither.")
-
-    def __str__(self) -> str:
-        amount = f"{self.r}" if self.keep is None else _share(self.keep)
-        return f"{self.by}{amount}" + (f"-{self.schedule}" if self.schedule != CONSTANT else "")
-
-    @classmethod
-    def parse(cls, text: str, by: str = MERGE) -> "Merge":
-        """The inverse of `str`; the first word may be left out: `8`, `50%`, `8-decreasing`, `merge8`, `prune50%`."""
-        match = re.fullmatch(rf"({MERGE}|{PRUNE})?({_DECIMAL})(%)?(?:-({CONSTANT}|{DECREASING}))?", text.strip())
-        if match is None or (match[3] is None and not match[2].isdigit() and float(match[2]) >= 1):
-            raise DownresError(
-                f"Cannot read {text!r} as tokens to {by}: give tokens a block, 8 or 8-decreasing, "
-                "or what is kept at the end, 50%."
-            )
-        value = float(match[2]) / 100 if match[3] else float(match[2])
-        how: dict[str, Any] = {"r": int(match[2])} if match[2].isdigit() and not match[3] else {"keep": value}
-        return cls(**how, schedule=match[4] or CONSTANT, by=match[1] or by)
-
-
-def _count(value: Any) -> int:
-    """A whole number of at least 1, of whatever integer type; TypeError or ValueError for anything else, also True."""
-    if isinstance(value, bool) or index(value) < 1:
-        raise ValueError
-    return index(value)
-
-
-def _as_merge(value: Any) -> "Merge":
-    """8 (tokens a block), 0.5 (fraction kept) or text, as a `Merge`."""
-    if isinstance(value, str):
-        return Merge.parse(value)
-    try:
-        return Merge(r=value) if not isinstance(value, bool) and hasattr(value, "__index__") else Merge(keep=float(value))
-    except (TypeError, ValueError):
-        raise DownresError(
-            f"Cannot read {value!r} as tokens to merge: give 8 (a block), 0.5 (kept) or '8-decreasing'."
-        ) from None
-
-
-def _share(share: float) -> str:
-    """`50%`, or the bare fraction where no short percentage reads back as the same: `0.3333333333333333`."""
-    short = f"{100 * share:g}"
-    return f"{short}%" if float(short) / 100 == share else repr(share)
-
-
-def _number(value: float) -> str:
-    """The shortest text that reads back as the same number, without needless digits."""
-    short = f"{value:g}"
-    return short if float(short) == value else repr(float(value))
+from .parse import Resolution, as_hw, as_resolution, check_resolution
+from .record import Record
+from .techniques import Technique, techniques
+from .techniques.resolution import RAGGED as RAGGED
+from .techniques.tokens import CONSTANT as CONSTANT
+from .techniques.tokens import DECREASING as DECREASING
+from .techniques.tokens import MERGE as MERGE
+from .techniques.tokens import PRUNE as PRUNE
+from .techniques.tokens import Merge as Merge
 
 
 @dataclass(frozen=True)
@@ -169,6 +35,9 @@ class Candidate(Record):
     patch_size: side of the patches in pixels; the patch kernel is resized.
     merge: tokens taken out in each block; also given as a number (8: tokens a block; 0.5: fraction kept) or as text.
     depth, width: number of blocks, and factor on the channels: another network of the same design, to be trained.
+    extra: values of techniques that were registered from outside, by their names: `{"grey": True}`.
+
+    Each field is checked, written, read and applied by its technique, see `downres.techniques`.
     """
 
     resolution: Resolution | None = None
@@ -179,32 +48,41 @@ class Candidate(Record):
     ragged: str = "error"
     depth: int | None = None
     width: float = 1.0
+    extra: tuple[tuple[str, Any], ...] | Mapping[str, Any] = ()
 
     def __post_init__(self) -> None:
-        if self.resolution is not None:
-            object.__setattr__(self, "resolution", check_resolution(as_resolution(self.resolution)))  # type: ignore[arg-type]
-        if not 0.0 < self.stem_scale <= 1.0:
-            raise DownresError(f"A stem scale is above 0 and at most 1, {self.stem_scale} is not: give for example 0.5.")
-        if self.stem_scale == 1.0:
-            object.__setattr__(self, "stem", None)  # nothing is resampled: the same candidate wherever that would have been
-        self._whole("patch_size", "A patch size is a whole number of pixels above 0", "20")
-        if self.merge is not None and not isinstance(self.merge, Merge):
-            object.__setattr__(self, "merge", _as_merge(self.merge))
-        if self.ragged not in RAGGED:
-            raise DownresError(
-                f"A side that patches do not divide is handled by {', '.join(RAGGED)}; {self.ragged!r} is none of them."
-            )
-        self._whole("depth", "A depth is a whole number of blocks above 0", "8")
-        if not 0.0 < self.width <= 4.0:
-            raise DownresError(f"A width is a factor above 0 and at most 4, {self.width} is not: give for example 0.5.")
+        extra, kept = dict(self.extra), {}
+        for t in techniques():
+            given = {n: getattr(self, n) if n in _FIELDS else extra.pop(n, neutral) for n, neutral in t.fields.items()}
+            for name, value in t.check(given).items():
+                if name in _FIELDS:
+                    object.__setattr__(self, name, value)
+                elif value != t.fields[name]:
+                    kept[name] = value
+        if extra:
+            names = ", ".join(name for t in techniques() for name in t.fields)
+            raise DownresError(f"No technique has a value {min(extra)!r}, there are {names}: register the technique first.")
+        object.__setattr__(self, "extra", tuple(sorted(kept.items())))
 
-    def _whole(self, name: str, rule: str, example: str) -> None:
-        value = getattr(self, name)
-        try:
-            if value is not None:
-                object.__setattr__(self, name, _count(value))
-        except (TypeError, ValueError):
-            raise DownresError(f"{rule}, {value!r} is not: give for example {example}.") from None
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """By the names of values, of techniques registered from outside too: `Candidate.of(resolution=128, grey=True)`."""
+        own = {name: value for name, value in values.items() if name in _FIELDS}
+        return cls(**own, extra={name: value for name, value in values.items() if name not in own})
+
+    def get(self, name: str, neutral: Any = None) -> Any:
+        """A value by its name; neutral: where a technique registered from outside has none here."""
+        return getattr(self, name) if name in _FIELDS else dict(self.extra).get(name, neutral)
+
+    def without(self, *left_out: Technique) -> "Candidate":
+        """The same with some techniques left out."""
+        values = {name: self.get(name, n) for t in techniques() if t not in left_out for name, n in t.fields.items()}
+        return Candidate.of(**values)
+
+    @property
+    def techniques(self) -> tuple[Technique, ...]:
+        """Those that are at work in it."""
+        return tuple(t for t in techniques() if t.is_on(self))
 
     @property
     def hw(self) -> tuple[int, int] | None:
@@ -220,45 +98,35 @@ class Candidate(Record):
         """The same at another resolution."""
         return dataclasses.replace(self, resolution=resolution)
 
+    def to_json(self) -> dict[str, Any]:
+        values = super().to_json()
+        extra = values.pop("extra")
+        return {**values, "extra": dict(extra)} if extra else values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        known = super().from_json({name: value for name, value in values.items() if name != "extra"})
+        return dataclasses.replace(known, extra=values.get("extra", {}))
+
     def __str__(self) -> str:
-        words = ["as is" if self.resolution is None else format_resolution(self.resolution)]
-        words += [self.ragged] if self.ragged != "error" else []
-        words += [f"stem×{_number(self.stem_scale)}" + (f"@{self.stem}" if self.stem else "")] if self.stem_scale != 1.0 else []
-        words += [f"patch{self.patch_size}"] if self.patch_size is not None else []
-        words += [str(self.merge)] if self.merge is not None else []
-        words += [f"depth{self.depth}"] if self.depth is not None else []
-        words += [f"width×{_number(self.width)}"] if self.width != 1.0 else []
-        return " ".join(words)
+        return " ".join(t.word(self) for t in techniques() if t.always or t.is_on(self))
 
     @classmethod
     def parse(cls, text: str) -> "Candidate":
         """The inverse of `str`: `128`, `192x384`, `300 stem×0.5`, `224 patch28`, `224 merge8-decreasing`, `220 pad patch20`."""
-        first, *words = text.strip().replace("as is", "as_is").split() or [""]
         given: dict[str, Any] = {}
-        if match := re.fullmatch(r"(\d+)(?:x(\d+))?", first):
-            given["resolution"] = (int(match[1]), int(match[2] or match[1]))
-        elif first != "as_is":
-            words.insert(0, first)
-        for word in words:
-            if match := re.fullmatch(rf"stem[×*]({_DECIMAL})(?:@(.+))?", word):
-                found: dict[str, Any] = {"stem_scale": float(match[1]), "stem": match[2]}
-            elif match := re.fullmatch(r"(patch|depth)(\d+)", word):
-                found = {{"patch": "patch_size", "depth": "depth"}[match[1]]: int(match[2])}
-            elif match := re.fullmatch(rf"width[×*]({_DECIMAL})", word):
-                found = {"width": float(match[1])}
-            elif word.startswith((MERGE, PRUNE)):
-                found = {"merge": Merge.parse(word)}
-            elif word in RAGGED:
-                found = {"ragged": word}
-            else:
-                found = {}
-            if not found or found.keys() & given.keys():
+        for i, word in enumerate(text.strip().replace("as is", "as_is").split() or [""]):
+            found = next(filter(None, (t.read(word) for t in techniques())), {})
+            if not found or found.keys() & given.keys() or ("resolution" in found and i > 0):  # the size comes first
                 raise DownresError(
                     f"Cannot read the candidate {text!r} at {word!r}: give for example '128', '192x384', '300 stem×0.5', "
                     "'224 patch28' or '224 merge8-decreasing'."
                 )
             given |= found
-        return cls(**given)
+        return cls.of(**given)
+
+
+_FIELDS = frozenset(f.name for f in dataclasses.fields(Candidate)) - {"extra"}
 
 
 @dataclass(frozen=True)
@@ -513,10 +381,7 @@ class Result(Record):
         c, d = self.cost, self.drop
         return {
             "candidate": str(self.candidate),
-            "resolution": _plain(self.candidate.resolution),
-            "stem_scale": self.candidate.stem_scale,
-            "patch_size": self.candidate.patch_size,
-            "merge": self.candidate.merge and str(self.candidate.merge),
+            **{name: value for t in techniques() for name, value in t.columns(self.candidate).items()},
             "status": self.status,
             "reason": self.reason,
             "macs": c and c.macs,

@@ -1,11 +1,11 @@
 """`reduce`: a new model that looks at fewer pixels or tokens, with the inputs and outputs of the original."""
 
 import contextlib
-import dataclasses
 import difflib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 from .errors import DownresError
 from .families.adapter import Adapter, Size, said
 from .families.find import find_adapter, library_transformers
-from .models.regseg import RegSeg
 from .parse import Resolution, as_hw, format_resolution
-from .probe import Answer, copied_with, fake_run, find_answer, find_stem, input_size_of, total_stride
-from .records import MERGE, PRUNE, Candidate, Change, Merge, Record
+from .probe import Answer, copied_with, fake_run, find_answer, input_size_of, total_stride
+from .records import Candidate, Change, Merge, Record
 from .reductions.dense import FullSizeLogits
-from .reductions.resize import FitInput, ResampleOutput, ResizeInput, fitted, input_size
-from .reductions.tokens import PoolTokens, TokenState, UnpoolTokens, removals
+from .reductions.resize import input_size
+from .reductions.tokens import PoolTokens, TokenState
+from .techniques import techniques
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,16 @@ def reduce(
         raise DownresError(f"This model was reduced before ({before.candidate}): reduce the original instead.")
     if output_interpolation not in ("bilinear", "bicubic"):
         raise DownresError(f"Logits are upsampled by bilinear or bicubic interpolation, {output_interpolation!r} is neither.")
-    work = _Work(copied_with(model, {}), candidate, interpolation, tuple(input_size or input_size_of(model)))
-    work.scale()
-    work.geometry(resize_input)
-    work.shorten(model)
+    work = Work(copied_with(model, {}), candidate, interpolation, tuple(input_size or input_size_of(model)), resize_input)
+    work.apply(model)
     if not resize_input and output_size is not None:
         raise DownresError("Without the resize of its input a network gives logits of that size: leave output_size out.")
     if resize_input:
         work.answer(model, output_size, output_interpolation, align_corners)
     if not work.changes and resize_input:
+        *first, last = (t.sought for t in techniques() if t.sought)
         warnings.warn(
-            "reduce changed nothing: it looked for a resolution, a stem_scale below 1, a patch_size and a merge, "
-            "and the candidate has none.",
-            stacklevel=2,
+            f"reduce changed nothing: it looked for {', '.join(first)} and {last}, and the candidate has none.", stacklevel=2
         )
     work.small.downres = Reduction(candidate, tuple(work.changes))  # type: ignore[assignment]
     return work.small
@@ -174,15 +171,35 @@ def token_map(model: nn.Module, x: Tensor) -> Tensor:
         state.keep_map, state.map = False, None
 
 
-class _Work:
-    """One call of `reduce`: the copy, what is known of it, and the changes so far."""
+class Work:
+    """One call of `reduce`: what techniques are given, what they tell each other, and the changes so far.
 
-    def __init__(self, small: nn.Module, candidate: Candidate, interpolation: str, native: tuple[int, ...]) -> None:
+    small: the copy that they change. native: (channels, height, width) that the original is used at.
+    target: (height, width) in pixels that the candidate asks for; image: what the network sees after cutting or padding.
+    """
+
+    def __init__(
+        self, small: nn.Module, candidate: Candidate, interpolation: str, native: tuple[int, ...], resize_input: bool = True
+    ) -> None:
         self.small, self.candidate, self.interpolation, self.native = small, candidate, interpolation, native
+        self.resize_input = resize_input
         self.changes: list[Change] = []
         self.adapter = find_adapter(small)
+        self.image: Size = (native[-2], native[-1])
+        self.patch: Size | None = None
+        """Another side of the patches."""
+        self.one_grid = False
+        """Whether something inside counts on a grid of tokens of one size."""
+        self.fit_later = False
+        """Whether something inside makes the network for its size itself."""
         self.pooled: PoolTokens | None = None
-        self.first = 0  # block that merging starts at
+        self.first = 0
+        """Block that merging starts at."""
+        self.fewer_tokens = False
+        self.resampled_at: str | None = None
+        """Module that was named to have its output resampled."""
+        self.instead = "reduce less"
+        """Ends a sentence that refuses."""
 
     def note(self, kind: str, module: str, detail: str) -> None:
         self.changes.append(Change(kind, module, detail))
@@ -196,181 +213,57 @@ class _Work:
             )
         return self.adapter
 
-    def scale(self) -> None:
-        """Depth and width: another network."""
-        c = self.candidate
-        if c.depth is None and c.width == 1.0:
-            return
-        if isinstance(self.small, RegSeg):
-            if c.depth is not None:
-                raise DownresError(
-                    "The depth of a RegSeg is a factor on its blocks and no number of them: name it in the model, "
-                    "regseg:exp48_decoder26,depth=0.5."
-                )
-            design = self.small.design.scaled(c.width)
-            self.small = RegSeg(self.small.num_classes, design).train(self.small.training)
-            self.note(
-                "model scaling", "", f"channels ×{c.width:g}, {design.group_width} a group; weights drawn anew, to be trained"
-            )
-            return
-        adapter = self.need_adapter("Scaling depth and width")
-        self.small = _replaced(self.small, adapter.name, adapter.scale(c.depth, c.width))
+    def replace(self, name: str, new: nn.Module) -> None:
+        """Another module in the place of that name, '' for the whole network."""
+        if name == "":
+            self.small = new
+        else:
+            self.small.set_submodule(name, new)
         self.adapter = find_adapter(self.small)
-        what = ([f"{c.depth} blocks"] if c.depth else []) + ([f"channels ×{c.width:g}"] if c.width != 1.0 else [])
-        self.note("model scaling", adapter.name, f"{', '.join(what)}; weights drawn anew, to be trained")
 
-    def geometry(self, resize_input: bool) -> None:
-        """Image and patch size."""
-        c, adapter = self.candidate, self.adapter
-        patch = None if c.patch_size is None else (c.patch_size, c.patch_size)
-        if patch is not None:
-            adapter = self.need_adapter("Another patch size")
-            if adapter.patch is None:
-                raise DownresError(
-                    f"The patch size of {type(adapter.module).__name__} cannot change: downres knows no patch embedding in it "
-                    "that can be resampled; lower its resolution instead."
-                )
-        self.image = self.target = target = self._target()
-        flexible = adapter is None or (patch is None and is_flexible(adapter))
-        ragged_unit = divided_by(self.small, target, self.native[0]) if c.ragged != "error" or not flexible else (1, 1)
-        if patch is not None:
-            ragged_unit = patch
-            if max(patch) > min(target):
-                raise DownresError(
-                    f"A patch of {c.patch_size} px is larger than the image of {format_resolution(target)} px: "
-                    "give a smaller patch or a higher resolution."
-                )
-        # A grid of tokens that merging or pooling counts on is of one size, and so is what a network of fixed size takes.
-        one_grid = not flexible and adapter is not None and (adapter.resamples_itself or not c.is_input_only)
-        exact = one_grid or (not flexible and adapter is not None and adapter.image is not None)
-        if c.resolution is not None and resize_input:
-            size: Resolution = target if exact else c.resolution  # others keep the aspect ratio of what comes
-            unit = adapter.unit if adapter is not None and not exact else (1, 1)
-            self.small.register_forward_pre_hook(ResizeInput(size, self.interpolation, unit), with_kwargs=True)
-            side = "short side" if isinstance(size, int) else "height x width"
-            self.note("input resize", "", f"{side} {format_resolution(size)} px, {self.interpolation}, antialiased")
-        self.image = self._fit_input(target, ragged_unit, exact)
-        pools = c.stem_scale != 1.0 and adapter is not None and bool(adapter.block_names())
-        if pools and self.image == target and adapter is not None and adapter.image is None:
-            self.small.register_forward_pre_hook(FitInput((1, 1), False, target), with_kwargs=True)
-        if adapter is None or flexible:
-            return
-        if c.stem_scale != 1.0 and c.stem is None and patch is None and not adapter.block_names():
-            return  # `fit_behind_embedding` does it in one step: tables are resampled once
-        image = self.image
-        new_size = image != adapter.image if adapter.image is not None else adapter.resamples_itself and c != Candidate()
-        if new_size or (patch is not None and patch != adapter.patch):
-            before = _geometry(adapter)
-            how = adapter.fit(image, patch)
-            self.note("input size", adapter.name, f"{before} → {_geometry(adapter)}, {how}")
+    def named(self, name: str) -> nn.Module:
+        return _named(self.small, name)
 
-    def _target(self) -> Size:
-        """The size in pixels of what the network will see."""
+    @cached_property
+    def target(self) -> Size:
         image = (self.adapter.image if self.adapter else None) or self.native[-2:]
         height, width = image[0], image[1]
         resolution = self.candidate.resolution
         return (height, width) if resolution is None else input_size((height, width), resolution)
 
-    def _fit_input(self, target: Size, unit: Size, exact: bool) -> Size:
-        """The size that whole units make of `target`, with the hook that cuts or pads to it."""
-        pad = self.candidate.ragged == "pad"
-        size = fitted(target, unit, pad)
-        if size == target and (exact or self.candidate.ragged == "error"):
-            return target
-        if self.candidate.ragged == "error":
-            raise DownresError(
-                f"{format_resolution(target)} px is not a multiple of {format_resolution(unit)}, which the network divides its "
-                "input by: give a multiple, or choose ragged='floor' (cut the rest off) or 'pad' (zeros)."
-            )
-        if min(size) == 0:
-            raise DownresError(
-                f"Nothing is left of {format_resolution(target)} px in steps of {format_resolution(unit)}: "
-                "pad, or give more pixels."
-            )
-        self.small.register_forward_pre_hook(FitInput(unit, pad, target if exact else None), with_kwargs=True)
-        if size == target:  # only other sizes than this are ragged
-            return target
-        how = "padded with zeros at the right and bottom" if pad else "cut at the right and bottom"
-        self.note("ragged input", "", f"{format_resolution(target)} px {how} to {format_resolution(size)}")
-        return size
+    def divided_by(self, image: Size) -> Size:
+        return divided_by(self.small, image, self.native[0])
 
-    def pool(self) -> None:
-        """Resample after the embedding: a feature map, or the grid of a sequence of tokens."""
-        c, adapter = self.candidate, self.adapter
-        if c.stem_scale == 1.0:
-            return
-        names = adapter.block_names() if adapter else []
-        where = None if c.stem is None or adapter is None else c.stem.removeprefix(adapter.inside(""))
-        if adapter is None or not names or not (where is None or where in names):
-            name, scale = c.stem, c.stem_scale
-            if adapter is not None and name is None:
-                name, scale = adapter.fit_behind_embedding(self.image, scale)
-            elif adapter is not None:
-                adapter.sure = False  # what follows that module was made for its whole map
-            name = name or find_stem(self.small, self.native)
-            _named(self.small, name).register_forward_hook(ResampleOutput(name, scale, self.interpolation))
-            self.note("activation resample", name, f"height and width ×{scale:.3g}, {self.interpolation}, antialiased")
-            return
-        self.first = 0 if where is None else names.index(where) + 1
-        blocks = adapter.blocks()
-        if self.first == len(blocks):
-            raise DownresError(f"{c.stem} is the last block: nothing would be saved; name an earlier one with stem=….")
-        grid = adapter.grid(self.image)
-        self.pooled = PoolTokens(grid, c.stem_scale, adapter.prefix, self.interpolation)
-        blocks[self.first].register_forward_pre_hook(self.pooled, with_kwargs=True)
-        adapter.after_pooling(blocks[self.first :], self.pooled.size)
-        at = c.stem or f"{adapter.inside(names[0])} (its input)"
-        sizes = f"{format_resolution(grid)} → {format_resolution(self.pooled.size)} patch tokens"
-        self.note("token pooling", at, f"{sizes}, {self.interpolation}, antialiased; upsampled after the last block")
+    @property
+    def is_flexible(self) -> bool:
+        return self.adapter is not None and is_flexible(self.adapter)
 
-    def merge(self) -> None:
-        """Fewer tokens from block to block."""
+    @property
+    def changes_anything(self) -> bool:
+        return self.candidate != Candidate()
+
+    def apply(self, original: nn.Module) -> None:
+        """Every technique in its order, and a run where nothing else can tell whether that works: better now than when it
+        serves.
+        """
         c = self.candidate
-        if c.merge is not None:
-            adapter = self.need_adapter("Merging tokens")
-            blocks = adapter.blocks()[self.first :]
-            if c.merge.by == PRUNE and not adapter.class_token:
-                raise DownresError(
-                    f"Pruning goes by the attention of a class token, {type(adapter.module).__name__} has none: merge instead "
-                    f"({str(c.merge).replace(PRUNE, MERGE)})."
-                )
-            grid = self.pooled.size if self.pooled else adapter.grid(self.image)
-            takes = removals(c.merge, grid[0] * grid[1], len(blocks))
-            state = TokenState(takes, adapter.prefix, c.merge.by, self.pooled.size if self.pooled else None)
-            adapter.merge(state, blocks)
-            left = [grid[0] * grid[1]]
-            for r in takes:
-                left.append(left[-1] - r)
-            what, how = "token merging", "most similar tokens merged"
-            if c.merge.by == PRUNE:
-                what, how = "token pruning", "tokens least attended to fused"
-            self.note(
-                what,
-                f"{adapter.inside(adapter.block_names()[self.first])} and on",
-                f"{how}, patch tokens {' → '.join(map(str, left))}; every patch gets its token after the last block",
-            )
-        if self.pooled is not None:
-            assert self.adapter is not None
-            self.adapter.blocks()[-1].register_forward_hook(UnpoolTokens(self.pooled))
-
-    def shorten(self, original: nn.Module) -> None:
-        """Fewer tokens, and a run where nothing else can tell whether that works: better now than when it serves."""
-        c, adapter = self.candidate, self.adapter
-        self.pool()
-        checkpointing = adapter is not None and getattr(adapter.module, "grad_checkpointing", False)
-        self.merge()
-        if adapter is None or c == Candidate():
+        chosen = sorted((t for t in techniques() if t.always or t.is_on(c)), key=lambda t: t.order)
+        for t in chosen:
+            t.prepare(self)
+        adapter = self.adapter
+        for t in chosen:
+            t.apply(self)
+        for t in chosen:
+            t.finish(self)
+        if adapter is None or not self.changes_anything:
             return
-        if checkpointing and not adapter.module.grad_checkpointing:
-            self.note("gradient checkpointing", adapter.name, "turned off: a block that runs again would find other tokens")
         # What is around a transformer may expect its old grid, or read tokens between its blocks, where they have none.
         inside = adapter.name != ""
         if adapter.sure and not inside:
             return
-        if c.resolution is not None or c.patch_size is not None:
+        if c.resolution is not None or any(t.refits for t in c.techniques if not t.always):
             self._refuse_second(adapter)
         kind = type(self.small if adapter.sure else adapter.module).__name__
-        then = "name another module with stem=…" if c.stem_scale != 1.0 else "reduce less"
         size = (self.native[0], *self.target)
         try:
             found = _output_shapes(self.small, size)
@@ -380,20 +273,20 @@ class _Work:
             if error.__cause__ is None:
                 raise  # one of our own sentences
             raise DownresError(
-                f"{kind} cannot be made for '{c}' (it fails with: {said(error.__cause__)}): {then}, or give another resolution."
+                f"{kind} cannot be made for '{c}' (it fails with: {said(error.__cause__)}): {self.instead}, "
+                "or give another resolution."
             ) from error
-        named = c.stem_scale != 1.0 and c.stem is not None and self.pooled is None
+        named = self.resampled_at is not None
         dense = any(len(shape) > 2 for shape in found)
-        fewer = c.merge is not None or self.pooled is not None
-        if not (named and not dense) and not (inside and dense and fewer):
+        if not (named and not dense) and not (inside and dense and self.fewer_tokens):
             return
-        whole = dataclasses.replace(c, merge=None, stem_scale=1.0, stem=None)
+        whole = c.without(*(t for t in c.techniques if t.inside))
         with warnings.catch_warnings(action="ignore"):
             wanted = _output_shapes(reduce(original, whole, input_size=self.native), size)
         if found != wanted and named:
             raise DownresError(
-                f"Resampling after {c.stem!r} changes the shape of what {type(self.small).__name__} returns, "
-                f"{found} in place of {wanted}, so its output is no map (batch, channels, height, width): {then}."
+                f"Resampling after {self.resampled_at!r} changes the shape of what {type(self.small).__name__} returns, "
+                f"{found} in place of {wanted}, so its output is no map (batch, channels, height, width): {self.instead}."
             )
         if found != wanted:
             raise DownresError(
@@ -471,19 +364,6 @@ def _output_shapes(model: nn.Module, input_size: tuple[int, ...]) -> list[tuple[
         yield seen
 
     return fake_run(model, input_size, watch)
-
-
-def _geometry(adapter: Adapter) -> str:
-    words = [f"{format_resolution(adapter.image)} px"] if adapter.image else []
-    words += [f"patches of {format_resolution(adapter.patch)} px"] if adapter.patch else []
-    return " in ".join(words)
-
-
-def _replaced(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    if name == "":
-        return new
-    model.set_submodule(name, new)
-    return model
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,42 +15,27 @@ from plotly.offline import get_plotlyjs
 
 from ..parse import format_quantity
 from ..records import Cost
+from ..techniques import Style, techniques
 from . import words
 from .pictures import FONT
 from .rows import ORIGINAL, Row
 
-STYLES = {
-    "resolution": ("#1a8f86", "circle", "bottom right"),
-    "patch size": ("#3f86d1", "diamond", "bottom right"),
-    "merging": ("#b0851a", "triangle-up", "top left"),
-    "pruning": ("#d0558f", "triangle-down", "top left"),
-    "pooling": ("#6b8e23", "hexagon", "bottom right"),
-    "stem": ("#6b8e23", "hexagon", "bottom right"),
-    "depth": ("#c2552d", "square", "top center"),
-    "width": ("#9a6fd0", "pentagon", "top left"),
-}
-"""Family → colour (readable on a light and on a dark page), symbol, where its labels stand."""
-OTHER = ("#7d8590", "x", "bottom center")
+OTHER = Style("#7d8590", "x", "bottom center")
+"""Of candidates that came whole, in any combination."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """One kind of memory that can stand on the vertical axis, in bytes; positions: of labels, where others than usual."""
+    """One kind of memory that can stand on the vertical axis, in bytes."""
 
     key: str
     title: str
     value: Callable[[Cost], int]
-    positions: dict[str, str] = field(default_factory=dict)
 
 
 MEMORIES = (
     Memory("activations", "peak activation memory", lambda cost: cost.peak_activation_bytes),
-    Memory(
-        "parameters",
-        "memory of the parameters",
-        lambda cost: cost.param_bytes,
-        {"resolution": "top center", "depth": "top left", "width": "bottom right"},  # the last two run side by side
-    ),
+    Memory("parameters", "memory of the parameters", lambda cost: cost.param_bytes),
 )
 
 
@@ -128,26 +113,27 @@ def write_families(
 
 
 def _line(family: str, members: Sequence[Row], original: Row, memory: Memory, label_all: bool) -> go.Scatter:
-    colour, symbol, position = STYLES.get(family, OTHER)
+    own = next((t.styles[family] for t in techniques() if family in t.styles), None)
+    style = own or OTHER
     points = sorted(members, key=lambda row: row.cost.macs)
-    labelled = [p for p in points if p.cost != original.cost] if label_all or family not in STYLES else points[:1]
-    if family in STYLES:  # one thing changes along it, and the original is where that begins
+    labelled = [p for p in points if p.cost != original.cost] if label_all or not own else points[:1]
+    if own:  # one thing changes along it, and the original is where that begins
         points = sorted([*points, original], key=lambda row: row.cost.macs)
     return go.Scatter(
         name=family,
         x=[row.cost.macs for row in points],
         y=[memory.value(row.cost) for row in points],
-        mode="lines+markers+text" if family in STYLES else "markers+text",
-        line={"color": colour, "width": 2},
+        mode="lines+markers+text" if own else "markers+text",
+        line={"color": style.colour, "width": 2},
         marker={
-            "color": colour,
-            "symbol": symbol,
+            "color": style.colour,
+            "symbol": style.symbol,
             "size": [0 if row is original else 9 for row in points],
             "line": {"width": 0},
             "opacity": 1,
         },
         text=[_short_label(row, original) if row in labelled else "" for row in points],
-        textposition=memory.positions.get(family, position),
+        textposition=(memory.key == "parameters" and style.position_of_parameters) or style.position,
         textfont={"color": "var(--muted)", "size": 11},
         hovertext=[hover_text(row, original) for row in points],
         hoverinfo="text",
@@ -171,8 +157,8 @@ def _star(original: Row, memory: Memory) -> go.Scatter:
 def _short_label(row: Row, original: Row) -> str:
     """What the family changes, alone: `160`, `p28`, `8 blocks`, `×0.67`; of a combination all: `168 merge8`."""
     c = row.candidate
-    if row.family in ("depth", "width"):
-        return {"depth": f"{c.depth} blocks", "width": f"×{c.width:.3g}"}[row.family]
+    if mark := next((t.mark(c) for t in techniques() if row.family in t.styles), ""):
+        return mark
     own = words.short_label(c)
     return own.removeprefix(words.short_label(original.candidate)).strip() or own
 

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 from ..parse import as_hw, format_quantity, format_resolution
 from ..records import (
-    DECREASING,
-    MERGE,
     OUTSIDE,
     TOO_FEW,
     WITHIN,
@@ -14,11 +12,11 @@ from ..records import (
     Candidate,
     Drop,
     Latency,
-    Merge,
     Preprocessing,
     Result,
     Score,
 )
+from ..techniques import RESOLUTION
 
 RUNGS = {"none": "lowered only", "crop": "crop ratio", "batchnorm": "BatchNorm recalibration", "head": "head refit"}
 """The rungs of the recovery ladder from cheap to dear, and what the report calls them."""
@@ -51,30 +49,10 @@ def size(candidate: Candidate) -> str:
     return f"{height} px" if height == width else f"{height} × {width} px"
 
 
-def tokens(merge: Merge) -> str:
-    """`8 tokens merged a block`, `merged to 50 %`, `pruned to 50 %, most at first`."""
-    done = "merged" if merge.by == MERGE else "pruned"
-    text = f"{merge.r} tokens {done} a block" if merge.keep is None else f"{done} to {100 * merge.keep:.3g} %"
-    return text + (", most at first" if merge.schedule == DECREASING else "")
-
-
 def details(candidate: Candidate) -> list[str]:
     """What else than the input gets smaller, one phrase each: `stem ×0.5`, `patches of 28 px`, `8 tokens merged a block`."""
-    found = []
-    if candidate.stem_scale != 1.0:
-        after = f"×{candidate.stem_scale:g} after {candidate.stem}" if candidate.stem else f"stem ×{candidate.stem_scale:g}"
-        found.append(after)
-    if candidate.patch_size is not None:
-        found.append(f"patches of {candidate.patch_size} px")
-    if candidate.merge is not None:
-        found.append(tokens(candidate.merge) if candidate.merge.keep is None else f"tokens {tokens(candidate.merge)}")
-    if candidate.depth is not None:
-        found.append(f"{candidate.depth} blocks")
-    if candidate.width != 1.0:
-        found.append(f"width ×{candidate.width:g}")
-    if candidate.ragged != "error":
-        found.append({"floor": "the rest cut off", "pad": "padded"}[candidate.ragged])
-    return found
+    phrases = [t.detail(candidate) for t in candidate.techniques if t is not RESOLUTION]
+    return list(filter(None, [*phrases, RESOLUTION.detail(candidate)]))
 
 
 def label(candidate: Candidate) -> str:
@@ -84,13 +62,8 @@ def label(candidate: Candidate) -> str:
 
 def short_label(candidate: Candidate) -> str:
     """`128`, `300 ×0.5`, `224 p28`, `224 merge8`: for a point in the picture."""
-    words = [size(candidate).removesuffix(" px")]
-    words += [f"×{candidate.stem_scale:g}"] if candidate.stem_scale != 1.0 else []
-    words += [f"p{candidate.patch_size}"] if candidate.patch_size is not None else []
-    words += [str(candidate.merge)] if candidate.merge is not None else []
-    words += [f"depth {candidate.depth}"] if candidate.depth is not None else []
-    words += [f"width ×{candidate.width:g}"] if candidate.width != 1.0 else []
-    return " ".join(words)
+    pieces = [t.short(candidate) for t in candidate.techniques if t is not RESOLUTION]
+    return " ".join([size(candidate).removesuffix(" px"), *filter(None, pieces)])
 
 
 def digits(value: float) -> str:
@@ -231,13 +204,7 @@ def _dropped(score: type[Score]) -> str:
 
 def _how(chosen: Candidate, original: Candidate) -> str:
     smaller = "" if chosen.resolution in (None, original.resolution) else f"At {size(chosen)} instead of {size(original)}"
-    inside = []
-    if chosen.stem_scale != 1:
-        inside.append(f"the activations after {chosen.stem or 'its stem'} resized ×{chosen.stem_scale:g}")
-    if chosen.patch_size is not None:
-        inside.append(f"patches of {chosen.patch_size} px")
-    if chosen.merge is not None:
-        inside.append(tokens(chosen.merge) if chosen.merge.keep is None else f"its tokens {tokens(chosen.merge)}")
+    inside = list(filter(None, (t.how(chosen) for t in chosen.techniques if t is not RESOLUTION)))
     if smaller and inside:
         return f"{smaller} and with {' and '.join(inside)},"
     return smaller or (f"With {' and '.join(inside)}" if inside else "Left as it is,")

@@ -14,18 +14,20 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..axes import Axes, axes_of
 from ..errors import DownresError
 from ..families import Model, load_model
 from ..families.find import find_adapter
 from ..measuring.cost import CONVENTION, measure_cost
 from ..parse import Resolution
 from ..probe import Answer, find_answer
-from ..records import PRUNE, Candidate, Cost, Merge
+from ..records import Candidate, Cost, Merge
 from ..reduction import made_for, reduce
 from ..reports.rows import ORIGINAL, Row
 from ..tasks import Question, counted
+from ..techniques import RESOLUTION, Design, techniques
 from .design import as_model, design_of
-from .plan import Design, default_resolutions, make_axes, plan
+from .plan import plan
 
 GIVEN = "given"
 """The family of candidates that came whole, in any combination."""
@@ -72,6 +74,7 @@ def costs(
     widths: Sequence[float] | None = (),
     candidates: Sequence[Candidate | str] = (),
     ragged: str = "error",
+    tries: Axes | None = None,
     batch_size: int = 1,
     label_size: Resolution | None = None,
     output: str = "logits",
@@ -86,6 +89,7 @@ def costs(
         depths, widths: model scaling, numbers of blocks and factors on the channels; see `Candidate`.
         candidates: more, in any combination: `Candidate`s or their text, '168 merge4'.
         ragged: what patches do where they do not divide the input: 'error', 'floor' (cut) or 'pad'.
+        tries: all of these in one `Axes` instead; None and () leave an axis out there too, but for resolutions.
         batch_size: images in one pass.
         label_size: of a segmentation network: its answer is brought to this size, None: to the model's own resolution; output,
             upsampling: as in `search`. Always counted.
@@ -93,18 +97,19 @@ def costs(
     A candidate that cannot be made of this network or does not run is left out, with the reason among the notes. Raises
     DownresError when that is all of them.
     """
+    given = Axes(resolutions, stem_scales, patch_sizes, merges, candidates, ragged, depths, widths)
     model = as_model(load_model(model, pretrained=False) if isinstance(model, str) else model)
     native, design = Candidate(model.preprocessing.resolution), design_of(model)
     measure = _Measuring(model, batch_size, Question(label_size=label_size, output=output, upsampling=upsampling))
-    chosen = default_resolutions(design.native, design.stride) if resolutions is None else resolutions
-    inputs, notes = plan(design, make_axes(chosen, (), (), (), ragged=ragged), do_snap=False)
-    inside = make_axes((), stem_scales or (), patch_sizes or (), merges or (), candidates, ragged)
-    others, more = plan(design, dataclasses.replace(inside, candidates=()), do_snap=ragged == "error")
-    scaled = [Candidate(depth=depth) for depth in depths or ()] + [Candidate(width=width) for width in widths or ()]
-    planned = {candidate: "resolution" for candidate in inputs}
+    axes = axes_of(tries, given, Axes(None, (), (), (), depths=(), widths=()))
+    chosen = RESOLUTION.defaults(design) if axes.given(RESOLUTION) is None else axes.given(RESOLUTION)
+    inputs, notes = plan(design, Axes(chosen, ragged=axes.ragged), do_snap=False)
+    inside = dataclasses.replace(axes.replaced({RESOLUTION.keyword: ()}), candidates=())
+    others, more = plan(design, inside, do_snap=axes.ragged == "error")
+    planned = {candidate: RESOLUTION.family(candidate, design) for candidate in inputs}
     planned |= {c: _family(c, design) for c in others}
-    planned |= {c.at(native.resolution): _family(c, design) for c in scaled}
-    for c in inside.candidates:
+    for c in axes.candidates:
+        assert isinstance(c, Candidate)
         planned.setdefault(c if c.resolution is not None else c.at(native.resolution), GIVEN)
     planned.pop(native, None)
     rows, refused = [Row(ORIGINAL, native, measure(native))], []
@@ -121,13 +126,7 @@ def costs(
 
 def _family(candidate: Candidate, design: Design) -> str:
     """What a candidate of one axis changes."""
-    if candidate.depth is not None or candidate.width != 1.0:
-        return "width" if candidate.depth is None else "depth"
-    if candidate.merge is not None:
-        return "pruning" if candidate.merge.by == PRUNE else "merging"
-    if candidate.patch_size is not None:
-        return "patch size"
-    return "pooling" if design.sequence else "stem"
+    return next(t for t in techniques() if t is not RESOLUTION and t.is_on(candidate)).family(candidate, design)
 
 
 class _Measuring:

@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import nn
 
+from ..axes import Axes
 from ..errors import DownresError
 from ..families import Model
 from ..measuring.cost import measure_cost
 from ..records import Budget, Preprocessing, Result
 from ..tasks import Question, Task
 from .design import design_of
-from .plan import Axes, plan
+from .plan import plan
 from .prepare import Measuring, Progress, Source, check_planned, gather, open_data, prepare_task
 
 

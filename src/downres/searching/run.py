@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..axes import Axes, default_axes
 from ..engines import check_threads
 from ..environment import versions
 from ..errors import DownresError
@@ -23,7 +24,7 @@ from ..recovery.state import State
 from ..reports import words
 from ..tasks import Question, Task
 from .design import design_of
-from .plan import Axes, default_axes, plan
+from .plan import plan
 from .prepare import (
     Measuring,
     Progress,

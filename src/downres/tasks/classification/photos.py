@@ -73,7 +73,7 @@ def keep_photos(task: Any, store: Any, bank: FeatureBank, results: Sequence[Resu
         arrays[f"image{k}"] = np.asarray(task.data.images[int(task.proof[i])])
     for i, candidate in enumerate(all_of):
         # Where pixels are cut off or padded, a map would not lie on the picture.
-        if candidate.merge is not None and candidate.ragged == "error":
+        if any(t.has_map(candidate) for t in candidate.techniques) and candidate.ragged == "error":
             state = State(candidate, store.get(f"quality/{candidate}")["recovery"]["crop_ratio"])
             pixels = [preprocess(task.data.images[int(task.proof[k])], bank.preprocessing_of(state)) for k in chosen]
             arrays[f"map{i}"] = token_map(bank.network(state), torch.stack(pixels)).numpy().astype(np.int32)

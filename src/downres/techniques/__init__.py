@@ -1,0 +1,13 @@
+"""The ways to look at fewer pixels or tokens, one file each; the order here is that of a candidate's text."""
+
+from .patch import PATCH
+from .resolution import RESOLUTION
+from .scaling import DEPTH, WIDTH
+from .stem import STEM
+from .technique import Design, Style, Technique, register, techniques, unregister
+from .tokens import TOKENS, Merge
+
+for _technique in (RESOLUTION, STEM, PATCH, TOKENS, DEPTH, WIDTH):
+    register(_technique)
+
+__all__ = ["Design", "Merge", "Style", "Technique", "register", "techniques", "unregister", "RESOLUTION"]
