@@ -77,7 +77,7 @@ def export(
     export_onnx(answering(network, dense), size, partial / "model.onnx", (output_name(dense),))
     save_file({k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}, partial / "model.safetensors")
     if fold_tensors:
-        save_file({k: torch.from_numpy(v) for k, v in fold_tensors.items()}, partial / "folds.safetensors")
+        save_file({k: torch.from_numpy(v).contiguous() for k, v in fold_tensors.items()}, partial / "folds.safetensors")
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner may read
     manifest: dict[str, Any] = {
