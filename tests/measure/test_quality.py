@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from downres.errors import DownresError
-from downres.measure.quality import compare, compare_all, count_correct, evaluate, quality
+from downres.measure.quality import compare, compare_all, count_correct, quality
 from downres.measure.statistics import paired_bound
 from downres.records import OUTSIDE, TOO_FEW, WITHIN, Budget
 
@@ -59,42 +59,6 @@ def test_quality_is_in_percent():
 def test_quality_needs_an_image():
     with pytest.raises(DownresError, match="at least one"):
         quality(right(0))
-
-
-def one_hot(images: np.ndarray, classes: int = 3) -> np.ndarray:
-    """A model that says the class written in the first pixel."""
-    return np.eye(classes, dtype=np.float32)[images[:, 0, 0, 0].astype(int)]
-
-
-def batches_of(says: np.ndarray, size: int) -> list[np.ndarray]:
-    images = np.broadcast_to(says.astype(np.float32)[:, None, None, None], (len(says), 3, 2, 2))
-    return [images[i : i + size] for i in range(0, len(says), size)]
-
-
-def test_top1_is_correct_over_total_and_no_mean_of_batch_means():
-    says, labels = np.array([0, 1, 2, 0, 1]), np.array([0, 1, 2, 0, 2])
-    calls: list[tuple[int, int]] = []
-    q, correct = evaluate(one_hot, batches_of(says, 4), labels, progress=lambda done, total: calls.append((done, total)))
-    assert q.top1 == 80.0  # the mean of the batch means would be 50
-    assert correct.tolist() == [True, True, True, True, False]
-    assert calls == [(4, 5), (5, 5)]
-    assert q.correct5 is None and q.top5 is None
-
-
-@pytest.mark.parametrize(("classes", "reported"), [(5, False), (6, True)])
-def test_top5_only_with_more_than_five_classes(classes, reported):
-    q, _ = evaluate(lambda x: one_hot(x, classes), batches_of(np.zeros(4), 3), [0, 1, 4, 4])
-    assert (q.correct5 is not None) == reported
-    if reported:
-        assert (q.correct5, q.top5, q.top1) == (4, 100.0, 25.0)
-
-
-@pytest.mark.parametrize("count", [0, 4, 6])
-def test_evaluate_needs_one_label_an_image(count):
-    with pytest.raises(DownresError, match="one label"):
-        evaluate(one_hot, batches_of(np.zeros(5), 2), np.zeros(count, dtype=int))
-    with pytest.raises(DownresError, match="one label"):
-        evaluate(one_hot, [], [])
 
 
 def test_a_drop_is_in_points_and_counts_the_discordant_images():

@@ -3,49 +3,13 @@
 Accuracy is always correct / total over the data set, never a mean of batch means. Percent and percentage points.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from ..errors import DownresError
 from ..records import OUTSIDE, TOO_FEW, WITHIN, Budget, Drop, Quality
 from .statistics import holm, more_images, noninferiority_p, paired_bound, wilson
-
-Predict = Callable[[np.ndarray], np.ndarray]
-"""Images (batch, 3, height, width) float32 to logits (batch, classes)."""
-
-Progress = Callable[[int, int], None]
-"""Called after every batch with (images done, images in all)."""
-
-
-def evaluate(
-    predict: Predict,
-    batches: Iterable[np.ndarray],
-    labels: Sequence[int] | np.ndarray,
-    progress: Progress | None = None,
-) -> tuple[Quality, np.ndarray]:
-    """Quality over all batches, and which images are right: bool (n,), in the order of `labels`, for `compare`.
-
-    batches: preprocessed images, in the order of `labels`; together exactly as many.
-    """
-    labels = np.asarray(labels)
-    total, done = len(labels), 0
-    right: list[np.ndarray] = []
-    right5: list[np.ndarray] = []
-    for images in batches:
-        start, done = done, done + len(images)
-        if done > total:
-            raise DownresError(f"Every image needs one label, there are {total} labels and more images: check the data set.")
-        logits = np.asarray(predict(images))
-        right.append(count_correct(logits, labels[start:done]))
-        if logits.shape[1] > 5:
-            right5.append(count_correct(logits, labels[start:done], k=5))
-        if progress is not None:
-            progress(done, total)
-    if done < total or total == 0:
-        raise DownresError(f"Every image needs one label, there are {total} labels for {done} images: check the data set.")
-    correct = np.concatenate(right)
-    return quality(correct, np.concatenate(right5) if right5 else None), correct
 
 
 def count_correct(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
