@@ -2,8 +2,11 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 from PIL import Image
 
 from downres import Dataset, Model, Preprocessing, Run, load_model, search, with_preprocessing
+from downres.cli import main
 from downres.images import cross_folds, split_once
 from downres.images.images import from_arrays as images_of
 from downres.tasks.classification.elpv import open_elpv
@@ -176,6 +180,39 @@ def segmenter(shapes: ModuleType) -> Callable[..., Model]:
         return dataclasses.replace(model, preprocessing=Preprocessing(**given))
 
     return load
+
+
+class Done:
+    """How a command ended: code, out, err."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        assert self.code == 0, self.err
+        return json.loads(self.out)  # exactly one document, nothing around it
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Run a command in this process, as the entry point does."""
+
+    def run(*arguments: Any) -> Done:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["downres", *(str(a) for a in arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code: Any = 0
+        with warnings.catch_warnings():
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err + out
+        return Done(code, out, err)
+
+    return run
 
 
 BROWSER_OPTIONS = [

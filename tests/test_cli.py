@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,45 +20,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import downres
-from downres import cli as cli_module
 from downres import load_model, load_run
 
 COMMANDS = ("demo", "search", "curve", "cost", "report", "check", "predict")
 RECIPE = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--native-resolution", "48", "--threads", "1"]
 MAIN = [sys.executable, "-c", "from downres.cli import main; main()"]
-
-
-class Done:
-    """How a command ended: code, out, err."""
-
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self):
-        assert self.code == 0, self.err
-        return json.loads(self.out)  # exactly one document, nothing around it
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command in this process, as the entry point does."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["downres", *(str(a) for a in arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        with warnings.catch_warnings():
-            try:
-                cli_module.main()
-            except SystemExit as stop:
-                code = stop.code or 0
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err + out
-        return Done(code, out, err)
-
-    return run
 
 
 def refused(done, *words, code=2):
@@ -477,7 +443,7 @@ def test_files_that_may_not_grow(model, data, tmp_path, kilobytes):
     environment = {**os.environ, "TMPDIR": "/dev/shm"} if Path("/dev/shm").is_dir() else None
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, env=environment)
     assert done.returncode == 2, done.stderr
-    refused(Done(done.returncode, done.stdout, done.stderr))
+    refused(SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr))
 
 
 @pytest.mark.parametrize("where", ["savez", "fsync", "replace"])
@@ -513,7 +479,7 @@ def test_ctrl_c_in_a_process_and_on_again(cli, model, data, tmp_path):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         printed, said = process.communicate()
-    refused(Done(process.returncode, printed, said), "Interrupted", "goes on", code=130)
+    refused(SimpleNamespace(code=process.returncode, out=printed, err=said), "Interrupted", "goes on", code=130)
     kept = log.read_text()
     assert not load_run(out).finished
     assert "unfinished" in cli("report", out).err + (out / "report.html").read_text()

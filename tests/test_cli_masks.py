@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,44 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from downres import cli as cli_module
 from downres import load_model, load_run, measure_cost
 
 RECIPE = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--native-resolution", "48x64", "--threads", "1"]
 MAIN = [sys.executable, "-c", "from downres.cli import main; main()"]
-
-
-class Done:
-    """How a command ended: code, out, err."""
-
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self):
-        assert self.code == 0, self.err
-        return json.loads(self.out)  # exactly one document, nothing around it
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command in this process, as the entry point does."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["downres", *(str(a) for a in arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        with warnings.catch_warnings():
-            try:
-                cli_module.main()
-            except SystemExit as stop:
-                code = stop.code or 0
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err + out
-        return Done(code, out, err)
-
-    return run
 
 
 def refused(done, *words):

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
@@ -113,8 +114,16 @@ CacheOption = Annotated[
 SeedOption = Annotated[int, typer.Option("--seed", help="Of splits and folds.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
 
-# A file or a pipe has no width of its own: tables there are not to be cut.
-out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+
+class _Output(Console):
+    """Standard output, as wide as it is when it is printed on. A file or a pipe has no width: tables there are not cut."""
+
+    @property
+    def options(self) -> ConsoleOptions:
+        return super().options.update(max_width=shutil.get_terminal_size((160, 24)).columns)
+
+
+out = _Output(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
@@ -582,7 +591,7 @@ def _table(results: list[Any], original: Any, chosen: Any) -> Table:
         return table
 
     for name in (*beside, "peak memory", "95 % interval", "recovered by", "latency"):
-        if out.measure(build(), options=out.options.update(width=1000)).maximum <= out.width:
+        if out.measure(build(), options=out.options.update(width=1000)).maximum <= out.options.max_width:
             break
         cells.pop(name, None)
     return build()

@@ -52,16 +52,14 @@ def test_record_fields():
     assert Latency.from_json(latency.to_json()) == latency
 
 
-def test_min_seconds_adds_rounds_and_progress_is_told():
+def test_progress_is_told():
     told = []
-    found, _, _ = run("ab", runs=1, warmup=0, min_seconds=1e-4, progress=lambda *values: told.append(values))
-    assert found["a"].runs == found["b"].runs >= 1
-    assert told[0] == ("latency", 1, 2)
-    assert [done for _, done, _ in told] == list(range(1, 2 * found["a"].runs + 1))
+    run("ab", runs=3, warmup=0, progress=lambda *values: told.append(values))
+    assert told == [("latency", done, 6) for done in range(1, 7)]
 
 
 def test_no_candidates_is_no_work():
-    assert interleaved({}, {}, min_seconds=1.0) == {}
+    assert interleaved({}, {}) == {}
 
 
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])

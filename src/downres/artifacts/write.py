@@ -52,7 +52,7 @@ def export(
     if targets := task.targets():
         np.savez_compressed(partial / "targets.npz", **targets)  # type: ignore[arg-type]
     if fold_tensors:
-        save_file({k: torch.from_numpy(v) for k, v in fold_tensors.items()}, partial / "folds.safetensors")
+        save_file({k: torch.from_numpy(v).contiguous() for k, v in fold_tensors.items()}, partial / "folds.safetensors")
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner may read
     manifest: dict[str, Any] = {

@@ -64,14 +64,13 @@ def interleaved(
     *,
     runs: int = 30,
     warmup: int = 5,
-    min_seconds: float = 0.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Latency]:
     """Times every candidate `runs` times, one call each a round, the order of a round shuffled anew (from `seed`).
 
     inputs: for each candidate its batch, (b, c, h, w) float32. warmup: untimed calls of each candidate before the first
-    round. min_seconds: rounds go on beyond `runs` until the timed calls of all together took that long.
+    round.
     """
     if runs < 1 or warmup < 0:
         raise DownresError(f"Timing needs at least one run and no negative warm-up; runs={runs}, warmup={warmup} is not that.")
@@ -80,19 +79,17 @@ def interleaved(
             runtime(inputs[name])
 
     seconds: dict[str, list[float]] = {name: [] for name in runtimes}
-    order, shuffle, spent, done, total = list(runtimes), random.Random(seed).shuffle, 0.0, 0, runs * len(runtimes)
-    while order and (done < total or spent < min_seconds):
+    order, shuffle, done, total = list(runtimes), random.Random(seed).shuffle, 0, runs * len(runtimes)
+    for _ in range(runs):
         shuffle(order)
         for name in order:
             runtime, batch = runtimes[name], inputs[name]
             start = time.perf_counter()
             runtime(batch)
-            taken = time.perf_counter() - start
-            seconds[name].append(taken)
-            spent += taken
+            seconds[name].append(time.perf_counter() - start)
             done += 1
             if progress is not None:
-                progress("latency", done, max(done, total))
+                progress("latency", done, total)
     return {name: _latency(runtimes[name], inputs[name], times) for name, times in seconds.items()}
 
 
