@@ -18,6 +18,7 @@ from downres.errors import DownresError
 from downres.images import split_once
 from downres.images.images import from_arrays as images_of
 from downres.records import TOO_FEW, WITHIN, Dense
+from downres.recovery import ladder
 from downres.reductions.dense import Segmenter
 from downres.searching.prepare import prepare_task
 from downres.searching.store import Store
@@ -208,10 +209,11 @@ def test_statistics_that_do_no_good_stay(segmenter, scenes, tmp_path):
 
 
 def test_without_rungs_nothing_is_recovered(segmenter, scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr(masks_module, "climb", None)
+    monkeypatch.setattr(ladder, "_Ladder", None)
     run = run_search(segmenter("rough"), scenes, tmp_path / "r", rungs=(), max_drop=1.0)
     for r in run.results:
-        assert r.quality == r.naive and r.recovery.rung == "none" and not r.recovery.tried
+        assert r.quality == r.naive and r.recovery.rung == "none"
+        assert [(t.score, t.n, t.images, t.note) for t in r.recovery.tried] == [(None, 0, 0, "no recovery was asked for")]
 
 
 def test_rungs_for_classifiers_do_nothing_here(segmenter, scenes, tmp_path):
@@ -220,7 +222,7 @@ def test_rungs_for_classifiers_do_nothing_here(segmenter, scenes, tmp_path):
 
 
 def test_nan_names_the_image(segmenter, scenes, tmp_path):
-    with pytest.raises(DownresError, match=r"NaN.*48x64.*val/images/val00\.png"):
+    with pytest.raises(DownresError, match=r"NaN.*48x64.*train/images/train04\.png"):
         run_search(segmenter("nan"), scenes, tmp_path / "r")
     assert load_run(tmp_path / "r").original.cost is not None  # what was counted is kept
 
