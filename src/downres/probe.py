@@ -74,7 +74,8 @@ def copied_with(model: nn.Module, known: dict[int, Any]) -> nn.Module:
 
 
 def _copied(value: Any, known: dict[int, Any]) -> Any:
-    kind = type(value)
+    kind: Any = type(value)
+    made: Any
     if kind in _AS_IS:
         return value
     if (found := known.get(id(value))) is not None:
