@@ -90,7 +90,7 @@ KNOWN_CIRCLES: list[set[str]] = []
 
 
 def module_graph(source: Path) -> dict[str, set[str]]:
-    """Of every module of downres, the modules that it imports anywhere: at its top, in functions, for type checkers."""
+    """Of every module of downres, the modules that it imports anywhere, at its top or in functions; not for type checkers."""
     names = {}
     for file in source.rglob("*.py"):
         parts = ("downres", *file.relative_to(source).with_suffix("").parts)
@@ -99,7 +99,9 @@ def module_graph(source: Path) -> dict[str, set[str]]:
     for name, file in names.items():
         package = name.split(".") if file.stem == "__init__" else name.split(".")[:-1]
         graph[name] = set()
-        for node in ast.walk(ast.parse(file.read_text())):
+        tree = ast.parse(file.read_text())
+        tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 targets = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):

@@ -29,8 +29,8 @@ from downres.reductions.tokens import (
     match_similar,
     match_unattended,
     pool_grid,
-    removals,
 )
+from downres.techniques.tokens import removals
 
 # --- the papers, one sequence at a time ---------------------------------------------------------------------------
 # A grouping is a list over the places of the shorter sequence: the tokens of the longer one that are averaged there, the

@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import DownresError
 from ..parse import format_resolution
-from ..records import PRUNE
 from ..reductions.tokens import TokenState
 
 Size = tuple[int, int]
@@ -183,7 +182,7 @@ def attend(
     queries: Tensor, keys: Tensor, values: Tensor, x: Tensor, state: TokenState, dropout: float, scale: float | None = None
 ) -> Tensor:
     """Three of (B, heads, tokens, D) → (B, tokens, heads·D), with the mask of the merged tokens x (B, tokens, C)."""
-    state.keys, state.queries = keys, queries if state.by == PRUNE else None
+    state.keys, state.queries = keys, queries if state.prunes else None
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=state.mask(x), dropout_p=dropout, scale=scale)
     return mixed.transpose(1, 2).flatten(2)
 

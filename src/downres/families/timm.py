@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import DownresError
 from ..probe import find_stem, total_stride
-from ..records import PRUNE, Preprocessing
+from ..records import Preprocessing
 from ..reductions.tokens import TokenState
 from .adapter import Adapter, KeepOutput, Merging, SetKeyword, Size, as_pair, impossible, no_mask, swap_class
 from .patches import put
@@ -219,7 +219,7 @@ class Plain(Resizable):
         self.module.grad_checkpointing = False  # a block that runs again would find other sizes
         for i, block in enumerate(blocks):
             swap_class(block, _MERGING, state, i)
-            if state.by == PRUNE and any(hasattr(m, "lambda_init") for m in block.modules()):
+            if state.prunes and any(hasattr(m, "lambda_init") for m in block.modules()):
                 raise DownresError(
                     "Pruning goes by the attention of the class token, and differential attention subtracts one from another: "
                     "merge instead."
@@ -227,7 +227,7 @@ class Plain(Resizable):
             join = isinstance(block, ParallelThingsBlock)
             for norm, what in (("k_norm", "keys"), ("q_norm", "queries")):
                 for part in block.modules():
-                    if hasattr(part, norm) and (what == "keys" or state.by == PRUNE):
+                    if hasattr(part, norm) and (what == "keys" or state.prunes):
                         first = isinstance(part, ParallelScalingBlock)
                         getattr(part, norm).register_forward_hook(KeepOutput(state, what, tokens_first=first, join=join))
 
@@ -379,7 +379,7 @@ class _Turning(Merging):
         tokens, rope = self.tokens, self.tokens.of_tokens(rope)
         out = self.attn(x, rope=rope, attn_mask=mask)
         # Keys as the class token attends to them, rotated; for pruning only, merging compares them as they were before.
-        if rope is not None and tokens.by == PRUNE and tokens.keys is not None:
+        if rope is not None and tokens.prunes and tokens.keys is not None:
             keys, half = tokens.keys, bool(getattr(self.attn, "rotate_half", False))
             patches = apply_rot_embed_cat(keys[:, :, tokens.prefix :], rope, half=half)
             tokens.keys = torch.cat([keys[:, :, : tokens.prefix], patches.to(keys.dtype)], dim=2)

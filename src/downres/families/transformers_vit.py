@@ -25,7 +25,6 @@ from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer, ViTMod
 
 from ..errors import DownresError
 from ..parse import format_resolution
-from ..records import PRUNE
 from ..reductions.resize import scaled_size
 from ..reductions.tokens import TokenState
 from .adapter import Adapter, KeepOutput, Merging, SetKeyword, Size, as_pair, no_mask, swap_class
@@ -157,7 +156,7 @@ class Plain(_Patches):
             attention: Any = block.self_attn if hasattr(block, "self_attn") else block.attention
             heads = self.config.num_attention_heads
             attention.k_proj.register_forward_hook(KeepOutput(state, "keys", heads))
-            if state.by == PRUNE:
+            if state.prunes:
                 attention.q_proj.register_forward_hook(KeepOutput(state, "queries", heads))
 
     def after_pooling(self, blocks: Sequence[nn.Module], grid: Size) -> None:
@@ -339,7 +338,7 @@ class _MergingDINO(_Merging):
         if position_embeddings is not None:
             given["position_embeddings"] = turns = tuple(map(self.tokens.of_tokens, position_embeddings))
         out, _ = self.attention(self.norm1(x), attention_mask=mask, **given)
-        if position_embeddings is not None and self.tokens.by == PRUNE:  # the class token attends to keys that are turned
+        if position_embeddings is not None and self.tokens.prunes:  # the class token attends to keys that are turned
             self.tokens.queries, self.tokens.keys = apply_rotary_pos_emb(self.tokens.queries, self.tokens.keys, *turns)
         return x + self.drop_path(self.layer_scale1(out))
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DownresError
-from ..records import CONSTANT, DECREASING, MERGE, PRUNE, Merge
 from .resize import resample, scaled_size
 
 
@@ -29,43 +28,6 @@ class Groups:
     goes: Tensor
     target: Tensor
     weight: Tensor | None = None
-
-
-def removals(merge: Merge, tokens: int, blocks: int) -> tuple[int, ...]:
-    """Patch tokens to take out in each block, for a sequence of `tokens` patch tokens.
-
-    A block can merge at most half of the tokens that it has (each of one half joins one of the other), or prune all but
-    two. Raises DownresError when nothing would be left, or what is to be kept cannot be reached.
-    """
-    if merge.r is not None:
-        wanted = [merge.r] * blocks
-        if merge.schedule == DECREASING and blocks > 1:
-            wanted = [int(2 * merge.r - 2 * merge.r * i / (blocks - 1)) for i in range(blocks)]
-        if sum(wanted) >= tokens:
-            most = (tokens - 1) // blocks
-            raise DownresError(
-                f"{merge} would take {sum(wanted)} tokens out of {tokens} in {blocks} blocks: "
-                + (f"give at most {most} a block." if most else "this image has too few tokens to take any out.")
-            )
-    else:
-        assert merge.keep is not None
-        total = tokens - max(1, round(tokens * merge.keep))
-        shares = [2 * (blocks - i) - 1 for i in range(blocks)] if merge.schedule == DECREASING else [1] * blocks
-        ends = [round(total * sum(shares[: i + 1]) / sum(shares)) for i in range(blocks)]
-        wanted = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    left, found = tokens, []
-    for r in wanted:
-        r = min(r, left // 2 if merge.by == MERGE else max(0, left - 2))
-        found.append(r)
-        left -= r
-    if merge.keep is not None and sum(found) < sum(wanted):
-        limit = "merging at most halves the tokens of a block" if merge.by == MERGE else "pruning leaves two tokens"
-        other = CONSTANT if merge.schedule == DECREASING else DECREASING
-        raise DownresError(
-            f"{merge} cannot be reached: {limit}, so of {tokens} tokens {left} would be left; "
-            f"keep more, or try the {other} schedule."
-        )
-    return tuple(found)
 
 
 def match_similar(metric: Tensor, r: int, prefix: int) -> Groups:
@@ -153,6 +115,7 @@ class TokenState:
 
     def __init__(self, removals: tuple[int, ...], prefix: int, by: str, grid: tuple[int, int] | None = None) -> None:
         self.removals, self.prefix, self.by, self.grid = removals, prefix, by, grid
+        self.prunes = by == "prune"  # else merged: the two words of `Merge.by`
         self.keep_map = False
         self.map: Tensor | None = None
         self._reset()
@@ -203,12 +166,12 @@ class TokenState:
             return x
         assert keys is not None
         left = x.shape[1] - self.prefix
-        if r > (left // 2 if self.by == MERGE else left - 2):
+        if r > (left // 2 if not self.prunes else left - 2):
             raise DownresError(
                 f"Block {block} was to {self.by} {r} tokens, and this input has {left} there: give images of the size that the "
                 "model was reduced for, or reduce it with their resolution."
             )
-        if self.by == PRUNE:
+        if self.prunes:
             assert queries is not None
             groups = match_unattended(queries, keys, r, self.prefix)
         else:

@@ -92,6 +92,43 @@ KEPT = (0.75, 0.5, 0.25)
 """Fractions of the patch tokens that are left after the last block, of the variants tried by default."""
 
 
+def removals(merge: Merge, tokens: int, blocks: int) -> tuple[int, ...]:
+    """Patch tokens to take out in each block, for a sequence of `tokens` patch tokens.
+
+    A block can merge at most half of the tokens that it has (each of one half joins one of the other), or prune all but
+    two. Raises DownresError when nothing would be left, or what is to be kept cannot be reached.
+    """
+    if merge.r is not None:
+        wanted = [merge.r] * blocks
+        if merge.schedule == DECREASING and blocks > 1:
+            wanted = [int(2 * merge.r - 2 * merge.r * i / (blocks - 1)) for i in range(blocks)]
+        if sum(wanted) >= tokens:
+            most = (tokens - 1) // blocks
+            raise DownresError(
+                f"{merge} would take {sum(wanted)} tokens out of {tokens} in {blocks} blocks: "
+                + (f"give at most {most} a block." if most else "this image has too few tokens to take any out.")
+            )
+    else:
+        assert merge.keep is not None
+        total = tokens - max(1, round(tokens * merge.keep))
+        shares = [2 * (blocks - i) - 1 for i in range(blocks)] if merge.schedule == DECREASING else [1] * blocks
+        ends = [round(total * sum(shares[: i + 1]) / sum(shares)) for i in range(blocks)]
+        wanted = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    left, found = tokens, []
+    for r in wanted:
+        r = min(r, left // 2 if merge.by == MERGE else max(0, left - 2))
+        found.append(r)
+        left -= r
+    if merge.keep is not None and sum(found) < sum(wanted):
+        limit = "merging at most halves the tokens of a block" if merge.by == MERGE else "pruning leaves two tokens"
+        other = CONSTANT if merge.schedule == DECREASING else DECREASING
+        raise DownresError(
+            f"{merge} cannot be reached: {limit}, so of {tokens} tokens {left} would be left; "
+            f"keep more, or try the {other} schedule."
+        )
+    return tuple(found)
+
+
 class Tokens(Technique):
     """merge: tokens taken out in each block."""
 
@@ -146,7 +183,7 @@ class Tokens(Technique):
 
     def apply(self, work: "Work") -> None:
         """Asks of the adapter: `blocks`, `grid`, `prefix`, `merge`; to prune, a `class_token`."""
-        from ..reductions.tokens import TokenState, removals
+        from ..reductions.tokens import TokenState
 
         merge = work.candidate.merge
         assert merge is not None
