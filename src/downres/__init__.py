@@ -40,9 +40,13 @@ if TYPE_CHECKING:
     from .searching.single import evaluate, recover
     from .searching.view import write_report
     from .tasks import Arrays, Question, Task
+    from .tasks.agreement.photos import Photos, open_photos
+    from .tasks.agreement.task import AgreementQuality, EmbeddingQuality
     from .tasks.classification.folders import Dataset, from_arrays, open_folder
     from .tasks.classification.quality import Quality
     from .tasks.classification.task import Prediction
+    from .tasks.multilabel.quality import MultilabelQuality
+    from .tasks.regression.task import RegressionQuality
     from .tasks.segmentation.masks import MaskDataset, MaskFolder, find_masks, open_masks
     from .tasks.segmentation.quality import SegmentationQuality
     from .tasks.segmentation.task import MaskPrediction
@@ -55,11 +59,12 @@ __all__ = [
     "Axes", "Budget", "Question", "Measuring",
     # models and data
     "load_model", "with_preprocessing", "Model", "open_folder", "from_arrays", "Dataset", "Images", "Fold",
-    "find_masks", "open_masks", "MaskFolder", "MaskDataset", "Segmenter", "regseg",
+    "find_masks", "open_masks", "open_photos", "Photos", "MaskFolder", "MaskDataset", "Segmenter", "regseg",
     # tasks
     "Task", "Arrays",
     # records
-    "Candidate", "Merge", "Cost", "Latency", "Score", "Quality", "SegmentationQuality", "Dense", "Drop", "Preprocessing",
+    "Candidate", "Merge", "Cost", "Latency", "Score", "Quality", "SegmentationQuality", "MultilabelQuality",
+    "RegressionQuality", "AgreementQuality", "EmbeddingQuality", "Dense", "Drop", "Preprocessing",
     "Record", "Recovery", "Rung", "Result", "Run", "Curve", "Change", "Reduction", "Finding", "Prediction", "MaskPrediction",
     "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
@@ -90,6 +95,10 @@ _HOMES = {
     "searching.single": ("evaluate", "recover"),
     "searching.view": ("write_report",),
     "tasks": ("Arrays", "Question", "Task"),
+    "tasks.agreement.photos": ("Photos", "open_photos"),
+    "tasks.agreement.task": ("AgreementQuality", "EmbeddingQuality"),
+    "tasks.multilabel.quality": ("MultilabelQuality",),
+    "tasks.regression.task": ("RegressionQuality",),
     "tasks.classification.folders": ("Dataset", "from_arrays", "open_folder"),
     "tasks.classification.quality": ("Quality",),
     "tasks.classification.task": ("Prediction",),

@@ -48,8 +48,8 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         metavar="DIR",
-        help="Folder of class folders, with train/ and val/ or one to be split, ImageNet's layout; for segmentation images "
-        "and masks: Cityscapes, CamVid, Pascal VOC, ADE20K or pairs of folders.",
+        help="Folder of class folders, with train/ and val/ or one to be split, ImageNet's layout; images and masks "
+        "(Cityscapes, CamVid, Pascal VOC, ADE20K, pairs of folders); images beside --labels; or only images, for agreement.",
     ),
 ]
 WeightsOption = Annotated[
@@ -79,6 +79,21 @@ FitOption = Annotated[
     typer.Option(
         "--fit", help="Of a whole picture: crop, stretch or pad; default: as the model has it, never crop for segmentation."
     ),
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="NAME",
+        help="classification, segmentation, multilabel, regression, agreement or path/to/file.py:Class; default: by network.",
+    ),
+]
+LabelsOption = Annotated[
+    Path | None,
+    typer.Option("--labels", metavar="FILE", help="CSV or JSON of labels beside a folder of images, a row an image."),
+]
+CompareOption = Annotated[
+    str | None, typer.Option("--compare", help="Of agreement: classes, embeddings or masks; default: as the network tells.")
 ]
 ClassesOption = Annotated[
     Path | None,
@@ -195,6 +210,9 @@ def search(
         str, typer.Option("--rungs", help="Of the recovery ladder, from crop,batchnorm,head; 'none' only lowers.")
     ] = "crop,batchnorm,head",
     minimize: Annotated[str, typer.Option("--minimize", help="What cheapest means: macs, memory or latency.")] = "macs",
+    task: TaskOption = None,
+    labels: LabelsOption = None,
+    compare: CompareOption = None,
     fit_head: Annotated[
         bool, typer.Option("--fit-head", help="Replace the classifier by one fitted for the data's classes.")
     ] = False,
@@ -235,7 +253,8 @@ def search(
             tries=tries, snap=snap,
             rungs=tuple(r for r in rungs.split(",") if r != "none"), minimize=minimize, fit_head=fit_head, folds=folds,
             val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
-            cache_gb=cache_gb, classes=classes, label_size=_size(label_size), output=output, upsampling=upsampling,
+            cache_gb=cache_gb, task=_task(task), labels=_text(labels), compare=compare, classes=_text(classes),
+            label_size=_size(label_size), output=output, upsampling=upsampling,
             command=_command(), progress=progress,
         )  # fmt: skip
     _print_run(run, as_json)
@@ -249,6 +268,9 @@ def curve(
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
     max_drop: Annotated[float, typer.Option("--max-drop", help="Points, for the verdict of each resolution alone.")] = 1.0,
+    task: TaskOption = None,
+    labels: LabelsOption = None,
+    compare: CompareOption = None,
     val_fraction: ValFractionOption = 0.5,
     weights: WeightsOption = None,
     native_resolution: NativeOption = None,
@@ -280,7 +302,8 @@ def curve(
         found = run_curve(
             loaded, data, tries=tries, snap=snap, max_drop=max_drop, val_fraction=val_fraction,
             runtime=runtime, threads=threads, seed=seed, cache_gb=cache_gb, progress=progress,
-            classes=classes, label_size=_size(label_size), output=output, upsampling=upsampling,
+            task=_task(task), labels=_text(labels), compare=compare, classes=_text(classes),
+            label_size=_size(label_size), output=output, upsampling=upsampling,
         )  # fmt: skip
     if as_json:
         _print_json(found.to_json())
@@ -343,9 +366,11 @@ def cost(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN")], as_json: JsonOption = False) -> None:
+def report(run: Annotated[Path, typer.Argument(metavar="RUN")], task: TaskOption = None, as_json: JsonOption = False) -> None:
     """Write RUN/report.html from what the run has measured so far."""
     from .searching.view import write_report
+
+    _task(task)
 
     page = write_report(run)
     if as_json:
@@ -361,13 +386,14 @@ def check(
         str | None, typer.Option("--model", help="path/to/file.py:function, where the network came from one.")
     ] = None,
     data: Annotated[str | None, typer.Option("--data", metavar="DIR", help="Where the proof images are now.")] = None,
+    task: TaskOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prove a shipped model: files unchanged, onnxruntime equal to torch on real images, the quality as stated."""
     from .artifacts import check as run_check
 
-    findings = run_check(artifact, model=model, data=data, threads=threads)
+    findings = run_check(artifact, model=model, data=data, threads=threads, task=_task(task))
     if as_json:
         _print_json(
             {
@@ -393,12 +419,13 @@ def predict(
     folder: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Where the masks and overlays of a segmentation network go.")
     ] = Path("predictions"),
+    task: TaskOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Classes of pictures, or their masks, by the shipped model alone."""
+    """Classes of pictures, their masks, or whatever the shipped model answers, by it alone."""
     from .artifacts import predict as run_predict
 
-    predictions = run_predict(artifact, images, top=top, out=folder)
+    predictions = run_predict(artifact, images, top=top, out=folder, task=_task(task))
     if as_json:
         _print_json({"predictions": [p.to_json() for p in predictions]})
         return
@@ -481,6 +508,19 @@ def _load(
 
     loaded = load_model(model, weights, pretrained=pretrained)
     return with_preprocessing(loaded, resolution=natives[0], interpolation=interpolation, crop_ratio=crop_ratio, **given)
+
+
+def _task(text: str | None) -> Any:
+    """`--task`: a name, or the class in a file, which is run because the user names it."""
+    if text is None or ".py:" not in text:
+        return text
+    from .families.generic import from_file
+
+    return from_file(text)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _size(text: str | None) -> Any:

@@ -19,8 +19,8 @@ from downres.recovery.state import RECALIBRATED, State, Step
 STATE = State(Candidate(32), 1.0)
 
 
-def recalibrated(fold, images=256, candidate=Candidate(32)):
-    return State(candidate, 1.0).then(Step(RECALIBRATED, fold, images))
+def recalibrated(fold, images=256):
+    return STATE.then(Step(RECALIBRATED, fold, images))
 
 
 @pytest.fixture
@@ -125,7 +125,8 @@ def test_a_stem_variant_takes_the_native_input(bank):
 def test_keys_are_file_names_and_tell_states_apart():
     states = [
         STATE, State(Candidate(32), 0.875), recalibrated(0), recalibrated(1),
-        recalibrated(0, 32), STATE.then(Step("refitted", 0, 32, "a")), STATE.then(Step("refitted", 0, 32, "b")), State(Candidate((32, 64)), 1.0), State(Candidate(32, 0.5), 1.0),
+        recalibrated(0, 32), STATE.then(Step("refitted", 0, 32, "a")), STATE.then(Step("refitted", 0, 32, "b")),
+        State(Candidate((32, 64)), 1.0), State(Candidate(32, 0.5), 1.0),
         State(Candidate(32, 0.5, "a/b"), 1.0), State(Candidate(32, 0.5, "a_b"), 1.0),
     ]  # fmt: skip
     keys = [s.key() for s in states]

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,12 +17,12 @@ from ..records import Preprocessing
 from .find import find_adapter
 
 
-def create(spec: str) -> nn.Module:
-    """`path/to/file.py:function` → the module that the function returns. Runs the file: the user named it."""
+def from_file(spec: str) -> Any:
+    """`path/to/file.py:name` → what has that name in the file. Runs the file: the user named it."""
     file, _, function = spec.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise DownresError(f"There is no file {path}: give the model as path/to/file.py:function.")
+        raise DownresError(f"There is no file {path}: give path/to/file.py:function.")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
@@ -32,6 +33,14 @@ def create(spec: str) -> nn.Module:
     if not callable(maker):
         found = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
         raise DownresError(f"{path} has no function {function!r}: it has {', '.join(found) or 'none'}.")
+    return maker
+
+
+def create(spec: str) -> nn.Module:
+    """`path/to/file.py:function` → the module that the function returns."""
+    maker = from_file(spec)
+    file, _, function = spec.rpartition(":")
+    path = Path(file)
     with _running(f"{function}() in {path}", path):
         model = maker()
     if not isinstance(model, nn.Module):

@@ -43,7 +43,7 @@ NOTHING = Axes((), (), (), ())
 def curve(
     model: Model | nn.Module | str,
     data: Source,
-    resolutions: Any = (),
+    resolutions: Any = None,
     *,
     max_drop: float = 1.0,
     task: str | type[Task] | None = None,
@@ -66,7 +66,9 @@ def curve(
     The verdict says of each candidate alone whether its drop is within `max_drop`; whoever picks one of many
     by it should use `search`, which pays for the number of looks.
     """
-    groups = gather({"tries": tries, "question": question, "measuring": measuring}, {"resolutions": resolutions, **flat})
+    if resolutions is not None:
+        flat["resolutions"] = resolutions
+    groups = gather({"tries": tries, "question": question, "measuring": measuring}, flat)
     tries, question, measuring = groups["tries"], groups["question"], groups["measuring"]
     subject = prepare_task(model, data, question, task, preprocessing)
     planned, notes = plan(design_of(subject.model), tries, tries.snap)

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import DownresError
 from ..families import Model
 from ..images import Fold, Images, Skip
+from ..measuring.paired import bootstrap_drops, resampled_mean
 from ..probe import Answer, logits_of
 from ..records import Budget, Candidate, Drop, Preprocessing, Recovery, Result, Score
 from ..recovery.bank import Bank
@@ -50,8 +51,8 @@ KINDS: dict[str, type["Task"]] = {}
 class Task(ABC):
     """What a network is for: how the data are opened, what is kept of its answers, how good they are, what is shown of them.
 
-    A subclass has at least a `name`, a `score` (a `Score` record), and the methods `make`, `open`, `judge`, `quality`,
-    `compare` and `predict`; docs/tasks.md has a whole one. One object serves one model; `open` gives it data.
+    A subclass has at least a `name`, a `score` (a `Score` record), and the methods `make`, `open`, `judge`, `points`,
+    `quality` and `predict`; docs/tasks.md has a whole one. One object serves one model; `open` gives it data.
 
     rungs: of the recovery ladder, those that make sense. glance: images that a recalibration is first tried on, 0 for none.
     evidence_type: what `judge` returns. writes: whether `predict` writes files named after the pictures.
@@ -201,13 +202,17 @@ class Task(ABC):
     def quality(self, evidence: Any) -> Score:
         """How good that is, with an interval."""
 
-    @abstractmethod
     def compare(self, original: Any, candidates: dict[str, Any], budget: Budget) -> dict[str, Drop]:
-        """The drop of each candidate against the original on the same images, with verdicts that hold together.
+        """The drop of each candidate against the original on the same images, with verdicts that hold together: here what the
+        mean of `points` falls by, by paired bootstrap over the images.
 
         All candidates are judged on the same images and the cheapest success is picked: that many looks would make some
         success by luck likely. Holm's step-down procedure (`measuring.statistics.holm`) pays for it.
         """
+        apart = {name: self.points(original) - self.points(one) for name, one in candidates.items()}
+        drops = {name: float(values.mean()) for name, values in apart.items()}
+        samples = {name: resampled_mean(values) for name, values in apart.items()}
+        return bootstrap_drops(drops, samples, len(original), budget) if apart else {}
 
     def targets(self) -> dict[str, np.ndarray]:
         """What the proof images were judged by, where it is not in the data themselves: goes into the artifact."""
@@ -217,7 +222,7 @@ class Task(ABC):
         """The inverse of `targets`, for the data that the task has."""
 
     def points(self, evidence: Any) -> np.ndarray:
-        """A number an image, larger is better, (n,): what the one-standard-error rule of the ladder compares by."""
+        """A number an image, larger is better, float (n,): what drops are means of, and what the ladder compares rungs by."""
         raise NotImplementedError
 
     # Recovery

@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import DownresError
 from ...families import Model
 from ...images import Fold
-from ...measuring.paired import bootstrap_drops, percentiles, resampled_mean
+from ...measuring.paired import percentiles, resampled_mean
 from ...measuring.statistics import wilson
 from ...probe import Answer
 from ...records import Budget, Dense, Drop, Preprocessing, Record, Result, Score
@@ -278,14 +278,8 @@ class OfEmbeddings(VectorTask, register=False):
             float(cosine.mean()), low, high, len(cosine), None if np.isnan(shared).any() else 100 * float(shared.mean())
         )
 
-    def compare(self, original: Arrays, candidates: dict[str, Arrays], budget: Budget) -> dict[str, Drop]:
-        apart = {name: 100 * (original["cosine"] - one["cosine"]) for name, one in candidates.items()}
-        drops = {name: float(values.mean()) for name, values in apart.items()}
-        samples = {name: resampled_mean(values) for name, values in apart.items()}
-        return bootstrap_drops(drops, samples, len(original), budget, limit=200.0) if apart else {}
-
     def points(self, evidence: Arrays) -> np.ndarray:
-        return evidence["cosine"]
+        return 100 * evidence["cosine"]
 
     def made(self, budget: Budget, runtime: str, proof: str, many: str) -> dict[str, str]:
         return {

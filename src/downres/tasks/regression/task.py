@@ -12,8 +12,8 @@ from threadpoolctl import threadpool_limits
 
 from ...errors import DownresError
 from ...images.parts import listed_names
-from ...measuring.paired import bootstrap_drops, percentiles, resampled_mean
-from ...records import Budget, Drop, Preprocessing, Record, Score
+from ...measuring.paired import percentiles, resampled_mean
+from ...records import Budget, Preprocessing, Record, Score
 from ...recovery.features import Head
 from ..evidence import Arrays
 from ..table import TableData, labels_beside, numbers, open_rows, read_table
@@ -144,13 +144,6 @@ class Regression(VectorTask):
             float(each.mean()), low, high, len(each), r_squared(evidence["predicted"], evidence["truth"]),
             tuple(float(v) for v in wrong.mean(axis=0)), _unit(self.classes[0]) if self.classes else "",
         )  # fmt: skip
-
-    def compare(self, original: Arrays, candidates: dict[str, Arrays], budget: Budget) -> dict[str, Drop]:
-        """The rise of the mean absolute error, by paired bootstrap over the images."""
-        apart = {name: self.points(original) - self.points(one) for name, one in candidates.items()}
-        drops = {name: float(values.mean()) for name, values in apart.items()}
-        samples = {name: resampled_mean(values) for name, values in apart.items()}
-        return bootstrap_drops(drops, samples, len(original), budget) if apart else {}
 
     def points(self, evidence: Arrays) -> np.ndarray:
         return -np.abs(evidence["predicted"] - evidence["truth"]).mean(axis=1)
