@@ -613,7 +613,7 @@ def _table(results: list[Any], original: Any, chosen: Any) -> Table:
         "lowered only": lambda r: r.naive.text(r.naive.score) if r.naive else "",
         getattr(original.quality, "metric", "quality"): lambda r: r.quality.text(r.quality.score) if r.quality else "",
         "95 % interval": lambda r: words.interval(r.quality) if r.quality else "",
-        **{name: lambda r, name=name: r.quality.beside().get(name, "") if r.quality else "" for name in beside},
+        **{name: _beside(name) for name in beside},
         "drop ≤ bound": lambda r: f"{words.points(r.drop.drop)} ≤ {words.bound(r.drop.upper)}" if r.drop else "",
         "verdict": lambda r: _verdict(r, original),
         "recovered by": lambda r: words.RUNGS[r.recovery.rung] if r.recovery and r is not original else "",
@@ -635,6 +635,10 @@ def _table(results: list[Any], original: Any, chosen: Any) -> Table:
             break
         cells.pop(name, None)
     return build()
+
+
+def _beside(name: str) -> Callable[[Any], str]:
+    return lambda r: r.quality.beside().get(name, "") if r.quality else ""
 
 
 def _verdict(result: Any, original: Any) -> str:

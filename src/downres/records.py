@@ -216,6 +216,11 @@ class Score(Record):
         raise NotImplementedError
 
     @property
+    def images(self) -> int:
+        """How many it was measured on: every kind has a field `n`."""
+        return self.n  # type: ignore[attr-defined, no-any-return]
+
+    @property
     def unit(self) -> str:
         """What differences are counted in: percentage points, or the unit of what is predicted."""
         return "points"
@@ -407,7 +412,8 @@ class Result(Record):
     def _qualities(self) -> dict[str, Any]:
         """The part of `row` that depends on the task."""
         q, naive = self.quality, self.naive
-        if naive is None and q is None:
+        first = q or naive
+        if first is None:
             return {}
-        named = type(q or naive).metric.lower().replace("-", "").replace(" ", "_")
+        named = type(first).metric.lower().replace("-", "").replace(" ", "_")
         return {f"naive_{named}": naive and naive.score, **(q.row(self.drop) if q is not None else {})}

@@ -83,8 +83,8 @@ def climb(
     enough = ladder.attempt("none", start, state)
     if not enough and "crop" in rungs:
         for ratio in task.crops(state.crop_ratio):
-            cropped = (dataclasses.replace(s, crop_ratio=ratio) for s in (start, state))
-            enough |= ladder.attempt("crop", *cropped, f"crop ratio {ratio:.3g}")
+            cropped = [dataclasses.replace(s, crop_ratio=ratio) for s in (start, state)]
+            enough |= ladder.attempt("crop", cropped[0], cropped[1], f"crop ratio {ratio:.3g}")
         best = ladder.best().state.crop_ratio
         state, start = (dataclasses.replace(s, crop_ratio=best) for s in (state, start))
     if not enough and "batchnorm" in rungs:

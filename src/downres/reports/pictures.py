@@ -188,7 +188,7 @@ def hover_text(result: Result, trace: str) -> str:
     lines = [f"<b>{escape(words.label(result.candidate))}</b>" + (", the original" if trace == "original" else "")]
     if q := result.quality:
         lines.append(f"{q.metric} {q.text(q.score)} (95 %: {words.interval(q)})")
-        lines.append(f"on {words.count(q.n, 'image')}")
+        lines.append(f"on {words.count(q.images, 'image')}")
     if c := result.cost:
         lines.append(f"{format_quantity(c.macs)} MACs, {format_quantity(c.params)} parameters")
         lines.append(f"peak activations {format_quantity(c.peak_activation_bytes, 'B')}")
@@ -247,7 +247,7 @@ def _naive_traces(axis: Axis, drawn: Sequence[Result]) -> list[go.Scatter]:
             marker={"symbol": "circle-open", "color": "var(--naive)", "size": 8, "line": {"width": 1.5}},
             hovertext=[
                 f"<b>{escape(words.label(r.candidate))}, lowered naively</b><br>{naive.metric} {naive.text(naive.score)} "
-                f"(95 %: {words.interval(naive)})<br>on {words.count(naive.n, 'image')}, before any recovery"
+                f"(95 %: {words.interval(naive)})<br>on {words.count(naive.images, 'image')}, before any recovery"
                 for _, naive, _, r in pairs
             ],
             hoverinfo="text",

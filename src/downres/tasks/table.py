@@ -143,7 +143,7 @@ def open_rows(
     if table.parts:
         whole = as_found(table.parts)[0]
         none = np.zeros(0, np.int64)
-        listed = (Fold(whole.train if "train" in parts else none, whole.test if "val" in parts else none),)
+        listed: tuple[Fold, ...] = (Fold(whole.train if "train" in parts else none, whole.test if "val" in parts else none),)
         if "val" in parts and not len(whole.test):
             raise DownresError(f"{table.path} puts no picture into val: there is nothing to prove on.")
     else:

@@ -33,11 +33,16 @@ TOLERANCE = 1e-3
 class Data(Protocol):
     """Pictures, what is asked of each, and how they are divided. `description`: one sentence, for reports."""
 
-    images: Images
-    folds: tuple[Fold, ...]
-    skipped: tuple[Skip, ...]
-    description: str
-    licence: str
+    @property
+    def images(self) -> Images: ...
+    @property
+    def folds(self) -> tuple[Fold, ...]: ...
+    @property
+    def skipped(self) -> tuple[Skip, ...]: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def licence(self) -> str: ...
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, of all that a measurement depends on: pictures, targets and folds."""
@@ -306,9 +311,9 @@ class Task(ABC):
 
     def as_stated(self, found: Score, stated: Score) -> tuple[bool, str]:
         """Whether a quality measured again is what the manifest says, and both in words."""
-        ok = found.n == stated.n and abs(found.score - stated.score) <= 0.001 * max(abs(stated.score), 1.0)
+        ok = found.images == stated.images and abs(found.score - stated.score) <= 0.001 * max(abs(stated.score), 1.0)
         metric = self.score.metric
-        return ok, f"{metric} {found.score:.4g} on {found.n} images, stated {stated.score:.4g} on {stated.n}"
+        return ok, f"{metric} {found.score:.4g} on {found.images} images, stated {stated.score:.4g} on {stated.images}"
 
     @abstractmethod
     def predict(

@@ -27,7 +27,7 @@ class VectorTask(Task):
     tried on tuning images; fitted: how a head is fitted, in words.
     """
 
-    rungs = ("crop", "batchnorm", "head")
+    rungs: ClassVar[tuple[str, ...]] = ("crop", "batchnorm", "head")
     strengths: ClassVar[tuple[float, ...]] = ()
     fitted: ClassVar[str] = ""
 

@@ -359,7 +359,7 @@ class _Maps(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __getitem__(self, index: Any) -> np.ndarray:  # type: ignore[override]  # one at a time: no slices
         packed = self._packed.get(int(index))
         if packed is None:
             return np.zeros(self.size, np.uint8)

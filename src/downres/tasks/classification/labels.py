@@ -127,7 +127,7 @@ class _Pictures(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __getitem__(self, index: Any) -> np.ndarray:  # type: ignore[override]  # one at a time: no slices
         item = self.dataset[int(index)]
         picture = item[_image_column(self.dataset)] if isinstance(item, dict) else item[0]
         if isinstance(picture, Image.Image):

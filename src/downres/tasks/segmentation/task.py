@@ -237,7 +237,7 @@ class Segmentation(Task):
         }
 
     def keep(self, store: Any, bank: MaskBank, results: Sequence[Result], told: Result | None) -> None:
-        keep_scenes(store, self, [r.candidate for r in results], told and told.candidate, bank)
+        keep_scenes(store, self, [r.candidate for r in results], told.candidate if told else None, bank)
 
     def section(self, store: Any, run: Any, told: Result | None) -> Section:
         kept = kept_scenes(store, run)
