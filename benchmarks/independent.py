@@ -1,4 +1,4 @@
-"""What a real forward pass does, counted without `downres.measure`: MACs by hand formulas, memory by the allocator.
+"""What a real forward pass does, counted without `downres.measuring`: MACs by hand formulas, memory by the allocator.
 
 MACs: forward hooks on convolutions, linear layers and multi-head attention; what runs outside those modules (attention
 written with matrix products, functional convolutions, resizes) is seen as it is called, by a `TorchFunctionMode`. Every

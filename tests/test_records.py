@@ -24,9 +24,12 @@ from downres.records import (
     Recovery,
     Result,
     Rung,
+    Score,
 )
 from downres.tasks.classification.quality import Quality
+from downres.tasks.classification.task import Classification
 from downres.tasks.segmentation.quality import SegmentationQuality
+from downres.tasks.segmentation.task import Segmentation
 
 DROP = Drop(0.5, -0.25, 1.25, 2.0, records.WITHIN, 400, 12, 10, 0.95, 3, None)
 MASKS = SegmentationQuality(
@@ -87,8 +90,8 @@ def test_json_round_trip(record):
 
 
 def test_every_record_has_an_example():
-    kinds = {v for v in vars(records).values() if isinstance(v, type) and issubclass(v, Record) and v is not Record}
-    assert kinds == {type(example) for example in EXAMPLES}
+    kinds = {v for v in vars(records).values() if isinstance(v, type) and issubclass(v, Record)} - {Record, Score}
+    assert kinds | {Quality, SegmentationQuality} == {type(example) for example in EXAMPLES}
 
 
 def test_nested_records_come_back_as_records():
@@ -108,7 +111,7 @@ def test_row():
     assert json.loads(json.dumps(row)) == row
     assert (row["candidate"], row["resolution"], row["stem_scale"]) == ("192x384 stem×0.5", [192, 384], 0.5)
     assert (row["macs"], row["naive_top1"], row["top1"], row["drop_upper"], row["rung"]) == (1, 50.0, 100.0, 1.25, "crop")
-    stopped = EXAMPLES[-2].row()
+    stopped = EXAMPLES[-2].row(Quality)
     assert stopped["macs"] is None and stopped["top1"] is None and stopped["reason"] == "over max_macs"
     assert stopped.keys() == row.keys()
 
@@ -212,9 +215,12 @@ def test_candidate():
 
 
 def test_budget():
-    for wrong in (-0.1, 100.0, math.nan):
-        with pytest.raises(DownresError, match="percentage points from 0 to below 100"):
+    for wrong in (-0.1, math.inf, math.nan):
+        with pytest.raises(DownresError, match="is a number from 0 on"):
             Budget(wrong)
+    for task in (Classification(None, 10), Segmentation(None, 10, Dense(4))):
+        with pytest.raises(DownresError, match="percentage points from 0 to below 100"):
+            task.check_budget(Budget(100.0))
     for wrong in (0.5, 1.0, 95, math.nan):
         with pytest.raises(DownresError, match="between 0.5 and 1, .* is not: 0.95 is usual"):
             Budget(confidence=wrong)

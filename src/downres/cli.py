@@ -198,7 +198,10 @@ def search(
     folder: Annotated[
         Path, typer.Option("--out", metavar="RUN", help="Folder of the run; the same command goes on where it was.")
     ] = Path("run"),
-    max_drop: Annotated[float, typer.Option("--max-drop", help="Points of top-1 or mIoU that may be lost, proven.")] = 1.0,
+    max_drop: Annotated[
+        float,
+        typer.Option("--max-drop", help="That may be lost, proven: points of top-1 or mIoU, or in the unit of a regression."),
+    ] = 1.0,
     max_latency_ms: Annotated[float | None, typer.Option("--max-latency-ms", help="Median of one image, milliseconds.")] = None,
     max_macs: Annotated[str | None, typer.Option("--max-macs", metavar="500M")] = None,
     max_memory: Annotated[

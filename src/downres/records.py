@@ -229,9 +229,22 @@ class Score(Record):
         """A score in words: `84.8 %`."""
         return f"{value:.1f}\u00a0%"
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        if cls is not Score:
+            return super().from_json(values)
+        # Of all kinds the one whose fields these are.
+        nearest = min(_kinds(Score), key=lambda kind: len({f.name for f in dataclasses.fields(kind)} ^ values.keys()))
+        return nearest.from_json(values)  # type: ignore[return-value]
+
     def row(self, drop: "Drop | None") -> dict[str, Any]:
         """Its part of `Result.row`, flat."""
         return self.to_json()
+
+    @classmethod
+    def blank(cls) -> dict[str, Any]:
+        """The same of a candidate that was not measured: every name, no value."""
+        return {f.name: None for f in dataclasses.fields(cls)}
 
     def beside(self) -> dict[str, str]:
         """What a table may show beside the score, by heading."""
@@ -240,6 +253,10 @@ class Score(Record):
     def against(self, before: Any) -> str:
         """What a key number says more, compared with that of the original."""
         return ""
+
+
+def _kinds(kind: type[Score]) -> list[type[Score]]:
+    return [found for own in kind.__subclasses__() for found in (own, *_kinds(own))] or [kind]
 
 
 WITHIN = "proven within"
@@ -381,8 +398,8 @@ class Result(Record):
     drop: Drop | None = None
     recovery: Recovery | None = None
 
-    def row(self) -> dict[str, Any]:
-        """The flat form that `--json` and the tables print."""
+    def row(self, kind: type[Score] | None = None) -> dict[str, Any]:
+        """The flat form that `--json` and the tables print. kind: what is measured, for one that was not."""
         c, d = self.cost, self.drop
         return {
             "candidate": str(self.candidate),
@@ -399,7 +416,7 @@ class Result(Record):
             "runtime": self.latency and self.latency.runtime,
             "threads": self.latency and self.latency.threads,
             "hardware": self.latency and self.latency.hardware,
-            **self._qualities(),
+            **self._qualities(kind),
             "drop": d and d.drop,
             "drop_lower": d and d.lower,
             "drop_upper": d and d.upper,
@@ -409,11 +426,12 @@ class Result(Record):
             "crop_ratio": self.recovery and self.recovery.crop_ratio,
         }
 
-    def _qualities(self) -> dict[str, Any]:
+    def _qualities(self, kind: type[Score] | None) -> dict[str, Any]:
         """The part of `row` that depends on the task."""
         q, naive = self.quality, self.naive
-        first = q or naive
-        if first is None:
+        if (first := q or naive) is not None:
+            kind = type(first)
+        if kind is None:
             return {}
-        named = type(first).metric.lower().replace("-", "").replace(" ", "_")
-        return {f"naive_{named}": naive and naive.score, **(q.row(self.drop) if q is not None else {})}
+        named = kind.metric.lower().replace("-", "").replace(" ", "_")
+        return {f"naive_{named}": naive and naive.score, **(kind.blank() if q is None else q.row(self.drop))}

@@ -2,20 +2,14 @@
 
 import pytest
 
+from downres.axes import Axes, default_axes
 from downres.errors import DownresError
 from downres.records import Candidate, Merge
-from downres.searching.plan import (
-    KEPT,
-    STEM_SCALES,
-    Axes,
-    Design,
-    default_axes,
-    default_resolutions,
-    like,
-    make_axes,
-    plan,
-    snap,
-)
+from downres.searching.plan import plan
+from downres.techniques import Design
+from downres.techniques.resolution import default_resolutions, like, snap
+from downres.techniques.stem import SCALES as STEM_SCALES
+from downres.techniques.tokens import KEPT
 
 
 @pytest.mark.parametrize(
@@ -112,20 +106,20 @@ def test_a_convnet_has_neither_patches_nor_tokens_by_default():
 
 
 def test_what_the_caller_chose_is_kept_and_an_empty_axis_left_out():
-    axes = default_axes(VIT, make_axes([128], (), [28], [8, 0.5, "4-decreasing"]))
+    axes = default_axes(VIT, Axes([128], (), [28], [8, 0.5, "4-decreasing"]))
     candidates, _ = plan(VIT, axes)
     assert [str(c) for c in candidates] == ["128", "224 patch28", "224 merge8", "224 merge50%", "224 merge4-decreasing"]
-    assert default_axes(VIT, make_axes(merges=())).merges == () and len(KEPT) == len(default_axes(VIT, Axes()).merges)
+    assert default_axes(VIT, Axes(merges=())).merges == () and len(KEPT) == len(default_axes(VIT, Axes()).merges)
 
 
 def test_candidates_given_whole_are_taken_as_they_are():
-    axes = make_axes((), (), (), (), ["168 merge4", Candidate(merge=Merge(keep=0.5)), "100"])
+    axes = Axes((), (), (), (), ["168 merge4", Candidate(merge=Merge(keep=0.5)), "100"])
     candidates, notes = plan(VIT, axes)
     assert [str(c) for c in candidates] == ["168 merge4", "224 merge50%", "100"] and notes == []
 
 
 def test_ragged_goes_to_those_that_need_it_only():
-    axes = make_axes([96, 100], (), [20, 28], (), ragged="pad")
+    axes = Axes([96, 100], (), [20, 28], (), ragged="pad")
     candidates, _ = plan(VIT, axes, do_snap=False)
     assert [str(c) for c in candidates] == ["96", "100 pad", "224 pad patch20", "224 patch28"]
 
@@ -133,25 +127,25 @@ def test_ragged_goes_to_those_that_need_it_only():
 @pytest.mark.parametrize("wrong", [{"stem_scales": (2.0,)}, {"patch_sizes": (0,)}, {"merges": ("8x",)}, {"candidates": ("x",)}])
 def test_bad_axes_are_refused_before_anything_is_opened(wrong):
     with pytest.raises(DownresError):
-        make_axes(**wrong)
+        Axes(**wrong)
 
 
 def test_a_patch_larger_than_the_image_is_refused():
     with pytest.raises(DownresError, match="A patch of 90 px is larger than the image of 48 px: give a smaller patch"):
-        plan(Design(48, 8, patch=8, sequence=True), make_axes((), (), [90], ()))
+        plan(Design(48, 8, patch=8, sequence=True), Axes((), (), [90], ()))
 
 
 def test_who_says_how_to_treat_ragged_sizes_gets_them():
-    axes = make_axes([100], (), [24], (), ragged="pad")
+    axes = Axes([100], (), [24], (), ragged="pad")
     candidates, _ = plan(VIT, axes)  # snapping is on, and would leave nothing to pad
     assert [str(c) for c in candidates] == ["100 pad", "224 pad patch24"]
     with pytest.raises(DownresError, match="'sideways' is none of them"):
-        make_axes([96], ragged="sideways")
+        Axes([96], ragged="sideways")
 
 
 def test_ragged_is_what_the_network_divides_by_not_its_total_stride():
     swin = Design(224, 32, patch=4, unit=(4, 4))
-    candidates, _ = plan(swin, make_axes([208, 210], (), (), (), ragged="floor"))
+    candidates, _ = plan(swin, Axes([208, 210], (), (), (), ragged="floor"))
     assert [str(c) for c in candidates] == ["208", "210 floor"]
 
 
@@ -172,7 +166,7 @@ def test_one_number_is_the_short_side_of_what_is_not_square(native, given, meant
 
 
 def test_the_short_side_counts_in_axes_and_in_candidates():
-    axes = make_axes([240, (90, 480)], candidates=["180", "360 stem×0.5"])
+    axes = Axes([240, (90, 480)], candidates=["180", "360 stem×0.5"])
     candidates, notes = plan(Design((360, 480), 16), axes)
     assert [c.hw for c in candidates] == [(240, 320), (96, 480), (180, 240), (360, 480)]
     assert candidates[-1].stem_scale == 0.5 and len(notes) == 1

@@ -1,6 +1,7 @@
 """Proving an artifact: its files, its pixels, its graph against torch, its quality."""
 
 import copy
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def _pixels(dataset: Data, chosen: np.ndarray, p: Preprocessing) -> Finding:
 
 
 def _covering(shape: tuple[int, ...], p: Preprocessing) -> tuple[int, int]:
-    """(height, width) that a picture is resized to before the crop, computed another way than in `data.preprocess`."""
+    """(height, width) that a picture is resized to before the crop, computed another way than in `images.preprocess`."""
     target = [int(side / p.crop_ratio + 1e-6) for side in p.hw]
     if target[1] * shape[0] >= target[0] * shape[1]:  # the width decides
         return max(target[0], target[1] * shape[0] // shape[1]), target[1]
@@ -199,7 +200,7 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
         if not source["spec"] or ".py:" in source["spec"]:
             return None, "the network is from the user's own code: name it with --model path/to/file.py:function"
         try:
-            model = load_model(source["spec"], pretrained=False, num_classes=source["outputs"])
+            model = load_model(source["spec"], pretrained=False, num_classes=source["num_classes"])
         except DownresError as error:
             return None, f"the network cannot be made again ({str(error).rstrip('.')}): name it with --model"
     elif isinstance(model, str):
@@ -230,6 +231,15 @@ def _dataset(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -> t
         return None, f"the images are not at {where} any more: name their folder with --data"
     how = {name: source[name] for name in ("val_fraction", "folds", "seed")}
     question = Question.from_json(source["question"])
+    for name in ("labels", "classes"):  # a file that was beside the images has moved with them
+        if (file := getattr(question, name)) and not Path(file).exists():
+            moved = Path(where) / Path(file).name
+            if not moved.exists():
+                return (
+                    None,
+                    f"the file {file} is not there any more: put it beside the images and name their folder with --data",
+                )
+            question = dataclasses.replace(question, **{name: str(moved)})
     task.begin(task.open(where, question, **how), source["seed"])
     if task.data.fingerprint() != source["sha256"]:
         raise DownresError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from ..engines.onnxruntime import export_onnx
@@ -48,11 +48,13 @@ def export(
     partial.mkdir(parents=True)
     size = (len(preprocessing.mean), *preprocessing.hw)
     export_onnx(task.serve(network), size, partial / "model.onnx", (task.output_name,))
-    save_file({k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}, partial / "model.safetensors")
+    weights = {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
+    (partial / "model.safetensors").write_bytes(save(weights))  # whose errors of a full disk are the system's own
     if targets := task.targets():
         np.savez_compressed(partial / "targets.npz", **targets)  # type: ignore[arg-type]
     if fold_tensors:
-        save_file({k: torch.from_numpy(v).contiguous() for k, v in fold_tensors.items()}, partial / "folds.safetensors")
+        folds_own = save({k: torch.from_numpy(v).contiguous() for k, v in fold_tensors.items()})
+        (partial / "folds.safetensors").write_bytes(folds_own)
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner may read
     manifest: dict[str, Any] = {

@@ -32,6 +32,7 @@ def resampled_mean(values: np.ndarray, count: int = RESAMPLES, seed: int = 0) ->
 
 def percentiles(samples: np.ndarray, n: int) -> tuple[float, float]:
     """The two-sided 95 % interval of a statistic from its resamples over n images."""
+    samples = samples[~np.isnan(samples)]
     observed = float(np.median(samples))
     low, high = bootstrap_bound(samples, observed, n, 0.025)
     return max(low, float(samples.min())), min(high, float(samples.max()))
@@ -52,11 +53,14 @@ def bootstrap_drops(
     anything, of n. limit: beyond which no drop can be.
     """
     used, alpha = n if used is None else used, 1.0 - budget.confidence
-    tested = holm([bootstrap_p(samples[name], drop, used, budget.max_drop) for name, drop in drops.items()], alpha)
+    # A resample that has nothing to measure speaks against a proof, of either kind.
+    high = {name: np.where(np.isnan(values), np.inf, values) for name, values in samples.items()}
+    low = {name: np.where(np.isnan(values), -np.inf, values) for name, values in samples.items()}
+    tested = holm([bootstrap_p(high[name], drop, used, budget.max_drop) for name, drop in drops.items()], alpha)
     records = {}
     for (name, drop), test in zip(drops.items(), tested, strict=True):
-        upper = min(limit, bootstrap_bound(samples[name], drop, used, test.level)[1])
-        lower = max(-limit, bootstrap_bound(samples[name], drop, used, alpha / len(drops))[0])
+        upper = min(limit, bootstrap_bound(high[name], drop, used, test.level)[1])
+        lower = max(-limit, bootstrap_bound(low[name], drop, used, alpha / len(drops))[0])
         verdict = WITHIN if upper < budget.max_drop else OUTSIDE if lower > budget.max_drop else TOO_FEW
         records[name] = Drop(
             drop=drop,
@@ -69,6 +73,6 @@ def bootstrap_drops(
             won=None,
             confidence=budget.confidence,
             comparisons=len(drops),
-            more_images=more_images_to(samples[name], drop, used, budget.max_drop, test.level) if verdict == TOO_FEW else None,
+            more_images=more_images_to(high[name], drop, used, budget.max_drop, test.level) if verdict == TOO_FEW else None,
         )
     return records

@@ -114,6 +114,8 @@ def signed(value: float) -> str:
 
 def bound(value: float) -> str:
     """An upper bound in points, rounded up: a proof must not be rounded down."""
+    if not math.isfinite(value):
+        return "∞"
     return points(math.ceil(value * 100 - 1e-9) / 100)
 
 
@@ -141,7 +143,9 @@ def _allowed(value: float) -> str:
 
 def _bound(drop: Drop) -> str:
     """The upper bound, rounded up (a proof must not be rounded down) without passing the allowed drop needlessly."""
-    for decimals in (1, 2, 3):
+    if not math.isfinite(drop.upper):
+        return "∞"
+    for decimals in (1, 2, 3, 4, 5, 6):
         rounded = math.ceil(drop.upper * 10**decimals - 1e-9) / 10**decimals
         if rounded <= drop.allowed or drop.upper > drop.allowed:
             break

@@ -10,7 +10,7 @@ from ..families.find import find_adapter
 from ..probe import total_stride
 from ..records import Preprocessing
 from ..reduction import divided_by, made_for
-from .plan import Design
+from ..techniques import Design
 
 
 def as_model(model: Model | nn.Module | str, preprocessing: Preprocessing | None = None) -> Model:

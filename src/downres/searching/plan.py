@@ -2,21 +2,12 @@
 
 import dataclasses
 
-from ..axes import Axes as Axes
-from ..axes import default_axes as default_axes
+from ..axes import Axes
 from ..errors import DownresError
 from ..parse import Resolution, as_hw
 from ..records import Candidate
-from ..techniques import RESOLUTION
-from ..techniques import Design as Design
-from ..techniques.resolution import default_resolutions as default_resolutions
-from ..techniques.resolution import like as like
-from ..techniques.resolution import snap as snap
-from ..techniques.stem import SCALES as STEM_SCALES  # noqa: F401
-from ..techniques.tokens import KEPT as KEPT
-
-make_axes = Axes
-"""Axes from what a caller gives: sequences of any kind, candidates also as text."""
+from ..techniques import RESOLUTION, Design
+from ..techniques.resolution import like
 
 
 def plan(design: Design, axes: Axes, do_snap: bool = True) -> tuple[list[Candidate], list[str]]:

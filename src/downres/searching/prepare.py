@@ -63,6 +63,8 @@ def open_data(
     progress: Progress | None = None,
 ) -> None:
     """The data opened and checked against the model."""
+    if task.fit_new and "train" not in parts:
+        raise DownresError("No head is fitted here, these would be numbers of an empty one: leave fit_head out, or use search.")
     how: dict[str, Any] = {"folds": measuring.folds, "val_fraction": measuring.val_fraction, "seed": measuring.seed}
     how["cache_gb"] = measuring.cache_gb
     opened = task.open(data, parts=parts, progress=progress, question=question, **how)
@@ -102,8 +104,8 @@ def check_planned(task: Task, candidates: list[Candidate]) -> None:
 
 def place_of(data: Source) -> str:
     """Where the images are, so that `check` finds them from any folder; '' for images given in Python."""
-    root = data if isinstance(data, (str, Path)) else getattr(data, "root", None)
-    if not isinstance(root, (str, Path)):
+    root = data if isinstance(data, (str, Path)) else getattr(data, "found_in", "")
+    if not root:
         return ""
     return str(root) if str(root).startswith("demo:") else str(Path(root).expanduser().resolve())
 

@@ -47,9 +47,9 @@ class Run:
             "settings": self.settings,
             "data": self.data,
             "budget": self.budget.to_json(),
-            "original": self.original.row(),
-            "candidates": [r.row() for r in self.results],
-            "best": self.best and self.best.row(),
+            "original": self.original.row(self.task.score),
+            "candidates": [r.row(self.task.score) for r in self.results],
+            "best": self.best and self.best.row(self.task.score),
             "artifact": self.artifact and str(self.artifact),
             "notes": list(self.notes),
         }
@@ -85,9 +85,8 @@ def _judge(store: Store, task: Task, native: Candidate, results: list[Result], b
     found = {str(c): _evidence(store, task, c) for c in (native, *(r.candidate for r in done))}
     original = found.pop(str(native))
     ruled_out = {
-        str(
-            r.candidate
-        ): f"ruled out on {r.recovery.tuning.n} tuning images (drop at least {r.recovery.tuning.lower:.1f} points)"
+        str(r.candidate): f"ruled out on {r.recovery.tuning.n} tuning images (drop at least {r.recovery.tuning.lower:.1f} "
+        f"{r.quality.unit if r.quality else 'points'})"
         for r in done
         # With cross folds the tuning images are proof images of another fold: nothing may be ruled out by them.
         if folds == 1 and r.recovery and r.recovery.tuning and r.recovery.tuning.verdict == OUTSIDE

@@ -143,7 +143,9 @@ def search(
 
 def resolved(question: Question) -> Question:
     """The same from any folder: `check` asks again from where it is called."""
-    files = {name: str(Path(value).resolve()) for name in ("labels", "classes") if (value := getattr(question, name))}
+    files = {
+        name: str(Path(value).expanduser().resolve()) for name in ("labels", "classes") if (value := getattr(question, name))
+    }
     return dataclasses.replace(question, **files)  # type: ignore[arg-type]
 
 

@@ -39,6 +39,7 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
                 "spec": task.model.spec,
                 "weights": task.model.weights,
                 "outputs": task.outputs,
+                "num_classes": task.model.num_classes,
                 "preprocessing": task.model.preprocessing.to_json(),
             },
             "data": {**store.settings["data_source"], **store.get("data")},

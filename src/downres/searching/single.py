@@ -11,7 +11,7 @@ from ..records import Budget, Candidate, Preprocessing, Recovery, Score
 from ..recovery.ladder import RUNGS, climb
 from ..recovery.state import State
 from ..tasks import Question, Task
-from .plan import like
+from ..techniques.resolution import like
 from .prepare import Measuring, Progress, Source, check_planned, gather, open_data, prepare_task
 
 

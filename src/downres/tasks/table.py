@@ -2,11 +2,12 @@
 
 import csv
 import hashlib
+import io
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def read_table(path: str | Path) -> Table:
         rows = _json_rows(json.loads(text)) if path.suffix.lower() == ".json" else _csv_rows(text)
     except OSError as error:
         raise DownresError(f"Cannot read the labels {path} ({error.strerror}): give a CSV or JSON file.") from None
-    except (ValueError, TypeError, AttributeError, csv.Error):
+    except (ValueError, TypeError, AttributeError, LookupError, StopIteration, csv.Error):
         raise DownresError(
             f"{path} is no table of labels: give a CSV with a heading, or JSON, a row for each picture."
         ) from None
@@ -64,8 +65,9 @@ def read_table(path: str | Path) -> Table:
 
 
 def _csv_rows(text: str) -> list[list[str]]:
-    dialect = csv.Sniffer().sniff(text[:4096], ",;\t") if text else csv.excel
-    return [row for row in csv.reader(text.splitlines(), dialect) if any(cell.strip() for cell in row)]
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    return [row for row in rows if any(cell.strip() for cell in row)]
 
 
 def _json_rows(values: Any) -> list[list[Any]]:
@@ -100,7 +102,7 @@ class TableData:
     skipped: tuple[Skip, ...]
     description: str
     licence: str = ""
-    root: Path | str = field(default="")
+    found_in: Path | str = ""
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()

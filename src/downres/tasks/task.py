@@ -1,6 +1,5 @@
 """The one door: what a search, a report and an artifact know of what a network is for."""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..records import Budget, Candidate, Drop, Preprocessing, Recovery, Result, 
 from ..recovery.bank import Bank
 from ..recovery.crop import crop_options
 from ..recovery.ladder import Option, Reference, best_of, climb, standard_errors
-from ..recovery.state import RECALIBRATED, State, Step
+from ..recovery.state import State
 from ..reports.page import Section
 from .evidence import Arrays, Evidence
 from .question import Question
@@ -306,12 +305,12 @@ class Task(ABC):
                 return False, f"NaN or infinite {self.output_name} on real images"
             worst, scale = max(worst, float(np.abs(one - other).max())), max(scale, float(np.abs(other).max()))
             n += 1
-        alike = worst <= TOLERANCE * max(scale, 1.0)
+        alike = worst <= TOLERANCE * scale
         return alike, f"largest difference {worst:.2g} at {self.output_name} up to {scale:.3g}, on {n} real images"
 
     def as_stated(self, found: Score, stated: Score) -> tuple[bool, str]:
         """Whether a quality measured again is what the manifest says, and both in words."""
-        ok = found.images == stated.images and abs(found.score - stated.score) <= 0.001 * max(abs(stated.score), 1.0)
+        ok = found.images == stated.images and abs(found.score - stated.score) <= 0.001 * abs(stated.score)
         metric = self.score.metric
         return ok, f"{metric} {found.score:.4g} on {found.images} images, stated {stated.score:.4g} on {stated.images}"
 
@@ -331,16 +330,3 @@ class Logits(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return logits_of(self.model(x))
-
-
-def recalibrated(state: State) -> bool:
-    return state.step(RECALIBRATED) is not None
-
-
-def recalibration(fold: int, images: int) -> Step:
-    return Step(RECALIBRATED, fold, images)
-
-
-def whole_pictures(p: Preprocessing) -> str:
-    """The source of a preprocessing that crops nothing any more, in words."""
-    return re.sub(r", crop ratio [\d.]+", "", f"{p.source}; whole pictures, stretched")

@@ -482,7 +482,7 @@ def test_holm_over_the_candidates():
 
 
 def test_verdicts_are_holms_decisions():
-    from downres.measuring import segmentation
+    from downres.tasks.segmentation import quality as segmentation
 
     good, _ = many(4, 40)
     candidates = {f"{worse}": many(4, 40, worse=worse)[1] for worse in (0.02, 0.04, 0.05, 0.07)}

@@ -14,7 +14,7 @@ from ...images import Fold
 from ...measuring.paired import percentiles, resampled_mean
 from ...measuring.statistics import wilson
 from ...probe import Answer
-from ...records import Budget, Dense, Drop, Preprocessing, Record, Result, Score
+from ...records import Budget, Drop, Preprocessing, Record, Result, Score
 from ...recovery.features import FeatureBank
 from ..classification.quality import compare_all
 from ..classification.task import Classification, Prediction
@@ -179,7 +179,8 @@ class OfClasses(Classification, register=False):
         return self._labels
 
     def split(self, fold: Fold) -> tuple[np.ndarray, np.ndarray]:
-        return Task.split(self, fold)
+        fit, tune = Task.split(self, fold)
+        return fit, np.random.default_rng([self.seed, 1]).permutation(tune)  # the first few are a sample
 
     def fill(self, bank: FeatureBank) -> None:  # type: ignore[override]
         super().fill(bank)
@@ -310,7 +311,7 @@ class OfMasks(Segmentation, register=False):
         Task.begin(self, data, seed)
         self.classes = tuple(f"class {i}" for i in range(self.outputs))
         self.colours = tuple(voc_colour(i + 1) for i in range(self.outputs))
-        self._maps_of = _Maps(len(data.images), self.dense)
+        self._maps_of = _Maps([(shape[0], shape[1]) for shape in data.images.shapes])
 
     @property
     def truth(self) -> Sequence[np.ndarray]:
@@ -330,11 +331,11 @@ class OfMasks(Segmentation, register=False):
         return {"classes": list(self.classes), "colours": [list(c) for c in self.colours], "absent": []}
 
     def targets(self) -> dict[str, np.ndarray]:
-        return {"maps": np.stack([self._maps_of[int(i)] for i in self.proof])}
+        return {f"map{k}": self._maps_of[int(i)] for k, i in enumerate(self.proof)}
 
     def judge_by(self, targets: Mapping[str, np.ndarray]) -> None:
-        for i, found in zip(self.proof, targets["maps"], strict=True):
-            self._maps_of.put(int(i), found)
+        for k, i in enumerate(self.proof):
+            self._maps_of.put(int(i), targets[f"map{k}"])
 
     def quality(self, evidence: Any) -> MaskAgreementQuality:
         return MaskAgreementQuality.from_json(super().quality(evidence).to_json())
@@ -350,20 +351,21 @@ class OfMasks(Segmentation, register=False):
 
 
 class _Maps(Sequence[np.ndarray]):
-    """Class maps of the original, kept compressed; before one is put in, a place of its size."""
+    """Class maps of the original, at the size of each picture, kept compressed; before one is put in, a place of its size."""
 
-    def __init__(self, n: int, dense: Dense) -> None:
-        self.n, self.size = n, dense.size
+    def __init__(self, shapes: list[tuple[int, int]]) -> None:
+        self.shapes = shapes
         self._packed: dict[int, bytes] = {}
 
     def __len__(self) -> int:
-        return self.n
+        return len(self.shapes)
 
     def __getitem__(self, index: Any) -> np.ndarray:  # type: ignore[override]  # one at a time: no slices
+        size = self.shapes[int(index)]
         packed = self._packed.get(int(index))
         if packed is None:
-            return np.zeros(self.size, np.uint8)
-        return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(self.size)
+            return np.zeros(size, np.uint8)
+        return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(size)
 
     def put(self, index: int, found: np.ndarray) -> None:
         if found.dtype != np.uint8:

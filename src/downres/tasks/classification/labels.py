@@ -1,6 +1,8 @@
 """Labels of classes from elsewhere than folders' names: a CSV or JSON file, a Hugging Face dataset, any PyTorch dataset."""
 
-from collections.abc import Sequence
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,17 @@ class Labels:
                 f"A classifier has one label a picture, {table.path} has {len(table.names)} columns of them "
                 f"({listed_names(table.names)}): give file,label, or --task multilabel or regression."
             )
-        return cls(table)
+        cells = tuple((re.sub(r"^(\d+)\.0+$", r"\1", row[0]),) for row in table.cells)  # as pandas writes whole numbers
+        named = zip(table.files, cells, strict=True)
+        empty = next((file for file, (value,) in named if value in ("", "None", "nan")), None)
+        if empty is not None:
+            raise DownresError(f"{table.path} has no label for {empty}: give it one, or leave its row out.")
+        return cls(dataclasses.replace(table, cells=cells))
 
     def names(self, outputs: int | None) -> tuple[str, ...]:
         """The classes in the order of the outputs: numbers count from 0, names are sorted. Checked against the outputs."""
         values = [row[0] for row in self.table.cells]
-        if all(value.isdigit() for value in values):
+        if all(value.isdecimal() for value in values):
             count = 1 + max(map(int, values)) if outputs is None else outputs
             if max(map(int, values)) >= count:
                 raise DownresError(
@@ -54,7 +61,14 @@ class Labels:
 
     def indices(self, classes: Sequence[str]) -> np.ndarray:
         index = {name: i for i, name in enumerate(classes)}
-        return np.array([index[str(int(row[0])) if row[0].isdigit() else row[0]] for row in self.table.cells], np.int64)
+        return np.array(
+            [index[str(int(row[0])) if classes_are_numbers(classes) else row[0]] for row in self.table.cells], np.int64
+        )
+
+
+def classes_are_numbers(classes: Sequence[str]) -> bool:
+    """Whether labels are the outputs' numbers, and no names."""
+    return list(classes) == [str(i) for i in range(len(classes))]
 
 
 def open_labelled(folder: str | Path, labels: Labels, outputs: int | None, **options: Any) -> Dataset:
@@ -77,6 +91,8 @@ def is_dataset(data: Any) -> bool:
 
 def names_of(dataset: Any, outputs: int | None) -> tuple[str, ...]:
     """The classes of a dataset: its own names, else numbers."""
+    if getattr(dataset, "target_transform", None) is not None:  # its names are of other numbers than its targets
+        return tuple(f"class {i}" for i in range(outputs or int(_labels_in(dataset).max()) + 1))
     features = getattr(dataset, "features", None)
     if features is not None and hasattr(features, "get"):
         names = getattr(features.get(_label_column(dataset)), "names", None)
@@ -127,6 +143,9 @@ class _Pictures(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[i] for i in range(len(self)))
+
     def __getitem__(self, index: Any) -> np.ndarray:  # type: ignore[override]  # one at a time: no slices
         item = self.dataset[int(index)]
         picture = item[_image_column(self.dataset)] if isinstance(item, dict) else item[0]
@@ -142,13 +161,22 @@ class _Pictures(Sequence[np.ndarray]):
 
 def _labels_in(dataset: Any) -> np.ndarray:
     """int64 (n,), without decoding where the dataset tells them apart."""
-    if hasattr(dataset, "column_names"):
-        values = dataset[_label_column(dataset)]
-    elif hasattr(dataset, "targets"):
-        values = dataset.targets
-    else:
-        values = [dataset[i][1] for i in range(len(dataset))]
-    found = np.asarray(values)
+    if isinstance(getattr(dataset, "column_names", None), dict):
+        raise DownresError(f"A dictionary of datasets has several parts: give one of {listed_names(list(dataset))}.")
+    try:
+        if hasattr(dataset, "column_names"):
+            values = dataset[_label_column(dataset)]
+        elif hasattr(dataset, "targets"):
+            transform = getattr(dataset, "target_transform", None)
+            values = [transform(int(v)) for v in dataset.targets] if transform is not None else dataset.targets
+        else:
+            values = [dataset[i][1] for i in range(len(dataset))]
+        found = np.asarray(values)
+    except (LookupError, TypeError, ValueError):
+        raise DownresError(
+            f"A {type(dataset).__name__} does not give (image, target) by index: give the dataset itself, whose items are "
+            "pictures with a class number, or a folder."
+        ) from None
     if found.ndim != 1 or found.dtype.kind not in "iuf" or (found != np.floor(found)).any():
         raise DownresError(
             "A classifier's targets are whole numbers, one an image, these are not: give --task regression or multilabel a "

@@ -43,6 +43,10 @@ class Quality(Score):
         found = {name: getattr(self, name) for name in names}
         return {**found, "lost": drop and drop.lost, "won": drop and drop.won}
 
+    @classmethod
+    def blank(cls) -> dict[str, Any]:
+        return {**super().blank(), "lost": None, "won": None}
+
     def beside(self) -> dict[str, str]:
         return {} if self.top5 is None else {"top-5": self.text(self.top5)}
 

@@ -57,6 +57,10 @@ class Classification(VectorTask):
             return names_of(data, outputs)
         if question.labels is not None:
             return Labels.read(question.labels).names(outputs)
+        if not isinstance(data, (str, Path)):
+            raise DownresError(
+                f"A {type(data).__name__} is no data of a classifier: give a folder, or a dataset of (image, target)."
+            )
         return CLASSES if str(data) == DEMO_DATA else class_names(data, outputs)
 
     def open(self, data: Any, question: Question, **options: Any) -> Dataset:

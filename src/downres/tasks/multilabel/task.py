@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from ...errors import DownresError
+from ...images import Fold
 from ...images.parts import listed_names
 from ...records import Budget, Drop, Preprocessing, Record, Result
 from ...recovery.features import FeatureBank, Head
@@ -84,11 +85,16 @@ class Multilabel(VectorTask):
         images, rows, folds, skipped, how = open_rows(data, table, np.zeros(len(truth), np.int64), **options)
         named = "" if self.fit_new else f"; outputs taken to be: {listed_names([f'{i} {c}' for i, c in enumerate(classes)])}"
         description = f"{len(images)} images with any of {len(classes)} classes, {how}{named}."
-        return TableData(images, truth[rows].astype(float), classes, folds, tuple(skipped), description, root=Path(data))
+        return TableData(images, truth[rows].astype(float), classes, folds, tuple(skipped), description, found_in=Path(data))
 
     def begin(self, data: TableData, seed: int) -> None:  # type: ignore[override]
         super().begin(data, seed)
         self.classes = data.names
+
+    def split(self, fold: Fold) -> tuple[np.ndarray, np.ndarray]:
+        """Without a positive among them, tuning images could say nothing: then none tunes."""
+        fit, tune = super().split(fold)
+        return (fit, tune) if self.data.targets[tune].any() else (fold.train, tune[:0])
 
     def facts(self) -> dict[str, Any]:
         truth = self.data.targets[self.proof]
@@ -126,7 +132,9 @@ class Multilabel(VectorTask):
         inputs, mean, scale = standardised(features)
         weights, biases = [], []
         with threadpool_limits(1):  # the order of sums, so the answer, does not depend on the machine's load
-            for column in self.data.targets[indices].T:
+            for name, column in zip(self.data.names, self.data.targets[indices].T, strict=True):
+                if column.min() == column.max():
+                    raise DownresError(f"No head can be fitted: all training images agree on {name}; add others.")
                 model = LogisticRegression(C=strength, max_iter=300, tol=1e-3).fit(inputs, column > 0)
                 weights.append(model.coef_[0].astype(np.float64))
                 biases.append(float(model.intercept_[0]))

@@ -119,7 +119,7 @@ class Regression(VectorTask):
         values = numbers(table)
         images, rows, folds, skipped, how = open_rows(data, table, np.zeros(len(values), np.int64), **options)
         description = f"{len(images)} images with {listed_names(table.names)}, {how}."
-        return TableData(images, values[rows], table.names, folds, tuple(skipped), description, root=Path(data))
+        return TableData(images, values[rows], table.names, folds, tuple(skipped), description, found_in=Path(data))
 
     def begin(self, data: TableData, seed: int) -> None:  # type: ignore[override]
         super().begin(data, seed)

@@ -43,6 +43,16 @@ def picture_classes(
     return classes_at(answer, size, dense, (shown[0] / p.hw[0], shown[1] / p.hw[1]))
 
 
+def shapes_of(masks: Sequence[np.ndarray]) -> Sequence[tuple[int, ...]]:
+    """The shape of each mask, without decoding one where it is known."""
+    return masks.shapes if hasattr(masks, "shapes") else [mask.shape for mask in masks]
+
+
+def chosen_of(masks: Sequence[np.ndarray], indices: np.ndarray) -> Sequence[np.ndarray]:
+    """Those masks, each taken when it is looked at."""
+    return masks.take(indices) if isinstance(masks, Images) else [masks[int(i)] for i in indices]
+
+
 class MaskBank(Bank):
     """`tallies(state, indices)`: one pass over the images for each state that is looked at. `masks` come with the images.
 
@@ -68,8 +78,7 @@ class MaskBank(Bank):
         """Of the images `indices`, in that order."""
         images = indices.tobytes()
         if images not in self._truths:
-            chosen = self.masks.take(indices) if isinstance(self.masks, Images) else [self.masks[int(i)] for i in indices]
-            self._truths[images] = Truths(chosen, self.outputs)
+            self._truths[images] = Truths(chosen_of(self.masks, indices), self.outputs)
         if (state, images) not in self._tallies:
             with contextlib.closing(self.class_maps(state, indices, serving=serving)) as maps:
                 self._tallies[state, images] = tally(maps, self._truths[images], self.outputs)
@@ -79,7 +88,7 @@ class MaskBank(Bank):
         """The predicted class map of each image, at the size of its mask."""
         assert self.images is not None
         p, shapes = self.preprocessing_of(state), self.images.shapes
-        sizes = self.masks.shapes if isinstance(self.masks, Images) else [mask.shape for mask in self.masks]
+        sizes = shapes_of(self.masks)
         with contextlib.closing(self.answers(state, indices, serving=serving)) as answers:
             for i, (answer,) in zip(indices, answers, strict=True):
                 height, width = sizes[int(i)][:2]

@@ -56,6 +56,11 @@ class MaskFolder:
     licence: str = ""
     note: str = ""
 
+    @property
+    def found_in(self) -> Path:
+        """Where `check` finds it again."""
+        return self.root
+
     def read_mask(self, path: str | os.PathLike[str]) -> np.ndarray:
         """Class indices uint8 (height, width), IGNORE where there is none.
 

@@ -14,18 +14,17 @@ from torch import nn
 
 from ...errors import DownresError
 from ...families import Model
-from ...images import Images
 from ...parse import as_hw, format_resolution
 from ...probe import Answer, find_answer
 from ...records import CLASSES, LOGITS, OUTSIDE, Budget, Candidate, Dense, Drop, Preprocessing, Record, Recovery, Result
 from ...recovery.bank import CALIBRATION_IMAGES
 from ...recovery.ladder import Option
-from ...recovery.state import State
+from ...recovery.state import RECALIBRATED, State, Step
 from ...reduction import made_for, takes_any_size
 from ...reductions.dense import Segmenter, check_size
 from ...reports.pictures import overlay
-from ..task import TOLERANCE, Question, Section, Task, recalibrated, recalibration, whole_pictures
-from .bank import MaskBank, picture_classes
+from ..task import TOLERANCE, Question, Section, Task
+from .bank import MaskBank, chosen_of, picture_classes, shapes_of
 from .mask_layouts import locate
 from .masks import MaskDataset, MaskFolder, find_masks, mask_classes, open_masks
 from .quality import SegmentationQuality, Tallies, compare_tallies, segmentation_quality, tally
@@ -108,7 +107,12 @@ class Segmentation(Task):
         """The task for masks of that size, where all have one."""
         p = model.preprocessing
         if p.fit == "crop":
-            p = dataclasses.replace(p, fit="stretch", crop_ratio=1.0, source=whole_pictures(p))
+            p = dataclasses.replace(
+                p,
+                fit="stretch",
+                crop_ratio=1.0,
+                source=re.sub(r", crop ratio [\d.]+", "", f"{p.source}; whole pictures, stretched"),
+            )
         if p.any_size and masks is not None and takes_any_size(model.module):
             p = _at_label_size(model, p, masks)
         if p != model.preprocessing:
@@ -176,12 +180,11 @@ class Segmentation(Task):
         return bank.tallies(state, indices, serving=serving)
 
     def judge(self, answers: Iterable[np.ndarray], indices: np.ndarray, preprocessing: Preprocessing) -> Tallies:
-        masks = self.truth.take(indices) if isinstance(self.truth, Images) else [self.truth[int(i)] for i in indices]
-        return tally(self._maps(answers, indices, preprocessing), masks, self.outputs)
+        return tally(self._maps(answers, indices, preprocessing), chosen_of(self.truth, indices), self.outputs)
 
     def _maps(self, answers: Iterable[np.ndarray], indices: np.ndarray, p: Preprocessing) -> Iterator[np.ndarray]:
         shapes = self.data.images.shapes
-        sizes = self.truth.shapes if isinstance(self.truth, Images) else [mask.shape for mask in self.truth]
+        sizes = shapes_of(self.truth)
         for i, answer in zip(indices, answers, strict=True):
             height, width = sizes[int(i)][:2]
             yield picture_classes(answer, shapes[int(i)], (height, width), self.dense, p)
@@ -208,8 +211,8 @@ class Segmentation(Task):
         if len(states) == 1:
             return states[0], recovery
         state = self.native_state.at(candidate)
-        if sum(map(recalibrated, states)) * 2 > len(states):
-            state = state.then(recalibration(len(states), CALIBRATION_IMAGES))
+        if sum(s.step(RECALIBRATED) is not None for s in states) * 2 > len(states):
+            state = state.then(Step(RECALIBRATED, len(states), CALIBRATION_IMAGES))
         return state, dataclasses.replace(recovery, rung="batchnorm" if state.history else "none")
 
     def lacks(self, facts: Mapping[str, Any]) -> list[str]:
