@@ -239,7 +239,7 @@ def _dataset(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -> t
                     None,
                     f"the file {file} is not there any more: put it beside the images and name their folder with --data",
                 )
-            question = dataclasses.replace(question, **{name: str(moved)})
+            question = dataclasses.replace(question, **{name: str(moved)})  # type: ignore[arg-type]
     task.begin(task.open(where, question, **how), source["seed"])
     if task.data.fingerprint() != source["sha256"]:
         raise DownresError(

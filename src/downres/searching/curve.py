@@ -31,7 +31,7 @@ class Curve:
             "data": self.data,
             "preprocessing": self.preprocessing.to_json(),
             "original": self.original.row(),
-            "candidates": [r.row(self.original.quality and type(self.original.quality)) for r in self.results],
+            "candidates": [r.row(type(self.original.quality) if self.original.quality else None) for r in self.results],
             "notes": list(self.notes),
         }
 
