@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, ConsoleOptions
+from rich.console import Console, ConsoleDimensions
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
@@ -134,8 +134,8 @@ class _Output(Console):
     """Standard output, as wide as it is when it is printed on. A file or a pipe has no width: tables there are not cut."""
 
     @property
-    def options(self) -> ConsoleOptions:
-        return super().options.update(max_width=shutil.get_terminal_size((160, 24)).columns)
+    def size(self) -> ConsoleDimensions:
+        return ConsoleDimensions(*shutil.get_terminal_size((160, 24)))
 
 
 out = _Output(highlight=False)
@@ -519,7 +519,7 @@ def _task(text: str | None) -> Any:
         return text
     from .families.generic import from_file
 
-    return from_file(text)
+    return from_file(text, "task")
 
 
 def _text(path: Path | None) -> str | None:
@@ -634,7 +634,7 @@ def _table(results: list[Any], original: Any, chosen: Any) -> Table:
         return table
 
     for name in (*beside, "peak memory", "95 % interval", "recovered by", "latency"):
-        if out.measure(build(), options=out.options.update(width=1000)).maximum <= out.options.max_width:
+        if out.measure(build(), options=out.options.update(width=1000)).maximum <= out.width:
             break
         cells.pop(name, None)
     return build()

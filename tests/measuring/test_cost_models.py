@@ -245,11 +245,11 @@ def test_shapes_are_those_of_fake_tensor_mode(name, monkeypatch):
     """Operator by operator; strides in dimensions of size 1 apart, where FakeTensorMode's are not the real ones."""
     direct, compared = shapes.run, 0
 
-    def both(func, args, kwargs, tensors):
+    def both(func, args, kwargs, tensors, like):
         nonlocal compared
         if func._schema.is_mutable:
-            return direct(func, args, kwargs, tensors)
-        theirs, ours = func(*args, **kwargs), direct(func, args, kwargs, tensors)
+            return direct(func, args, kwargs, tensors, like)
+        theirs, ours = func(*args, **kwargs), direct(func, args, kwargs, tensors, like)
         for a, b in zip(tree_leaves(theirs), tree_leaves(ours), strict=True):
             if isinstance(a, torch.Tensor):
                 assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device), func

@@ -17,12 +17,12 @@ from ..records import Preprocessing
 from .find import find_adapter
 
 
-def from_file(spec: str) -> Any:
+def from_file(spec: str, what: str = "model") -> Any:
     """`path/to/file.py:name` → what has that name in the file. Runs the file: the user named it."""
     file, _, function = spec.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise DownresError(f"There is no file {path}: give path/to/file.py:function.")
+        raise DownresError(f"There is no file {path}: give the {what} as path/to/file.py:{'function' if what == 'model' else 'Class'}.")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
