@@ -22,7 +22,8 @@ def from_file(spec: str, what: str = "model") -> Any:
     file, _, function = spec.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise DownresError(f"There is no file {path}: give the {what} as path/to/file.py:{'function' if what == 'model' else 'Class'}.")
+        name = "function" if what == "model" else "Class"
+        raise DownresError(f"There is no file {path}: give the {what} as path/to/file.py:{name}.")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
