@@ -353,7 +353,7 @@ def test_an_export_that_fails_leaves_the_old_artifact(shipped, tmp_path, monkeyp
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write, "save_file", full)
+    monkeypatch.setattr(write, "save", full)
     manifest = read_manifest(folder)
     from downres import Measuring, Question
     from downres.records import Result
