@@ -1,6 +1,7 @@
 """Decoded pictures: kept as raw pixels within a bounded cache, so that many resolutions can be measured after decoding once."""
 
 import errno
+import hashlib
 import math
 import mmap
 import os
@@ -36,6 +37,17 @@ class Skip(Record):
 
     path: str
     reason: str
+
+
+def fingerprint(images: "Images", targets: bytes, indices: Sequence[np.ndarray]) -> str:
+    """SHA-256, in hex, of names and checksums of the pixels, of what is asked of them, and of arrays of indices."""
+    digest = hashlib.sha256()
+    for name, checksum in zip(images.names, images.checksums, strict=True):
+        digest.update(f"{name}\0{checksum}\n".encode(errors="surrogateescape"))
+    digest.update(targets)
+    for array in indices:
+        digest.update(f"\n{len(array)}\n".encode() + array.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 class Images(Sequence[np.ndarray]):

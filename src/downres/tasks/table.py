@@ -1,7 +1,6 @@
 """A table of labels beside a folder of images: CSV or JSON, one row an image."""
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -15,6 +14,7 @@ import numpy as np
 
 from ..errors import DownresError
 from ..images import Fold, Images, Progress, Skip
+from ..images.images import fingerprint
 from ..images.parts import PARTS, as_found, divide, how_found, is_hidden, is_image, listed_names, open_listed
 
 PART_COLUMNS = ("split", "part", "subset")
@@ -105,13 +105,8 @@ class TableData:
     found_in: Path | str = ""
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for name, checksum in zip(self.images.names, self.images.checksums, strict=True):
-            digest.update(f"{name}\0{checksum}\n".encode(errors="surrogateescape"))
-        digest.update("\0".join(self.names).encode() + np.ascontiguousarray(self.targets, "<f8").tobytes())
-        for indices in (side for fold in self.folds for side in (fold.train, fold.test)):
-            digest.update(f"\n{len(indices)}\n".encode() + indices.astype("<i8").tobytes())
-        return digest.hexdigest()
+        targets = "\0".join(self.names).encode() + np.ascontiguousarray(self.targets, "<f8").tobytes()
+        return fingerprint(self.images, targets, [side for fold in self.folds for side in (fold.train, fold.test)])
 
 
 def open_rows(

@@ -1,6 +1,5 @@
 """A folder of photographs, and nothing else."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from ...errors import DownresError
 from ...images import Fold, Images, Progress, Skip
+from ...images.images import fingerprint
 from ...images.parts import divide, is_hidden, is_image, open_listed
 
 
@@ -24,12 +24,7 @@ class Photos:
     licence: str = ""
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for name, checksum in zip(self.images.names, self.images.checksums, strict=True):
-            digest.update(f"{name}\0{checksum}\n".encode(errors="surrogateescape"))
-        for indices in (side for fold in self.folds for side in (fold.train, fold.test)):
-            digest.update(f"\n{len(indices)}\n".encode() + indices.astype("<i8").tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.images, b"", [side for fold in self.folds for side in (fold.train, fold.test)])
 
 
 def open_photos(

@@ -1,6 +1,5 @@
 """Class folders, or arrays, to a `Dataset`: pictures, labels as indices into the network's outputs, and folds."""
 
-import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import numpy as np
 
 from ...errors import DownresError
 from ...images.decode import EXTENSIONS
-from ...images.images import Images, Progress, Skip, cache_bytes, from_files
+from ...images.images import Images, Progress, Skip, cache_bytes, fingerprint, from_files
 from ...images.parts import (
     PARTS,
     TRAINING_IMAGES,
@@ -52,13 +51,8 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, of names, checksums of the pixels, labels, classes and folds."""
-        digest = hashlib.sha256()
-        for name, checksum in zip(self.images.names, self.images.checksums, strict=True):
-            digest.update(f"{name}\0{checksum}\n".encode(errors="surrogateescape"))
-        digest.update("\0".join(self.classes).encode())
-        for indices in (self.labels, *(side for fold in self.folds for side in (fold.train, fold.test))):
-            digest.update(f"\n{len(indices)}\n".encode() + indices.astype("<i8").tobytes())
-        return digest.hexdigest()
+        sides = [side for fold in self.folds for side in (fold.train, fold.test)]
+        return fingerprint(self.images, "\0".join(self.classes).encode(), [self.labels, *sides])
 
 
 def from_arrays(

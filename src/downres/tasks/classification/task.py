@@ -12,6 +12,7 @@ from ...images import Fold, split_once
 from ...probe import Answer
 from ...records import Budget, Drop, Preprocessing, Record, Result
 from ...recovery.features import FeatureBank, Head
+from ...recovery.ladder import GLANCE
 from ..evidence import Arrays
 from ..task import TOLERANCE, Question, Section
 from ..vectors import VectorTask, stacked
@@ -41,7 +42,7 @@ class Classification(VectorTask):
 
     name = "classification"
     score = Quality
-    glance = 32
+    glance = GLANCE
     strengths = STRENGTHS
     fitted = "logistic regression, C"
 
