@@ -133,7 +133,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on s
 class _Output(Console):
     """Standard output, as wide as it is when it is printed on. A file or a pipe has no width: tables there are not cut."""
 
-    @property
+    @property  # type: ignore[misc]  # asked, never set
     def size(self) -> ConsoleDimensions:
         return ConsoleDimensions(*shutil.get_terminal_size((160, 24)))
 
