@@ -1,6 +1,7 @@
 """The command line: every command, its JSON, its exit codes, and one clear sentence for everything that can be wrong."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import pickle
@@ -100,8 +101,25 @@ def test_help(cli, command):
 
 
 def test_no_command_shows_them_all(cli):
-    done = cli("--help")
-    assert all(name in done.out for name in COMMANDS)
+    for arguments in (["--help"], ["-h"], []):
+        done = cli(*arguments)
+        assert all(name in done.out for name in COMMANDS) and done.code == (0 if arguments else 2)
+        assert not done.err
+
+
+def test_version(cli):
+    done = cli("--version")
+    assert done.code == 0 and done.out.strip() == f"downres {importlib.metadata.version('downres')}"
+
+
+def test_options_stand_under_headings(cli):
+    """--max-latency-ms is told under "What is allowed", a technique's own option under "What to try"."""
+    shown = cli("search", "--help").out
+    heads = [
+        shown.index(f" {head} ") for head in ("Task and data", "What is allowed", "What to try", "Model and preprocessing")
+    ]
+    assert heads == sorted(heads)
+    assert heads[1] < shown.index("--max-latency-ms") < heads[2] < shown.index("--stem-scale") < heads[3]
 
 
 @pytest.mark.parametrize("name", downres.__all__)
@@ -255,9 +273,9 @@ def test_seven_pixels_are_below_the_stride(cli, tmp_path, data):
     ("arguments", "words"),
     [
         (["search", "timm:resnet18", "--dta", "x"], ["There is no option --dta, did you mean --data?"]),
-        (["curve", "timm:resnet18", "--data", "x"], ["--resolution"]),
         (["serach"], ["serach"]),
         (["search"], ["--help"]),
+        (["search", "timm:resnet18", "--device", "x"], ["There is no option --device: see", "downres search --help."]),
         (["cost", "timm:resnet-18"], ["resnet"]),
         (["cost", "timm:resnett18"], ["did you mean", "resnet18"]),
         (["cost", "torchvision:resnet5O"], ["did you mean", "resnet50"]),

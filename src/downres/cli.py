@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import importlib.metadata
 import inspect
 import json
 import os
@@ -30,10 +31,18 @@ from .techniques import RESOLUTION, Technique, techniques
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",  # options under headed groups
     pretty_exceptions_enable=False,
-    help="Compress vision models by letting them look at fewer pixels: search, recover, prove, ship.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# The headed groups of `--help`.
+ALLOWED, TRY, MODEL, DATA, MEASURE = (
+    "What is allowed",
+    "What to try",
+    "Model and preprocessing",
+    "Task and data",
+    "How to measure",
 )
 
 ModelArgument = Annotated[
@@ -50,34 +59,54 @@ DataOption = Annotated[
         metavar="DIR",
         help="Folder of class folders, with train/ and val/ or one to be split, ImageNet's layout; images and masks "
         "(Cityscapes, CamVid, Pascal VOC, ADE20K, pairs of folders); images beside --labels; or only images, for agreement.",
+        rich_help_panel=DATA,
     ),
 ]
 WeightsOption = Annotated[
-    Path | None, typer.Option("--weights", help="A .safetensors or .pth file (read with weights_only=True).")
+    Path | None,
+    typer.Option("--weights", help="A .safetensors or .pth file (read with weights_only=True).", rich_help_panel=MODEL),
 ]
 NativeOption = Annotated[
     str | None,
     typer.Option(
-        "--native-resolution", metavar="N|HxW", help="Resolution the original is used at; default: its own configuration."
+        "--native-resolution",
+        metavar="N|HxW",
+        help="Resolution the original is used at; default: its own configuration.",
+        rich_help_panel=MODEL,
     ),
 ]
-MeanOption = Annotated[str | None, typer.Option("--mean", help="Per channel, on 0…1: 0.485,0.456,0.406.")]
-StdOption = Annotated[str | None, typer.Option("--std", help="Per channel, on 0…1: 0.229,0.224,0.225.")]
-InterpolationOption = Annotated[str | None, typer.Option("--interpolation", help="bilinear or bicubic.")]
+MeanOption = Annotated[
+    str | None, typer.Option("--mean", help="Per channel, on 0…1: 0.485,0.456,0.406.", rich_help_panel=MODEL)
+]
+StdOption = Annotated[str | None, typer.Option("--std", help="Per channel, on 0…1: 0.229,0.224,0.225.", rich_help_panel=MODEL)]
+InterpolationOption = Annotated[str | None, typer.Option("--interpolation", help="bilinear or bicubic.", rich_help_panel=MODEL)]
 CropOption = Annotated[
-    float | None, typer.Option("--crop-ratio", help="Side of the centre crop over the resized short side, above 0 to 1.")
+    float | None,
+    typer.Option(
+        "--crop-ratio", help="Side of the centre crop over the resized short side, above 0 to 1.", rich_help_panel=MODEL
+    ),
 ]
 CandidateOption = Annotated[
     list[str] | None,
-    typer.Option("--candidate", metavar="TEXT", help="One more, in any combination: '168 merge4', '224 patch28'. Repeat it."),
+    typer.Option(
+        "--candidate",
+        metavar="TEXT",
+        help="One more, in any combination: '168 merge4', '224 patch28'. Repeat it.",
+        rich_help_panel=TRY,
+    ),
 ]
 RaggedOption = Annotated[
-    str, typer.Option("--ragged", help="Where patches do not divide the input: error, floor (cut) or pad (zeros).")
+    str,
+    typer.Option(
+        "--ragged", help="Where patches do not divide the input: error, floor (cut) or pad (zeros).", rich_help_panel=TRY
+    ),
 ]
 FitOption = Annotated[
     str | None,
     typer.Option(
-        "--fit", help="Of a whole picture: crop, stretch or pad; default: as the model has it, never crop for segmentation."
+        "--fit",
+        help="Of a whole picture: crop, stretch or pad; default: as the model has it, never crop for segmentation.",
+        rich_help_panel=MODEL,
     ),
 ]
 TaskOption = Annotated[
@@ -86,19 +115,31 @@ TaskOption = Annotated[
         "--task",
         metavar="NAME",
         help="classification, segmentation, multilabel, regression, agreement or path/to/file.py:Class; default: by network.",
+        rich_help_panel=DATA,
     ),
 ]
 LabelsOption = Annotated[
     Path | None,
-    typer.Option("--labels", metavar="FILE", help="CSV or JSON of labels beside a folder of images, a row an image."),
+    typer.Option(
+        "--labels",
+        metavar="FILE",
+        help="CSV or JSON of labels beside a folder of images, a row an image.",
+        rich_help_panel=DATA,
+    ),
 ]
 CompareOption = Annotated[
-    str | None, typer.Option("--compare", help="Of agreement: classes, embeddings or masks; default: as the network tells.")
+    str | None,
+    typer.Option(
+        "--compare", help="Of agreement: classes, embeddings or masks; default: as the network tells.", rich_help_panel=DATA
+    ),
 ]
 ClassesOption = Annotated[
     Path | None,
     typer.Option(
-        "--classes", metavar="FILE", help="Names of the masks' classes, one a line, with their colours: sky 128 128 128."
+        "--classes",
+        metavar="FILE",
+        help="Names of the masks' classes, one a line, with their colours: sky 128 128 128.",
+        rich_help_panel=DATA,
     ),
 ]
 LabelSizeOption = Annotated[
@@ -107,26 +148,41 @@ LabelSizeOption = Annotated[
         "--label-size",
         metavar="HxW",
         help="Size of a segmentation network's answer; default: the masks', for cost the input's.",
+        rich_help_panel=DATA,
     ),
 ]
 OutputOption = Annotated[
     str,
-    typer.Option("--output", help="What a segmentation network hands out at that size: logits, or classes (least memory)."),
+    typer.Option(
+        "--output",
+        help="What a segmentation network hands out at that size: logits, or classes (least memory).",
+        rich_help_panel=DATA,
+    ),
 ]
-UpsamplingOption = Annotated[str, typer.Option("--upsampling", help="Of a segmentation network's logits: bilinear or bicubic.")]
-SnapOption = Annotated[bool, typer.Option("--snap/--no-snap", help="Take resolutions to multiples of the network's stride.")]
+UpsamplingOption = Annotated[
+    str, typer.Option("--upsampling", help="Of a segmentation network's logits: bilinear or bicubic.", rich_help_panel=DATA)
+]
+SnapOption = Annotated[
+    bool, typer.Option("--snap/--no-snap", help="Take resolutions to multiples of the network's stride.", rich_help_panel=TRY)
+]
 ValFractionOption = Annotated[
-    float, typer.Option("--val-fraction", help="Part of one undivided folder that is kept for the proof.")
+    float,
+    typer.Option("--val-fraction", help="Part of one undivided folder that is kept for the proof.", rich_help_panel=MEASURE),
 ]
-RuntimeOption = Annotated[str, typer.Option("--runtime", help="onnxruntime or torch.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads of the runtime; default: all cores available.")]
+RuntimeOption = Annotated[str, typer.Option("--runtime", help="onnxruntime or torch.", rich_help_panel=MEASURE)]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", help="Threads of the runtime; default: all cores available.", rich_help_panel=MEASURE)
+]
 CacheOption = Annotated[
     float | None,
     typer.Option(
-        "--cache-gb", metavar="GB", help="Of decoded images kept on disk, at most; default: half of what is free there."
+        "--cache-gb",
+        metavar="GB",
+        help="Of decoded images kept on disk, at most; default: half of what is free there.",
+        rich_help_panel=MEASURE,
     ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of splits and folds.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of splits and folds.", rich_help_panel=MEASURE)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
 
 
@@ -167,7 +223,7 @@ class _Trying:
 def _option(t: Technique) -> inspect.Parameter:
     """One technique as an option: a text, or a flag where it has nothing to choose from."""
     kind, default, shown = (str | None, None, t.metavar) if t.metavar else (bool, False, None)
-    told = Annotated[kind, typer.Option(t.option, metavar=shown, help=t.help)]  # type: ignore[valid-type]
+    told = Annotated[kind, typer.Option(t.option, metavar=shown, help=t.help, rich_help_panel=TRY)]  # type: ignore[valid-type]
     return inspect.Parameter(t.keyword, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=told)
 
 
@@ -175,10 +231,27 @@ def _trying(untrained: bool = False) -> Callable[[Callable[..., None]], _Trying]
     return lambda command: _Trying(command, untrained)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"downres {importlib.metadata.version('downres')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Compress vision models by letting them look at fewer pixels: search, recover, prove, ship."""
+
+
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("demo"),
-    max_drop: Annotated[float, typer.Option("--max-drop", help="Points of top-1 that may be lost.")] = 2.0,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", help="Points of top-1 that may be lost.", rich_help_panel=ALLOWED)
+    ] = 2.0,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -200,30 +273,46 @@ def search(
     ] = Path("run"),
     max_drop: Annotated[
         float,
-        typer.Option("--max-drop", help="That may be lost, proven: points of top-1 or mIoU, or in the unit of a regression."),
+        typer.Option(
+            "--max-drop",
+            help="That may be lost, proven: points of top-1 or mIoU, or in the unit of a regression.",
+            rich_help_panel=ALLOWED,
+        ),
     ] = 1.0,
-    max_latency_ms: Annotated[float | None, typer.Option("--max-latency-ms", help="Median of one image, milliseconds.")] = None,
-    max_macs: Annotated[str | None, typer.Option("--max-macs", metavar="500M")] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option("--max-latency-ms", help="Median of one image, milliseconds.", rich_help_panel=ALLOWED)
+    ] = None,
+    max_macs: Annotated[str | None, typer.Option("--max-macs", metavar="500M", rich_help_panel=ALLOWED)] = None,
     max_memory: Annotated[
-        str | None, typer.Option("--max-memory", metavar="20MB", help="Peak activation memory of one image.")
+        str | None,
+        typer.Option("--max-memory", metavar="20MB", help="Peak activation memory of one image.", rich_help_panel=ALLOWED),
     ] = None,
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
     rungs: Annotated[
-        str, typer.Option("--rungs", help="Of the recovery ladder, from crop,batchnorm,head; 'none' only lowers.")
+        str,
+        typer.Option(
+            "--rungs", help="Of the recovery ladder, from crop,batchnorm,head; 'none' only lowers.", rich_help_panel=TRY
+        ),
     ] = "crop,batchnorm,head",
-    minimize: Annotated[str, typer.Option("--minimize", help="What cheapest means: macs, memory or latency.")] = "macs",
+    minimize: Annotated[
+        str, typer.Option("--minimize", help="What cheapest means: macs, memory or latency.", rich_help_panel=ALLOWED)
+    ] = "macs",
     task: TaskOption = None,
     labels: LabelsOption = None,
     compare: CompareOption = None,
     fit_head: Annotated[
-        bool, typer.Option("--fit-head", help="Replace the classifier by one fitted for the data's classes.")
+        bool,
+        typer.Option("--fit-head", help="Replace the classifier by one fitted for the data's classes.", rich_help_panel=TRY),
     ] = False,
     folds: Annotated[
-        int | None, typer.Option("--folds", help="Cross-fit one folder: every image is a proof image once.")
+        int | None,
+        typer.Option("--folds", help="Cross-fit one folder: every image is a proof image once.", rich_help_panel=MEASURE),
     ] = None,
     val_fraction: ValFractionOption = 0.5,
-    confidence: Annotated[float, typer.Option("--confidence", help="Of the proof, for all candidates together.")] = 0.95,
+    confidence: Annotated[
+        float, typer.Option("--confidence", help="Of the proof, for all candidates together.", rich_help_panel=MEASURE)
+    ] = 0.95,
     weights: WeightsOption = None,
     native_resolution: NativeOption = None,
     mean: MeanOption = None,
@@ -270,7 +359,9 @@ def curve(
     data: DataOption,
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
-    max_drop: Annotated[float, typer.Option("--max-drop", help="Points, for the verdict of each resolution alone.")] = 1.0,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", help="Points, for the verdict of each resolution alone.", rich_help_panel=ALLOWED)
+    ] = 1.0,
     task: TaskOption = None,
     labels: LabelsOption = None,
     compare: CompareOption = None,
@@ -296,8 +387,8 @@ def curve(
 ) -> None:
     """Quality against resolution, patches and tokens, with the model's own weights: no search, no recovery."""
     tries = _axes(tried, (), candidate, ragged)
-    if tries.is_empty:  # said at once, not after the weights are loaded
-        raise DownresError("A curve needs something to try: give --resolution 96:256:32, --merge 8,50% or --patch-size 20,28.")
+    if tries.is_empty:
+        tries = tries.replaced({RESOLUTION.keyword: None})  # nothing asked for: from the model's own down
     from .searching.curve import curve as run_curve
 
     loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio, fit)
@@ -322,7 +413,7 @@ def cost(
     model: ModelArgument,
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images in one pass.")] = 1,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images in one pass.", rich_help_panel=MEASURE)] = 1,
     label_size: LabelSizeOption = None,
     output: OutputOption = "logits",
     upsampling: UpsamplingOption = "bilinear",
@@ -388,7 +479,9 @@ def check(
     model: Annotated[
         str | None, typer.Option("--model", help="path/to/file.py:function, where the network came from one.")
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="DIR", help="Where the proof images are now.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DIR", help="Where the proof images are now.", rich_help_panel=DATA)
+    ] = None,
     task: TaskOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -470,6 +563,8 @@ def main() -> None:
         # Usage errors of the option parser carry a message and an exit code of their own.
         if not hasattr(error, "format_message"):
             raise
+        if not error.format_message():
+            sys.exit(2)  # a command without its arguments: the help has been shown
         _stop(_usage(error), 2)
 
 
@@ -479,8 +574,8 @@ def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
     if name and context is not None:
         known = [option for parameter in context.command.params for option in parameter.opts]
-        near = difflib.get_close_matches(name, known, n=1)
-        message = f"There is no option {name}" + (f", did you mean {near[0]}?" if near else "")
+        near = difflib.get_close_matches(name.strip("-"), [option.strip("-") for option in known], n=1, cutoff=0.7)
+        message = f"There is no option {name}" + (f", did you mean --{near[0]}?" if near else "")
     where = context.command_path if context is not None else "downres"
     return f"{message}: see {where} --help." if not message.endswith("?") else message
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from downres.engines import available_cores
-from downres.engines.onnxruntime import OnnxRuntime, export_onnx
+from downres.engines.onnxruntime import OnnxRuntime, export_onnx, resize_onnx
 from downres.engines.torch import TorchRuntime
 from downres.errors import DownresError
 
@@ -136,3 +136,53 @@ def test_content_that_is_not_onnx(tmp_path):
     for source in (path, path.read_bytes(), tmp_path / "absent.onnx"):
         with pytest.raises(DownresError, match="is not an ONNX model"):
             OnnxRuntime(source)
+
+
+class Padded(nn.Module):
+    """TensorFlow's "same" padding: how much of it lies where depends on the size, and an exporter takes it for constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 5, 2)
+
+    def forward(self, x):
+        missing = max((-(-x.shape[-1] // 2) - 1) * 2 + 5 - x.shape[-1], 0)
+        left, right = missing // 2, missing - missing // 2
+        return self.conv(nn.functional.pad(x, (left, right, left, right))).mean((2, 3))
+
+
+class Joined(nn.Module):
+    """A map brought to the size of another, as a decoder does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+
+    def forward(self, x):
+        return nn.functional.interpolate(self.conv(x), x.shape[-2:]) + x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("network", "size", "same"),
+    [
+        (tiny, (3, 48, 40), True),
+        (lambda: timm.create_model("mobilenetv3_small_050", num_classes=3).eval(), (3, 64, 96), True),
+        (Padded, (3, 48, 48), True),
+        (Padded, (3, 33, 33), False),
+        (Joined, (3, 48, 48), False),
+    ],
+)
+def test_a_graph_at_another_size_is_the_one_exported_there_or_none(network, size, same, tmp_path, capfd):
+    torch.manual_seed(0)
+    model = network()
+    base = export_onnx(model, SIZE, tmp_path / "base.onnx")
+    assert resize_onnx(base, model, size, tmp_path / "resized.onnx") is same
+    assert (tmp_path / "resized.onnx").exists() is same
+    assert capfd.readouterr().err == ""
+    if same:
+        export_onnx(model, size, tmp_path / "own.onnx")
+        found, own = OnnxRuntime(tmp_path / "resized.onnx", 1), OnnxRuntime(tmp_path / "own.onnx", 1)
+        for n in (1, 3):
+            assert np.array_equal(found(images(n, size))[0], own(images(n, size))[0])
+        graph = onnx.load(tmp_path / "resized.onnx").graph
+        assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim[1:]] == list(size)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engines.onnxruntime import OnnxRuntime, export_onnx
+from ..engines.onnxruntime import OnnxRuntime, export_onnx, resize_onnx
 from ..engines.torch import TorchRuntime
 from ..errors import DownresError
 from ..images import Images, batches
@@ -61,6 +61,7 @@ class Bank:
         self.stage = ""
         self._runtimes: dict[tuple[State, bool], OnnxRuntime | TorchRuntime] = {}
         self._networks: dict[State, nn.Module] = {}
+        self._exported: Path | None = None
 
     def served(self, state: State) -> nn.Module:
         """The network of a state as it is timed and run: what it returns are `output_names`."""
@@ -115,18 +116,28 @@ class Bank:
             if self.runtime_name == "torch" or self.folder is None or trial:
                 ready: OnnxRuntime | TorchRuntime = TorchRuntime(self.served(state), self.threads)
             else:
-                # The graph depends on the candidate and the weights: the crop happens before it.
-                same_graph = state if state.step(RECALIBRATED) else dataclasses.replace(state, crop_ratio=1.0)
-                file = self.folder / "onnx" / f"{same_graph.key()}.onnx"
-                if not file.exists():
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    size = (len(self.preprocessing.mean), *self.preprocessing_of(state).hw)
-                    partial = file.with_suffix(".partial")
-                    export_onnx(self.served(state), size, partial, self.output_names)
-                    partial.replace(file)
-                ready = OnnxRuntime(file, self.threads)
+                ready = OnnxRuntime(self.onnx(state), self.threads)
             self._runtimes[state, trial] = ready
         return self._runtimes[state, trial]
+
+    def onnx(self, state: State) -> Path:
+        """The file of the state's network in the run's folder, exported once."""
+        assert self.folder is not None
+        # The graph depends on the candidate and the weights: the crop happens before it.
+        same_graph = state if state.step(RECALIBRATED) else dataclasses.replace(state, crop_ratio=1.0)
+        file = self.folder / "onnx" / f"{same_graph.key()}.onnx"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            size = (len(self.preprocessing.mean), *self.preprocessing_of(state).hw)
+            network, partial = self.served(state), file.with_suffix(".partial")
+            # A network that takes any size is exported at one, and that graph serves the others.
+            any_size = self.any_size and not state.history and self._is_original(state.candidate)
+            if not (any_size and self._exported and resize_onnx(self._exported, network, size, partial)):
+                export_onnx(network, size, partial, self.output_names)
+            partial.replace(file)
+            if any_size:
+                self._exported = file
+        return file
 
     def forget(self) -> None:
         """Delete what only an unfinished run needs: features and the search's ONNX files."""
