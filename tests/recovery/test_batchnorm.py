@@ -134,3 +134,14 @@ def test_nothing_to_recalibrate():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
     out = recalibrate_batchnorm(model, [])
     assert out is not model and all(torch.equal(v, out.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_a_network_that_does_not_stand_channels_last_is_recalibrated():
+    class View(nn.Module):
+        def forward(self, x):
+            return x.view(len(x), -1)
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(2), View())
+    x = torch.randn(6, 3, 8, 8)
+    done = recalibrate_batchnorm(net, [x])
+    assert torch.allclose(done[1].running_mean, net[0](x).mean((0, 2, 3)), atol=1e-5)

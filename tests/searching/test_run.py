@@ -365,7 +365,7 @@ def test_interrupted_during_an_export_leaves_no_half_file(tiny, cells, tmp_path,
             raise KeyboardInterrupt
         return export(model, size, path, names)
 
-    options = {"runtime": "onnxruntime", "resolutions": [16], "stem_scales": (), "rungs": ("head",)}
+    options = {"runtime": "onnxruntime", "resolutions": [], "stem_scales": (0.5,), "rungs": ("head",)}
     monkeypatch.setattr(bank_module, "export_onnx", cut)
     with pytest.raises(KeyboardInterrupt):
         run_search(tiny, cells.dataset(), tmp_path / "r", **options)

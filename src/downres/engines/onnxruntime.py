@@ -4,6 +4,8 @@ import contextlib
 import copy
 import io
 import logging
+import re
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -84,7 +86,7 @@ def export_onnx(
         _check_batch_is_free(path, example.numpy()[:1])
     except Exception as error:
         raise DownresError(
-            f"The model could not be exported to ONNX: {_first_line(error)}; --runtime torch measures without."
+            f"The model could not be exported to ONNX: {_why(error)}; runtime 'torch' measures without."
         ) from error
     return path
 
@@ -142,5 +144,32 @@ def _silence() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _first_line(error: BaseException) -> str:
+    return (_plain(str(error)).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _plain(text: str) -> str:
+    """Without the colours that the exporter writes into its messages."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def _why(error: BaseException) -> str:
+    """The operator that ONNX lacks, the line of the network that cannot be traced, or what the exporter found at the bottom."""
+    deepest, chain = error, _plain(str(error))
+    while (below := deepest.__cause__ or deepest.__context__) is not None:
+        deepest = below
+        chain += "\n" + _plain(str(below))
+    if lacking := re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", chain):
+        return f"ONNX has no operator for {lacking[1].replace('.', '::', 1)}"
+    raised = [(frame.filename, str(frame.lineno)) for frame in traceback.extract_tb(deepest.__traceback__)]
+    own = [line for line in re.findall(r'File "([^"]+)", line (\d+)', chain) + raised if not _LIBRARY.search(line[0])]
+    where = f" (at {Path(own[-1][0]).name}, line {own[-1][1]})" if own else ""
+    if "DataDependent" in type(deepest).__name__:
+        return "what it computes depends on the values of a tensor" + where
+    if re.search(r"Constraints violated.*size\(\)\[0\]", chain):
+        return "the number of images is a constant in it" + where
+    reason = _first_line(deepest)
+    return (f"{type(deepest).__name__} {reason}" if isinstance(deepest, LookupError) else reason) + where
+
+
+_LIBRARY = re.compile(r"[/\\](?:torch|onnxscript|downres|contextlib\.py)(?:[/\\]|$)")

@@ -1,12 +1,14 @@
 """BatchNorm recalibration: the running statistics of a network at the resolution it will see."""
 
 import copy
+import itertools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..engines.torch import fastest_layout
 from ..errors import DownresError
 
 
@@ -22,10 +24,16 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mod
     the cumulative average: a last batch of few images counts as few. Needs no labels; give evaluation-style inputs of
     training images. Raises DownresError when there is no batch to take statistics from.
     """
-    model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # the faster layout on CPUs
+    model = copy.deepcopy(model).eval()
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not layers:
         return model
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is not None:
+        with torch.no_grad():
+            layout = fastest_layout(model, first)
+        batches = itertools.chain([first], batches)
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
@@ -36,7 +44,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mod
             for layer in layers:
                 layer.momentum = len(batch) / (seen + len(batch))
             try:
-                model(batch.contiguous(memory_format=torch.channels_last))
+                model(batch.contiguous(memory_format=layout))
             except ValueError as error:  # one value per channel has no variance: a single image on a 1×1 feature map
                 if len(batch) > 1:
                     raise

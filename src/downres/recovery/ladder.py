@@ -105,7 +105,8 @@ def climb(
 
 
 def best_of(options: Sequence[Option], scores: Sequence[float], behind: Any) -> Option:
-    """The first option proven within, else the first (so the cheapest) within one standard error of the best.
+    """The first option proven within, else the best; but what is only lowered, or cheaper than the best, stays where it is
+    within one standard error of that.
 
     On few tuning images the best of several is often only the luckiest; the one-standard-error rule (Breiman et al.
     1984) keeps what is cheaper unless another is better beyond that. behind(one, best): in standard errors of their paired
@@ -113,7 +114,8 @@ def best_of(options: Sequence[Option], scores: Sequence[float], behind: Any) -> 
     """
     proven = [option for option in options if option.drop.verdict == WITHIN]
     if proven:
-        return proven[0]
+        lowered = options[0]
+        return lowered if behind(lowered.evidence, proven[0].evidence) <= 1.0 else proven[0]
     best = options[max(range(len(options)), key=lambda i: scores[i])]
     return next(option for option in options if behind(option.evidence, best.evidence) <= 1.0)
 
