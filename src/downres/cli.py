@@ -712,7 +712,7 @@ def _table(results: list[Any], original: Any, chosen: Any) -> Table:
         getattr(original.quality, "metric", "quality"): lambda r: r.quality.text(r.quality.score) if r.quality else "",
         "95 % interval": lambda r: words.interval(r.quality) if r.quality else "",
         **{name: _beside(name) for name in beside},
-        "drop ≤ bound": lambda r: f"{words.points(r.drop.drop)} ≤ {words.bound(r.drop.upper)}" if r.drop else "",
+        "drop, bound": lambda r: words.compared(r.drop) if r.drop else "",
         "verdict": lambda r: _verdict(r, original),
         "recovered by": lambda r: words.RUNGS[r.recovery.rung] if r.recovery and r is not original else "",
     }

@@ -181,7 +181,10 @@ class Cost(Record):
 
 @dataclass(frozen=True)
 class Latency(Record):
-    """Wall-clock time of one forward pass of `batch_size` images: median, 10th and 90th percentile of `runs`."""
+    """Wall-clock time of one forward pass of `batch_size` images: median, 10th and 90th percentile of `runs`.
+
+    ratio: a 95 % interval of the original's time over this one in the same round; None where none was timed beside it.
+    """
 
     latency_ms: float
     p10_ms: float
@@ -192,6 +195,21 @@ class Latency(Record):
     threads: int
     hardware: str
     versions: dict[str, str] = field(default_factory=dict)
+    ratio: tuple[float, float] | None = None
+
+    @property
+    def faster(self) -> bool:
+        """Whether the rounds say that it takes less time than the original."""
+        return self.ratio is not None and self.ratio[0] > 1
+
+    @property
+    def slower(self) -> bool:
+        return self.ratio is not None and self.ratio[1] < 1
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether something else ran: every tenth pass took twice the median."""
+        return self.p90_ms > 2 * self.latency_ms
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """Order, counting and record fields; no time is asserted."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from downres.errors import DownresError
+from downres.measuring import latency as latency_module
 from downres.measuring.latency import hardware, interleaved, measure_latency, random_batch
 from downres.records import Latency
 
@@ -90,3 +93,27 @@ def test_random_batch():
     batch = random_batch((2, 3, 4, 5))
     assert batch.shape == (2, 3, 4, 5) and batch.dtype == np.float32
     assert np.array_equal(batch, random_batch((2, 3, 4, 5))) and torch.from_numpy(batch).std() > 0.5
+
+
+def test_the_first_is_what_the_others_are_compared_with_round_by_round(monkeypatch):
+    """A clock of our own: b takes half of a's time in every round, however loaded the machine; c is now faster, now slower."""
+    now, load = [0.0], np.random.default_rng(0)
+    spent = {"a": lambda: 2.0, "b": lambda: 1.0, "c": lambda: load.choice([1.0, 4.0])}
+
+    class Clocked(Fake):
+        def __call__(self, batch):
+            now[0] += spent[self.label]()
+            return (batch,)
+
+    monkeypatch.setattr(latency_module.time, "perf_counter", lambda: now[0])
+    found = interleaved({k: Clocked(k, []) for k in "abc"}, dict.fromkeys("abc", np.zeros((1, 3, 2, 2))), runs=40, warmup=0)
+    assert found["a"].ratio == (1.0, 1.0) and not found["a"].faster
+    assert found["b"].ratio == (2.0, 2.0) and found["b"].faster and not found["b"].slower
+    low, high = found["c"].ratio
+    assert low == 0.5 and high == 2.0 and not found["c"].faster and not found["c"].slower
+    assert interleaved({"a": Clocked("a", [])}, {"a": np.zeros((1, 3, 2, 2))}, runs=9)["a"].ratio is None
+
+
+def test_a_disturbed_machine_is_told():
+    calm = Latency(10.0, 9.0, 12.0, 30, 1, "torch", 1, "here")
+    assert not calm.disturbed and dataclasses.replace(calm, p90_ms=25.0).disturbed

@@ -7,9 +7,9 @@ import pytest
 from torch import nn
 
 from downres.images import Fold, cross_folds
-from downres.records import OUTSIDE, WITHIN, Budget, Candidate, Preprocessing, Recovery
+from downres.records import OUTSIDE, TOO_FEW, WITHIN, Budget, Candidate, Drop, Preprocessing, Recovery
 from downres.recovery.features import FeatureBank, Head
-from downres.recovery.ladder import GLANCE, climb
+from downres.recovery.ladder import GLANCE, Option, best_of, climb, standard_errors
 from downres.recovery.state import RECALIBRATED, State
 from downres.tasks.classification.task import Classification
 
@@ -195,3 +195,20 @@ def test_new_heads_of_the_original_have_not_seen_the_tuning_images():
         mine, theirs = (bank.head_of(r.state) for r in (reference, other))
         assert (mine.weight == theirs.weight).all() and mine is not OWN
         assert (bank.head_of(reference.start).bias == bank.head_of(other.start).bias).all()
+
+
+def test_a_recovery_that_is_not_better_beyond_noise_does_not_replace_what_is_only_lowered():
+    def option(rung, wrong, verdict):
+        points = np.ones(250)
+        points[wrong] = 0
+        return Option(rung, points, NATIVE, Drop(0.0, 0.0, 0.0, 1.0, verdict, 250))
+
+    lowered = option("none", [0, 1, 2], TOO_FEW)
+    for wrong in ([2, 3], [0, 1, 3], [0, 1, 2, 3]):  # 248, 247 and 246 right
+        head = option("head", wrong, WITHIN)
+        scores = [o.evidence.sum() for o in (lowered, head)]
+        assert best_of([lowered, head], scores, standard_errors).rung == "none"
+    assert (
+        best_of([option("none", np.arange(20), TOO_FEW), option("head", [0], WITHIN)], [230, 249], standard_errors).rung
+        == "head"
+    )

@@ -1,5 +1,6 @@
 """The report: its sentence, its escaping, and the page in a real browser (phone, desktop, dark, offline)."""
 
+import dataclasses
 import math
 import re
 
@@ -22,7 +23,7 @@ from downres.records import (
     Result,
     Rung,
 )
-from downres.reports import ReportView, build_report, write_report
+from downres.reports import ReportView, build_report, words, write_report
 from downres.reports.pictures import pareto_front, png_data_uri, round_numbers
 from downres.tasks.classification.photos import Photo, View, photos_html
 from downres.tasks.classification.quality import Quality
@@ -136,7 +137,7 @@ def without_plotly(page: str) -> str:
 def test_headline_says_what_is_gained_and_proven():
     assert headline(sample()) == (
         "At 128 px instead of 300 px this network needs 5.3× fewer MACs and 3.8× less time, "
-        "and its accuracy drop is proven to be at most 1.9 points (allowed: 2.0) with 95 % confidence."
+        "and its accuracy drop is proven to be at most 1.86 points (allowed: 2.0) with 95 % confidence."
     )
 
 
@@ -152,8 +153,8 @@ def test_headline_names_the_stem_variant():
 @pytest.mark.parametrize(
     ("kept", "budget", "expected"),
     [
-        (slice(1, 4), Budget(2.0), "Nearest came 112 px: it lost 2.00 points, which may be up to 3.4; about 420 more images"),
-        (slice(1, 3), Budget(2.0), "Even the nearest, 96 px, is proven to lose more: 4.70 points."),
+        (slice(1, 4), Budget(2.0), "Nearest came 112 px: it lost 2.00 points, which may be up to 3.40; about 420 more images"),
+        (slice(1, 3), Budget(2.0), "Even the nearest, 96 px, is proven to lose more: at least 3.30 points."),
         (slice(4, 6), Budget(2.0, max_latency_ms=3.0), "No candidate meets every limit. Nearest came 160 px"),
         (slice(0, 1), Budget(2.0), "Nothing was proven: of 1 candidate none was measured"),
         (slice(0, 0), Budget(2.0), "Nothing was proven"),
@@ -285,3 +286,27 @@ def test_dark_mode_repaints_the_plot_readably(visit, contrast):
     for colours in (light, dark):
         assert contrast(colours["page"], colours["ink"]) > 4.5
         assert contrast(colours["page"], colours["chosen"]) > 4.5
+
+
+def test_bounds_are_those_that_decide_and_rounded_away_from_the_proof():
+    assert words.bound(Drop(1.2, 0.1, 2.314, 3.0, WITHIN, 100)) == "at most 2.32"
+    assert words.bound(Drop(1.2, 0.1, 1.9999, 2.0, WITHIN, 100)) == "at most 2.00"
+    assert words.bound(Drop(5.1, 4.206, 6.0, 2.0, OUTSIDE, 100)) == "at least 4.20"
+    assert words.compared(Drop(5.1, 4.206, 6.0, 2.0, OUTSIDE, 100)) == "5.10 ≥ 4.20"
+    assert words.compared(Drop(0.0012, 0.0, 0.00213, 0.003, WITHIN, 100)) == "0.00120 ≤ 0.00213"  # a regression in small units
+
+
+def test_time_is_gained_only_where_the_rounds_part():
+    before, after = latency(10.0), latency(8.0)
+    assert words.faster(before, dataclasses.replace(after, ratio=(1.1, 1.4))) == "1.2× less time"
+    assert words.faster(before, dataclasses.replace(after, ratio=(0.9, 1.6))) == ""
+    assert words.faster(before, dataclasses.replace(latency(12.0), ratio=(0.8, 0.9))) == "1.2× more time"
+    assert words.faster(before, dataclasses.replace(latency(12.0), ratio=(0.8, 1.1))) == ""
+
+
+def test_a_candidate_ruled_out_on_tuning_images_reads_so_everywhere():
+    drop = Drop(5.0, 1.0, 9.0, 2.0, TOO_FEW, 40, more_images=100)
+    result = Result(
+        Candidate(96), "measured", "ruled out on 62 tuning images", cost(0.1e9, 1e6, 96), None, None, quality(90.0), drop
+    )
+    assert words.shown_verdict(result) == "ruled out" and words.verdict_key(result) == "outside"

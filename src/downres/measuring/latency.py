@@ -69,6 +69,7 @@ def interleaved(
 ) -> dict[str, Latency]:
     """Times every candidate `runs` times, one call each a round, the order of a round shuffled anew (from `seed`).
 
+    The first is what the others are compared with, round by round (`Latency.ratio`).
     inputs: for each candidate its batch, (b, c, h, w) float32. warmup: untimed calls of each candidate before the first
     round.
     """
@@ -90,7 +91,11 @@ def interleaved(
             done += 1
             if progress is not None:
                 progress("latency", done, total)
-    return {name: _latency(runtimes[name], inputs[name], times) for name, times in seconds.items()}
+    first = np.array(seconds[next(iter(seconds))]) if len(seconds) > 1 else None
+    return {
+        name: _latency(runtimes[name], inputs[name], times, None if first is None else first / np.array(times))
+        for name, times in seconds.items()
+    }
 
 
 def random_batch(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -109,7 +114,7 @@ def hardware() -> str:
     return f"{name}, {cores} core{'s' * (cores > 1)}, {platform.system()} {platform.machine()}"
 
 
-def _latency(runtime: Runtime, batch: np.ndarray, seconds: list[float]) -> Latency:
+def _latency(runtime: Runtime, batch: np.ndarray, seconds: list[float], ratios: np.ndarray | None) -> Latency:
     p10, median, p90 = (float(ms) for ms in np.percentile(np.array(seconds) * 1000, (10, 50, 90)))
     return Latency(
         latency_ms=median,
@@ -121,4 +126,13 @@ def _latency(runtime: Runtime, batch: np.ndarray, seconds: list[float]) -> Laten
         threads=runtime.threads,
         hardware=hardware(),
         versions={"python": platform.python_version(), "numpy": np.__version__, **runtime.versions},
+        ratio=None if ratios is None else _median_interval(ratios),
     )
+
+
+def _median_interval(ratios: np.ndarray) -> tuple[float, float] | None:
+    """A 95 % interval of the median by order statistics; None of too few to have one (fewer than six)."""
+    from scipy.stats import quantile_test
+
+    found = quantile_test(ratios, q=1.0, p=0.5).confidence_interval(0.95)
+    return (float(found.low), float(found.high)) if np.isfinite([found.low, found.high]).all() else None

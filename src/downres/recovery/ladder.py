@@ -105,17 +105,15 @@ def climb(
 
 
 def best_of(options: Sequence[Option], scores: Sequence[float], behind: Any) -> Option:
-    """The first option proven within, else the best; but what is only lowered, or cheaper than the best, stays where it is
-    within one standard error of that.
+    """The first option proven within, unless what is only lowered is as good within noise; where none is proven, the cheapest
+    within one standard error of the best.
 
     On few tuning images the best of several is often only the luckiest; the one-standard-error rule (Breiman et al.
-    1984) keeps what is cheaper unless another is better beyond that. behind(one, best): in standard errors of their paired
-    difference.
+    1984) keeps what is cheaper unless another is better beyond that. behind(one, best): in standard errors of their paired difference.
     """
     proven = [option for option in options if option.drop.verdict == WITHIN]
     if proven:
-        lowered = options[0]
-        return lowered if behind(lowered.evidence, proven[0].evidence) <= 1.0 else proven[0]
+        return options[0] if behind(options[0].evidence, proven[0].evidence) <= 1.0 else proven[0]
     best = options[max(range(len(options)), key=lambda i: scores[i])]
     return next(option for option in options if behind(option.evidence, best.evidence) <= 1.0)
 

@@ -57,6 +57,7 @@ def _environment(folder: Path) -> jinja2.Environment:
         "bound": words.bound,
         "count": words.count,
         "verdict_key": words.verdict_key,
+        "shown_verdict": words.shown_verdict,
         "budget_words": words.budget_words,
         "fitting": words.fitting,
         "rgb": lambda colour: "rgb({}, {}, {})".format(*colour),

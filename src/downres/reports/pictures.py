@@ -196,7 +196,7 @@ def hover_text(result: Result, trace: str) -> str:
         lines.append(f"latency {words.digits(t.latency_ms)} ms (p10–p90: {words.spread(t)})")
     if d := result.drop:
         unit = result.quality.unit if result.quality else "points"
-        lines.append(f"drop {words.points(d.drop)} {unit}, at most {words.bound(d.upper)}")
+        lines.append(f"drop {words.points(d.drop)} {unit}, {words.bound(d)}")
         lines.append(f"{escape(d.verdict)} {d.allowed:g} {escape(unit)}")
     if r := result.recovery:
         lines.append(f"recovered by: {escape(words.RUNGS.get(r.rung, r.rung))}" if r.rung != "none" else "no recovery needed")

@@ -105,7 +105,7 @@ def _tiles(original: Result, shown: Result | None) -> list[Tile]:
     after = shown or original
     tiles = []
     if (q := original.quality) and (p := after.quality):
-        bound = f"drop at most {words.bound(after.drop.upper)} {p.unit}; " if after.drop else ""
+        bound = f"drop {words.bound(after.drop)} {p.unit}; " if after.drop else ""
         tiles.append(
             Tile(
                 p.title or p.metric,
@@ -126,7 +126,7 @@ def _tiles(original: Result, shown: Result | None) -> list[Tile]:
                 "Latency, median",
                 f"{words.digits(u.latency_ms)} ms",
                 f"{words.digits(t.latency_ms)} ms",
-                words.gain(t.latency_ms, u.latency_ms, "less", "more"),
+                words.faster(t, u).removesuffix(" time") or "not beyond the noise",
                 f"p10–p90 {words.spread(u)}, was {words.spread(t)}",
             )
         )

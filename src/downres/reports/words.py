@@ -26,7 +26,14 @@ VERDICT_KEYS = {WITHIN: "within", OUTSIDE: "outside", TOO_FEW: "few"}
 
 
 def verdict_key(result: Result) -> str:
-    return VERDICT_KEYS.get(result.drop.verdict, "unknown") if result.drop else "unknown"
+    if result.drop is None:
+        return "unknown"
+    return "outside" if result.reason else VERDICT_KEYS.get(result.drop.verdict, "unknown")
+
+
+def shown_verdict(result: Result) -> str:
+    """What table and page say of a measured candidate; one that its tuning images ruled out is judged by those."""
+    return "ruled out" if result.reason else result.drop.verdict if result.drop else ""
 
 
 def judged(*results: Result) -> type[Score]:
@@ -112,11 +119,45 @@ def signed(value: float) -> str:
     return {"−0.00": "0.00"}.get(text, text if value < 0 or text == "0.00" else f"+{text}")
 
 
-def bound(value: float) -> str:
-    """An upper bound in points, rounded up: a proof must not be rounded down."""
-    if not math.isfinite(value):
+def bound(drop: Drop) -> str:
+    """The bound that decides, `at most 1.98` or `at least 4.20`: an upper one rounded up, a lower one down."""
+    return f"at least {_lower(drop)}" if drop.verdict == OUTSIDE else f"at most {_upper(drop)}"
+
+
+def compared(drop: Drop) -> str:
+    """The drop and the bound that decides: `0.50 ≤ 1.98`, `5.10 ≥ 4.20`."""
+    measured = f"{drop.drop:.{_decimals(drop)}f}".replace("-", "−")
+    return f"{measured} ≥ {_lower(drop)}" if drop.verdict == OUTSIDE else f"{measured} ≤ {_upper(drop)}"
+
+
+def _decimals(drop: Drop) -> int:
+    """Two, more where what is allowed or lost is so small that two would say nothing."""
+    scale = min((abs(v) for v in (drop.allowed, drop.upper) if v and math.isfinite(v)), default=1.0)
+    return min(max(2, 2 - math.floor(math.log10(scale))), 6) if scale < 0.1 else 2
+
+
+def _upper(drop: Drop) -> str:
+    """Rounded up, for a proof must not be rounded down, without passing the allowed drop needlessly."""
+    if not math.isfinite(drop.upper):
         return "∞"
-    return points(math.ceil(value * 100 - 1e-9) / 100)
+    for decimals in range(_decimals(drop), 7):
+        rounded = math.ceil(drop.upper * 10**decimals - 1e-9) / 10**decimals
+        if rounded <= drop.allowed or drop.upper > drop.allowed:
+            break
+    return f"{rounded:.{decimals}f}".replace("-", "−")
+
+
+def _lower(drop: Drop) -> str:
+    decimals = _decimals(drop)
+    return f"{math.floor(drop.lower * 10**decimals + 1e-9) / 10**decimals:.{decimals}f}".replace("-", "−")
+
+
+def faster(before: Latency, after: Latency) -> str:
+    """`4.5× less time` where the rounds, or without them the spreads, part; '' where the noise could be all of it."""
+    quicker, slower = after.faster, after.slower
+    if after.ratio is None:
+        quicker, slower = after.p90_ms < before.p10_ms, after.p10_ms > before.p90_ms
+    return gain(before.latency_ms, after.latency_ms, "less time", "more time") if quicker or slower else ""
 
 
 def change(drop: float, unit: str = "points") -> str:
@@ -139,17 +180,6 @@ def _factor(ratio: float) -> str:
 
 def _allowed(value: float) -> str:
     return f"{value:.1f}" if math.isclose(round(value, 1), value) else f"{value:g}"
-
-
-def _bound(drop: Drop) -> str:
-    """The upper bound, rounded up (a proof must not be rounded down) without passing the allowed drop needlessly."""
-    if not math.isfinite(drop.upper):
-        return "∞"
-    for decimals in (1, 2, 3, 4, 5, 6):
-        rounded = math.ceil(drop.upper * 10**decimals - 1e-9) / 10**decimals
-        if rounded <= drop.allowed or drop.upper > drop.allowed:
-            break
-    return f"{rounded:.{decimals}f}".replace("-", "−")
 
 
 def nearest(results: Sequence[Result]) -> Result | None:
@@ -219,7 +249,7 @@ def _savings(original: Result, chosen: Result) -> str:
     if original.cost and chosen.cost:
         parts.append(gain(original.cost.macs, chosen.cost.macs, "fewer MACs", "more MACs"))
     if original.latency and chosen.latency:
-        parts.append(gain(original.latency.latency_ms, chosen.latency.latency_ms, "less time", "more time"))
+        parts.append(faster(original.latency, chosen.latency))
     return " and ".join(p for p in parts if p) or "as much as before"
 
 
@@ -232,10 +262,7 @@ def _proof(drop: Drop | None, score: type[Score], unit: str) -> str:
     if drop.upper <= 0:
         name, allowed = score.noun or score.metric, _allowed(drop.allowed)
         return f", and its {name} is proven not to drop (allowed: {allowed} {unit}) {confidence}"
-    return (
-        f", and its {_dropped(score)} is proven to be at most {_bound(drop)} {unit} "
-        f"(allowed: {_allowed(drop.allowed)}) {confidence}"
-    )
+    return f", and its {_dropped(score)} is proven to be {bound(drop)} {unit} (allowed: {_allowed(drop.allowed)}) {confidence}"
 
 
 def _unproven(results: Sequence[Result], budget: Budget, score: type[Score], unit: str) -> str:
@@ -247,10 +274,10 @@ def _unproven(results: Sequence[Result], budget: Budget, score: type[Score], uni
         missed = " and ".join(ceilings_missed(near, budget)) or "it was not chosen"
         return (
             f"No candidate meets every limit. Nearest came {name}: its {_dropped(score)} is proven to be "
-            f"at most {_bound(drop)} {unit} (allowed: {_allowed(drop.allowed)}), but: {missed}."
+            f"{bound(drop)} {unit} (allowed: {_allowed(drop.allowed)}), but: {missed}."
         )
     opening = f"Nothing was proven: no candidate is shown to lose at most {_allowed(budget.max_drop)} {unit}."
     if drop.verdict == OUTSIDE:
-        return f"{opening} Even the nearest, {name}, is proven to lose more: {points(drop.drop)} {unit}."
+        return f"{opening} Even the nearest, {name}, is proven to lose more: {bound(drop)} {unit}."
     missing = f"; about {count(drop.more_images, 'more image')} would settle it" if drop.more_images else ""
-    return f"{opening} Nearest came {name}: it lost {points(drop.drop)} {unit}, which may be up to {_bound(drop)}{missing}."
+    return f"{opening} Nearest came {name}: it lost {points(drop.drop)} {unit}, which may be up to {_upper(drop)}{missing}."

@@ -70,6 +70,11 @@ def load_run(folder: str | Path, store: Store | None = None) -> Run:
     notes = [*settings["notes"]]
     if original.quality is not None:
         notes += task.warnings(original.quality, data)
+    timed = [r for r in (original, *results) if r.latency and r.latency.disturbed]
+    if timed:
+        shown = ", ".join(str(r.candidate) for r in timed)
+        slow = f"every tenth pass took twice the median at {shown}"
+        notes.append(f"something else ran while latency was measured ({slow}): time again alone")
     unmeasured = sum(r.status == "waiting" for r in results)
     if unmeasured:
         notes.append(f"unfinished: {unmeasured} of {len(results)} candidates are not measured yet; the same command goes on")
