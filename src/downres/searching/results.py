@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..records import OUTSIDE, Budget, Candidate, Cost, Latency, Preprocessing, Recovery, Result
+from ..records import OUTSIDE, Budget, Candidate, Cost, Drop, Latency, Preprocessing, Recovery, Result
 from ..recovery.state import State
 from ..tasks import Task, restored
 from .select import over_budget, select
@@ -66,21 +66,21 @@ def load_run(folder: str | Path, store: Store | None = None) -> Run:
     original = _result(store, task, native, Budget(budget.max_drop))
     results = [_result(store, task, Candidate.from_json(c), budget) for c in settings["candidates"]]
     results = _judge(store, task, native, results, budget, data["fold_count"])
-    best = select(results, settings["minimize"])
+    unmeasured = sum(r.status == "waiting" for r in results)
+    best = None if unmeasured else select(results, settings["minimize"])
     notes = [*settings["notes"]]
     if original.quality is not None:
         notes += task.warnings(original.quality, data)
-    unmeasured = sum(r.status == "waiting" for r in results)
     if unmeasured:
         notes.append(f"unfinished: {unmeasured} of {len(results)} candidates are not measured yet; the same command goes on")
-    finished = store.get("finished") is not None
+    finished = store.get("finished") is not None and not unmeasured
     return Run(Path(folder), settings, budget, original, tuple(results), best, tuple(notes), finished, data, task)
 
 
 def _judge(store: Store, task: Task, native: Candidate, results: list[Result], budget: Budget, folds: int) -> list[Result]:
     """The drops of what is measured, all at once."""
     done = [r for r in results if r.status == "measured"]
-    if store.get(f"quality/{native}") is None or not done:
+    if not done or store.get(f"quality/{native}") is None or not store.has_arrays(_predictions(store, native)):
         return results
     found = {str(c): _evidence(store, task, c) for c in (native, *(r.candidate for r in done))}
     original = found.pop(str(native))
@@ -91,7 +91,12 @@ def _judge(store: Store, task: Task, native: Candidate, results: list[Result], b
         # With cross folds the tuning images are proof images of another fold: nothing may be ruled out by them.
         if folds == 1 and r.recovery and r.recovery.tuning and r.recovery.tuning.verdict == OUTSIDE
     }
-    drops = task.compare(original, {k: v for k, v in found.items() if k not in ruled_out}, budget)
+    judged = {name: evidence for name, evidence in found.items() if name not in ruled_out}
+    waiting = sum(r.status == "waiting" for r in results)
+    if waiting:
+        drops = _before_all(task, original, judged, budget, len(judged) + waiting)
+    else:
+        drops = task.compare(original, judged, budget)
     for name in ruled_out:
         drops |= task.compare(original, {name: found[name]}, budget)
     return [
@@ -100,6 +105,15 @@ def _judge(store: Store, task: Task, native: Candidate, results: list[Result], b
         else r
         for r in results
     ]
+
+
+def _before_all(task: Task, original: Any, judged: dict[str, Any], budget: Budget, planned: int) -> dict[str, Drop]:
+    """The drops of an unfinished run: each at the level of all that are planned (Bonferroni), whatever the others will give,
+    so that whoever looks early has no better chance to see a proof.
+    """
+    level = dataclasses.replace(budget, confidence=1.0 - (1.0 - budget.confidence) / planned)
+    drops = {name: task.compare(original, {name: evidence}, level)[name] for name, evidence in judged.items()}
+    return {name: dataclasses.replace(d, confidence=budget.confidence, comparisons=planned) for name, d in drops.items()}
 
 
 def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> Result:
@@ -113,7 +127,11 @@ def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> R
         return Result(candidate, "stopped", reason, cost, latency)
     measured = store.get(f"quality/{candidate}")
     if measured is None:
-        return Result(candidate, "waiting", "not measured yet", cost, latency)
+        return Result(candidate, "waiting", "waiting: not measured yet", cost, latency)
+    if not store.has_arrays(_predictions(store, candidate)):
+        return Result(
+            candidate, "waiting", "waiting: its stored answers are lost or damaged, they are measured again", cost, latency
+        )
     kind = task.score
     return Result(
         candidate, "measured", "", cost, latency,
@@ -123,5 +141,14 @@ def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> R
 
 
 def _evidence(store: Store, task: Task, candidate: Candidate) -> Any:
+    return task.evidence_type.from_arrays(store.arrays(_predictions(store, candidate)))
+
+
+def predictions_of(state: State) -> str:
+    """The name of the arrays that hold what the candidate of a state did on the proof images."""
+    return f"predictions/{state.key()}"
+
+
+def _predictions(store: Store, candidate: Candidate) -> str:
     crop = Preprocessing.from_json(store.settings["preprocessing"]).crop_ratio
-    return task.evidence_type.from_arrays(store.arrays(f"predictions/{State(candidate, crop).key()}"))
+    return predictions_of(State(candidate, crop))

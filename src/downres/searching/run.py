@@ -37,7 +37,7 @@ from .prepare import (
     place_of,
     prepare_task,
 )
-from .results import Run, load_run
+from .results import Run, load_run, predictions_of
 from .select import MINIMIZE, over_budget
 from .ship import ship
 from .store import FORMAT, Store
@@ -132,7 +132,8 @@ def search(
             open_data(subject, data, measuring, question, progress=progress)
             store.same("data", describe_data(subject), "sha256")
             _measure_all(subject, store, budget, alive, rungs, bank, progress)
-        store.put("finished", True)
+        if store.get("finished") is None:
+            store.put("finished", True)
         bank.forget()
         run = load_run(folder, store)
         write_report(run)
@@ -160,14 +161,13 @@ def _measure_all(
 ) -> None:
     """Everything that needs images: quality of each candidate, what the report shows of them, the shipped model."""
     task.fill(bank)
-    if store.get("split") is None:
+    if not store.has_arrays("split"):
         sides = {f"{part}{i}": getattr(f, part) for i, f in enumerate(task.data.folds) for part in ("train", "test")}
         store.put_arrays("split", **sides)
-        store.put("split", True)
     made: list[Reference] = []
     for i, candidate in enumerate(candidates):
         key = f"quality/{candidate}"
-        if store.get(key) is None:
+        if not _is_kept(task, store, bank, candidate):
             bank.stage = f"{i + 1} of {len(candidates)}, "
             if not made:  # a finished run needs none
                 made += [task.reference(bank, i, fold, rungs) for i, fold in enumerate(task.data.folds)]
@@ -176,17 +176,27 @@ def _measure_all(
         bank.release()
     bank.stage = ""
     run = load_run(store.folder, store)
-    if store.get("photos") is None:
+    if not store.has_arrays("photos") and store.get("photos") != "none":
         shown = [r for r in run.results if r.status == "measured"]
         task.keep(store, bank, shown, run.best or words.nearest(run.results))  # the one that the page is about
         bank.release()
-        store.put("photos", True)
+        if not store.has_arrays("photos"):
+            store.put("photos", "none")  # this task shows none
     if run.best is not None and run.artifact is None:
         if progress:
             progress(f"{run.best.candidate}: shipping", 0, 1)
         ship(task, store, bank, run, rungs)
         if progress:
             progress(f"{run.best.candidate}: shipping", 1, 1)
+
+
+def _is_kept(task: Task, store: Store, bank: Bank, candidate: Candidate) -> bool:
+    """Whether it was measured, and all that the measurement names is still there as it was written."""
+    measured = store.get(f"quality/{candidate}")
+    if measured is None or not store.has_arrays(predictions_of(task.native_state.at(candidate))):
+        return False
+    steps = [step for state in measured["states"] for step in State.from_json(state).history]
+    return all(bank.weights.has(step.tensors) for step in steps if step.tensors)
 
 
 def _measure(
@@ -211,7 +221,7 @@ def _measure(
         states.append(state)
         recoveries.append(recovery)
     before, after = (task.evidence_type.concatenate(parts) for parts in (lowered, recovered))
-    store.put_arrays(f"predictions/{task.native_state.at(candidate).key()}", **after.to_arrays())
+    store.put_arrays(predictions_of(task.native_state.at(candidate)), **after.to_arrays())
     return {
         "quality": task.quality(after).to_json(),
         "naive": task.quality(before).to_json(),
