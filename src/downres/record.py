@@ -1,10 +1,12 @@
 """`Record`: a frozen dataclass that goes to JSON and back, and the one reader of JSON files that others may have touched."""
 
 import collections.abc
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import os
 import types
 import typing
 from pathlib import Path
@@ -32,10 +34,10 @@ class Record:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """The inverse. Raises Misfit, a DownresError, for a field that is missing or of another type; unknown ones are left out."""
+        """The inverse; unknown fields are left out. Raises Misfit for one that is missing or of another type."""
         if not isinstance(values, dict):
             raise Misfit("", f"must be an object with names, {_short(values)} is not")
-        hints, given = _hints(cls), {}
+        hints, given = _hints(cls), {}  # type: ignore[arg-type]
         for f in dataclasses.fields(cls):  # type: ignore[arg-type]
             if f.name in values:
                 given[f.name] = _inside(f.name, hints[f.name], values[f.name])
@@ -76,6 +78,16 @@ def write_json(document: Any, **how: Any) -> str:
     return json.dumps(document, allow_nan=False, **how)
 
 
+def settled(file: Path) -> None:
+    """What was written to a file or folder is on the disk, before anything else names it."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        with contextlib.suppress(*((OSError,) if file.is_dir() else ())):  # some network file systems know no fsync of folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is no number")
 
@@ -112,7 +124,7 @@ def _typed(hint: Any, value: Any) -> Any:
     return value
 
 
-_PLAIN = {
+_PLAIN: dict[Any, tuple[Any, str]] = {
     str: (str, "text"),
     bool: (bool, "true or false"),
     int: (int, "a whole number"),

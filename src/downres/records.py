@@ -118,6 +118,10 @@ class Candidate(Record):
     def parse(cls, text: str) -> "Candidate":
         """The inverse of `str`: `128`, `192x384`, `300 stem×0.5`, `224 patch28`, `224 merge8-decreasing`, `220 pad patch20`."""
         given: dict[str, Any] = {}
+        if len(text) > MOST_LETTERS:
+            raise DownresError(
+                f"A candidate is a few words, {text[:40]!r}… has {len(text)} letters: give for example '224 patch28'."
+            )
         for i, word in enumerate(text.strip().replace("as is", "as_is").split() or [""]):
             found = next(filter(None, (t.read(word) for t in techniques())), {})
             if not found or found.keys() & given.keys() or ("resolution" in found and i > 0):  # the size comes first
@@ -129,6 +133,7 @@ class Candidate(Record):
         return cls.of(**given)
 
 
+MOST_LETTERS = 1000
 _FIELDS = frozenset(f.name for f in dataclasses.fields(Candidate)) - {"extra"}
 
 

@@ -13,7 +13,7 @@ from ..errors import DownresError
 from ..models.regseg import RegSeg
 from ..records import Preprocessing
 from . import generic
-from .options import nearest
+from .options import MOST_CLASSES, nearest
 from .weights import fingerprint, load_weights, match, read_checkpoint
 
 _PRETRAINED = {
@@ -58,6 +58,8 @@ def load_model(
     Raises:
         DownresError: unknown name (the nearest are suggested), weights that don't fit, no pretrained weights to be had.
     """
+    if num_classes is not None and not 0 <= num_classes <= MOST_CLASSES:
+        raise DownresError(f"A network has from 1 to {MOST_CLASSES} classes, {num_classes} is out of range.")
     family, _, name = spec.partition(":")
     tensors = None if weights is None else read_checkpoint(weights)
     if family in _PRETRAINED and name:

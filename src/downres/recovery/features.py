@@ -185,7 +185,7 @@ class _Rows:
         if isinstance(self.rows, np.memmap):
             self.rows.flush()
 
-    def _crc(self, i: int) -> int:
+    def _crc(self, i: Any) -> int:
         assert self.seeds is not None
         return zlib.crc32(self.values[i].tobytes(), int(self.seeds[i]))
 

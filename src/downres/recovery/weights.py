@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.numpy import load, save
 from torch import nn
 
 from ..errors import DownresError
+from ..record import settled
 
 Tensors = Mapping[str, np.ndarray]
 """Name in the network's state dict → values."""
@@ -33,10 +33,8 @@ class Weights:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 file = self.folder / f"{key}.safetensors"
                 partial = file.with_suffix(".partial")
-                with open(partial, "wb") as handle:
-                    handle.write(save(self._known[key]))  # whose errors of a full disk are the system's own
-                    handle.flush()
-                    os.fsync(handle.fileno())
+                partial.write_bytes(save(self._known[key]))  # whose errors of a full disk are the system's own
+                settled(partial)
                 partial.replace(file)
         return key
 

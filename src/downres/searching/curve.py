@@ -49,7 +49,7 @@ def curve(
     task: str | type[Task] | None = None,
     tries: Axes = NOTHING,
     question: Question = Question(),
-    measuring: Measuring = Measuring(runtime="torch", val_fraction=1.0),
+    measuring: Measuring = Measuring(runtime="torch"),
     preprocessing: Preprocessing | None = None,
     progress: Progress | None = None,
     **flat: Any,

@@ -10,13 +10,12 @@ from typing import Any
 from torch import nn
 
 from ..axes import Axes, default_axes
-from ..engines import check_threads
 from ..environment import versions
 from ..errors import DownresError
 from ..families import Model
-from ..images.images import cache_bytes
 from ..measuring.cost import measure_cost
 from ..measuring.latency import RUNTIMES, interleaved, random_batch
+from ..parse import user_path
 from ..records import Budget, Candidate, Cost, Latency, Preprocessing, Recovery
 from ..recovery.bank import Bank
 from ..recovery.ladder import RUNGS, Reference, climb, together
@@ -89,8 +88,6 @@ def search(
     if max_drop is not None:
         budget = dataclasses.replace(budget, max_drop=max_drop)
     _check_choices(rungs, minimize, measuring.runtime)
-    check_threads(measuring.threads)
-    cache_bytes(measuring.cache_gb)  # for its error
     subject = prepare_task(model, data, question, task, preprocessing)
     subject.check_budget(budget)
     wanted, rungs = rungs, tuple(rung for rung in rungs if rung in subject.rungs)
@@ -115,7 +112,9 @@ def search(
         "command": command,
         "data_source": {
             "path": place_of(data),
-            **{name: getattr(measuring, name) for name in ("folds", "val_fraction", "seed")},
+            "folds": measuring.folds,
+            "val_fraction": measuring.part(fitted=True),
+            "seed": measuring.seed,
             "question": resolved(question).to_json(),
         },
     }
@@ -144,9 +143,7 @@ def search(
 
 def resolved(question: Question) -> Question:
     """The same from any folder: `check` asks again from where it is called."""
-    files = {
-        name: str(Path(value).expanduser().resolve()) for name in ("labels", "classes") if (value := getattr(question, name))
-    }
+    files = {name: str(user_path(value).resolve()) for name in ("labels", "classes") if (value := getattr(question, name))}
     return dataclasses.replace(question, **files)  # type: ignore[arg-type]
 
 

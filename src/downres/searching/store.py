@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DownresError
-from ..record import plain, read_json, write_json
+from ..record import plain, read_json, settled, write_json
 
 FORMAT = 4
 """Of run.json and measurements.jsonl; a run of another format is refused."""
@@ -134,9 +134,9 @@ class Store:
         partial = file.with_name(file.name + ".partial")
         with open(partial, "wb") as handle:
             np.savez(handle, **arrays)  # type: ignore[arg-type]
-            _settle(handle)
+        settled(partial)
         partial.replace(file)
-        _settle_folder(file.parent)
+        settled(file.parent)
         if self.get(f"arrays/{name}") != (digest := _sha256(file)):
             self.put(f"arrays/{name}", digest)
 
@@ -160,28 +160,10 @@ class Store:
 def write_atomically(path: Path, content: bytes) -> None:
     """All of it or nothing: a full disk, a hard stop or a power cut leaves the old file."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as handle:
-        handle.write(content)
-        _settle(handle)
+    partial.write_bytes(content)
+    settled(partial)
     partial.replace(path)
-    _settle_folder(path.parent)
-
-
-def _settle(handle: Any) -> None:
-    """What was written is on the disk, before anything names it."""
-    handle.flush()
-    os.fsync(handle.fileno())
-
-
-def _settle_folder(folder: Path) -> None:
-    """So are its names."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network file systems know no fsync of folders
-        pass
-    finally:
-        os.close(descriptor)
+    settled(path.parent)
 
 
 def _crc(key: str, value: Any) -> int:
