@@ -14,7 +14,7 @@ from ..models.regseg import RegSeg
 from ..records import Preprocessing
 from . import generic
 from .options import MOST_CLASSES, nearest
-from .weights import fingerprint, load_weights, match, read_checkpoint
+from .weights import fingerprint, floating, load_weights, match, read_checkpoint
 
 _PRETRAINED = {
     "timm": "the library's pretrained weights",
@@ -167,7 +167,7 @@ def _transformers(
         name = str(Path(name).resolve())  # found again from wherever an artifact is checked
     spec = f"transformers:{name}"
     with _fetching(spec):
-        module, how = library.create(name, pretrained, num_classes, tensors)
+        module, how = library.create(name, pretrained, num_classes, None if tensors is None else floating(tensors))
     if tensors is not None:
         how, num_classes = f"{Path(str(weights)).name}, {how}", module.config.num_labels
     return Model(module.eval(), library.preprocessing(module, name), spec, how, num_classes)
