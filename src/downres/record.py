@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import time
 import types
 import typing
 from pathlib import Path
@@ -76,6 +77,37 @@ def read_json(file: Path, most: int) -> Any:
 def write_json(document: Any, **how: Any) -> str:
     """Strict JSON: a NaN or an infinity in it is an error of whoever computed it."""
     return json.dumps(document, allow_nan=False, **how)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """All of it or nothing: a full disk, a hard stop or a power cut leaves the old file, and nothing beside it.
+
+    The content is written to a file without a name, which vanishes with its process, and named when it is complete.
+    """
+    handle, partial = _unnamed(path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+            if not partial.exists():
+                # A directory descriptor, which an absolute name makes no use of, lets Python follow the link of /proc.
+                os.link(f"/proc/self/fd/{file.fileno()}", partial, src_dir_fd=file.fileno(), follow_symlinks=True)
+        os.replace(partial, path)
+        settled(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _unnamed(path: Path) -> tuple[int, Path]:
+    """(descriptor of a new file, the name that it is to have at first); where there are none without a name, it has it now."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.partial")
+    with contextlib.suppress(OSError, AttributeError):
+        if Path("/proc/self/fd").is_dir():
+            return os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o644), partial
+    return os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), partial
 
 
 def settled(file: Path) -> None:

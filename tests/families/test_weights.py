@@ -282,7 +282,13 @@ def other(weights):
 
 LEFT = {
     "arguments": lambda w: {"state_dict": w, "args": argparse.Namespace(model="x", lr=[0.1], inner=argparse.Namespace(a=1))},
-    "numpy numbers": lambda w: {"state_dict": w, "best": np.float64(0.5), "n": np.int64(3), "f": np.float32(1), "b": np.bool_(1)},
+    "numpy numbers": lambda w: {
+        "state_dict": w,
+        "best": np.float64(0.5),
+        "n": np.int64(3),
+        "f": np.float32(1),
+        "b": np.bool_(1),
+    },
     "numpy arrays": lambda w: {"model": w, "history": np.arange(4.0), "names": np.array(["a", "b"])},
     "a stack of prefixes": lambda w: {"state_dict": under("module.model._orig_mod.", w)},
     "compiled inside": lambda w: {k.replace("bn.", "bn._orig_mod."): v for k, v in w.items()},
@@ -334,7 +340,11 @@ def hostile(w):
     yield "int8", {**w, "fc.weight": w["fc.weight"].to(torch.int8)}, r"are whole numbers \(int8\) at fc.weight"
     yield "meta", {**w, "fc.weight": w["fc.weight"].to("meta")}, "have no values .* at fc.weight"
     yield "complex", {**w, "fc.weight": w["fc.weight"].to(torch.complex64)}, "are complex numbers at fc.weight"
-    yield "two with prefixes", {**under("student.", w), **under("teacher.", other(w))}, "2 times, under 'student.' and 'teacher.'"
+    yield (
+        "two with prefixes",
+        {**under("student.", w), **under("teacher.", other(w))},
+        "2 times, under 'student.' and",
+    )
     yield "two unknown", {"a": w, "b": other(w)}, "2 times, as 'a' and 'b': save the one that is meant alone"
     yield "no head", {k: v for k, v in w.items() if k != "fc.bias"} | {"x": torch.ones(1)}, "another network"
     yield "only whole numbers as keys", dict(enumerate(w.values())), "holds no tensors by name"

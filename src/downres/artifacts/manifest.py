@@ -139,6 +139,14 @@ NEEDED = ("model.onnx", "model.safetensors")
 """What every artifact has."""
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether there is an artifact, every file as it was shipped."""
+    try:
+        return not changed_files(folder, read_manifest(folder))
+    except DownresError:
+        return False
+
+
 def refuse_changed(folder: Path, manifest: dict[str, Any]) -> None:
     if changed := changed_files(folder, manifest):
         raise DownresError(f"{folder} is not as it was shipped (changed: {', '.join(changed)}): copy or export it again.")

@@ -1,10 +1,15 @@
 """A run as its folder has it: pure reading, nothing is measured here."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import DownresError
+from ..images import Skip
+from ..record import Misfit, Record, plain
 from ..records import OUTSIDE, Budget, Candidate, Cost, Drop, Latency, Preprocessing, Recovery, Result
 from ..recovery.state import State
 from ..tasks import Task, restored
@@ -41,23 +46,79 @@ class Run:
         return self.folder / "best" if (self.folder / "best" / "manifest.json").exists() else None
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "run": str(self.folder),
-            "finished": self.finished,
-            "settings": self.settings,
-            "data": self.data,
-            "budget": self.budget.to_json(),
-            "original": self.original.row(self.task.score),
-            "candidates": [r.row(self.task.score) for r in self.results],
-            "best": self.best and self.best.row(self.task.score),
-            "artifact": self.artifact and str(self.artifact),
-            "notes": list(self.notes),
-        }
+        return plain(
+            {
+                "run": str(self.folder),
+                "finished": self.finished,
+                "settings": self.settings,
+                "data": self.data,
+                "budget": self.budget.to_json(),
+                "original": self.original.row(self.task.score),
+                "candidates": [r.row(self.task.score) for r in self.results],
+                "best": self.best and self.best.row(self.task.score),
+                "artifact": self.artifact and str(self.artifact),
+                "notes": list(self.notes),
+            }
+        )
 
 
 def load_run(folder: str | Path, store: Store | None = None) -> Run:
-    """A run as its folder has it, finished or not. Pure reading: nothing is measured again."""
+    """A run as its folder has it, finished or not. Pure reading: nothing is measured again.
+
+    Raises DownresError where it is none, or what is in it is not as it was written.
+    """
     store = store or Store.read(folder)
+    with readable(store.folder):
+        Settings.from_json(store.settings)
+        if store.get("data") is not None:
+            Opened.from_json(store.get("data"))
+        return _load(Path(folder), store)
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """One sentence for what a damaged folder makes fail."""
+    try:
+        yield
+    except Misfit as misfit:
+        why = f"{misfit.path} {misfit.why}"
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+        why = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else 'no reason given'}"
+    else:
+        return
+    raise DownresError(f"What is in {folder} is not as it was written ({why}): search again with another folder.")
+
+
+@dataclass(frozen=True)
+class Settings(Record):
+    """All that is read of run.json, with its types."""
+
+    model: str
+    weights: str
+    preprocessing: Preprocessing
+    task: dict[str, Any]
+    budget: Budget
+    candidates: tuple[Candidate, ...]
+    minimize: str
+    runtime: str
+    notes: tuple[str, ...]
+    command: str
+    data_source: dict[str, Any]
+    rungs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Opened(Record):
+    """All that is read of what a run notes of its data; its task may have noted more."""
+
+    description: str
+    fold_count: int
+    licence: str
+    skipped: tuple[Skip, ...]
+    sha256: str = ""
+
+
+def _load(folder: Path, store: Store) -> Run:
     settings = store.settings
     budget = Budget.from_json(settings["budget"])
     native = Candidate(Preprocessing.from_json(settings["preprocessing"]).resolution)
@@ -74,7 +135,7 @@ def load_run(folder: str | Path, store: Store | None = None) -> Run:
     if unmeasured:
         notes.append(f"unfinished: {unmeasured} of {len(results)} candidates are not measured yet; the same command goes on")
     finished = store.get("finished") is not None and not unmeasured
-    return Run(Path(folder), settings, budget, original, tuple(results), best, tuple(notes), finished, data, task)
+    return Run(folder, settings, budget, original, tuple(results), best, tuple(notes), finished, data, task)
 
 
 def _judge(store: Store, task: Task, native: Candidate, results: list[Result], budget: Budget, folds: int) -> list[Result]:

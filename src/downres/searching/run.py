@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..artifacts import is_whole
 from ..axes import Axes, default_axes
 from ..environment import versions
 from ..errors import DownresError
@@ -179,7 +180,7 @@ def _measure_all(
         bank.release()
         if not store.has_arrays("photos"):
             store.put("photos", "none")  # this task shows none
-    if run.best is not None and run.artifact is None:
+    if run.best is not None and not is_whole(store.folder / "best"):
         if progress:
             progress(f"{run.best.candidate}: shipping", 0, 1)
         ship(task, store, bank, run, rungs)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DownresError
-from ..record import plain, read_json, settled, write_json
+from ..record import plain, read_json, settled, write_json, write_whole
 
 FORMAT = 4
 """Of run.json and measurements.jsonl; a run of another format is refused."""
@@ -90,12 +90,12 @@ class Store:
                 _refuse_other(path, store.settings, {k: v for k, v in settings.items() if k != "command"})
             else:
                 store.settings = settings
-                write_atomically(path / "run.json", write_json(settings, indent=1).encode())
+                write_whole(path / "run.json", write_json(settings, indent=1).encode())
             if store._log.is_file():
                 # A cut-off last line would swallow the next entry.
                 content = store._log.read_bytes()
                 if content and not content.endswith(b"\n"):
-                    write_atomically(store._log, content[: content.rfind(b"\n") + 1])
+                    write_whole(store._log, content[: content.rfind(b"\n") + 1])
         except BaseException:
             lock.close()
             raise
@@ -155,15 +155,6 @@ class Store:
             except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile):
                 pass
         raise DownresError(f"{file} is missing or damaged: the command that searched measures it again.")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """All of it or nothing: a full disk, a hard stop or a power cut leaves the old file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    settled(partial)
-    partial.replace(path)
-    settled(path.parent)
 
 
 def _crc(key: str, value: Any) -> int:
