@@ -176,7 +176,7 @@ def test_a_better_number_in_the_manifest_is_noticed(folder):
     file = folder / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["result"]["quality"]["top1"] = 99.9
-    for digest in (manifest["sha256"]["manifest.json"], "", None):
+    for digest in (manifest["sha256"]["manifest.json"], "", "x"):
         manifest["sha256"]["manifest.json"] = digest
         file.write_text(json.dumps(manifest))
         assert found(check(folder)) == {"files": False}

@@ -514,3 +514,60 @@ def test_ctrl_c_before_anything_was_measured(cli, model, data, tmp_path, monkeyp
 
     monkeypatch.setattr(images, "decode", interrupt)
     refused(cli(*search_command(model, data, tmp_path / "run")), "Interrupted", code=130)
+
+
+# --- numbers that cannot be ---
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--max-latency-ms", "nan"], ["--max-latency-ms", "inf"], ["--max-latency-ms", "-1"], ["--max-latency-ms", "0"],
+        ["--max-drop", "nan"], ["--max-drop", "inf"], ["--confidence", "nan"], ["--std", "inf,inf,inf"], ["--std", "nan,1,1"],
+        ["--std", "1e-300,1,1"], ["--std", "1e300,1,1"], ["--mean", "nan,0,0"], ["--mean", "1e300,0,0"],
+        ["--crop-ratio", "0.001"], ["--crop-ratio", "1e-320"], ["--crop-ratio", "nan"], ["--seed", "-1"],
+        ["--seed", "99999999999999999999"], ["--threads", "10000000000"], ["--threads", "0"], ["--threads", "-3"],
+        ["--val-fraction", "nan"], ["--val-fraction", "-0.5"], ["--val-fraction", "2"], ["--folds", "1"], ["--folds", "-2"],
+        ["--folds", "100000000000"], ["--cache-gb", "nan"], ["--cache-gb", "-1"], ["--cache-gb", "inf"],
+        ["--resolution", "1e9"], ["--resolution", "9" * 5000], ["--stem-scale", "nan"], ["--max-macs", "nan"],
+        ["--max-macs", "1e999"], ["--candidate", "patch" + "9" * 5000], ["--data", "~nouser123/x"],
+    ],
+    ids=lambda options: " ".join(options)[:40],
+)  # fmt: skip
+def test_numbers_out_of_range_are_said_at_once(cli, model, data, tmp_path, options):
+    """Nothing is opened for them, no folder made."""
+    start = time.monotonic()
+    recipe = [] if options[0] in ("--mean", "--std", "--threads") else RECIPE
+    refused(cli("search", model, "--data", data, "--out", tmp_path / "r", "--resolution", "32", *recipe, *options))
+    assert not (tmp_path / "r").exists() and time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["regseg:exp48_decoder26,num_classes=1000000000", "regseg:exp48_decoder26,width=1e30", "regseg:exp48_decoder26,width=nan"],
+)
+def test_networks_of_absurd_size_are_said_at_once(cli, options):
+    refused(cli("cost", f"regseg:exp48_decoder26,{options}"), "up to")
+    with pytest.raises(downres.DownresError, match="from 1 to 1000000 classes"):
+        load_model("torchvision:resnet18", pretrained=False, num_classes=10**9)
+
+
+def test_a_curve_looks_at_the_same_images_however_it_is_asked_for(cli, model, cells, tmp_path):
+    """Of an undivided folder all of them, and its first line says so; half only for who asks for it."""
+    whole = cells.write(tmp_path / "whole", parts=("",))
+    n = len(cells.labels)
+    command = ["curve", model, "--data", whole, "--resolution", "16", *RECIPE]
+    document = cli(*command, "--json").json
+    assert document["original"]["n"] == n == document["candidates"][0]["n"]
+    loaded = downres.with_preprocessing(load_model(model), resolution=48, mean=(0.5,) * 3, std=(0.25,) * 3)
+    found = downres.curve(loaded, whole, [16], threads=1)
+    measuring = downres.Measuring(threads=1, runtime="torch")
+    again = downres.curve(loaded, whole, [16], measuring=measuring)
+    alone = downres.evaluate(loaded, whole, resolution=16, measuring=measuring)
+    assert found.original.quality.n == n and found.results[0].quality == again.results[0].quality == alone
+    assert document["candidates"][0]["top1"] == pytest.approx(alone.top1)
+    first = cli(*command).out.splitlines()[0]
+    assert f"{n} images" in first and "all to test on" in first
+    half = cli(*command, "--val-fraction", "0.5").out.splitlines()[0]
+    assert cli(*command, "--val-fraction", "0.5", "--json").json["original"]["n"] == n // 2
+    assert f"{n // 2} images" in half and f"split of {n}" in half

@@ -1,5 +1,6 @@
 """Records to JSON and back, text forms, and what they refuse."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -225,7 +226,7 @@ def test_budget():
         with pytest.raises(DownresError, match="between 0.5 and 1, .* is not: 0.95 is usual"):
             Budget(confidence=wrong)
     for name in ("max_macs", "max_memory_bytes", "max_latency_ms"):
-        with pytest.raises(DownresError, match=f"{name} must be above 0, 0 is not"):
+        with pytest.raises(DownresError, match=f"{name} must be above 0 and finite, 0 is not"):
             Budget(**{name: 0})
     assert Budget(0.0).max_drop == 0.0
 
@@ -237,8 +238,8 @@ def test_preprocessing():
     assert p.at() == p
     with pytest.raises(DownresError, match="bilinear or bicubic, 'nearest' is neither"):
         Preprocessing(96, interpolation="nearest")
-    for wrong in (0.0, 1.1, math.nan):
-        with pytest.raises(DownresError, match="at most 1, .* is not: give for example 0.875"):
+    for wrong in (0.0, 1e-320, 0.001, 0.099, 1.1, math.inf, math.nan):
+        with pytest.raises(DownresError, match="from 0.1 to 1, .* is not: give for example 0.875"):
             Preprocessing(96, wrong)
     for mean, std in (((0.5,), (0.5, 0.5)), ((0.5,), (0.0,)), ((), ())):
         with pytest.raises(DownresError, match="one value a channel"):
@@ -266,3 +267,64 @@ def test_numbers_of_other_kinds_are_numbers():
     for wrong in ({"depth": True}, {"patch_size": True}, {"merge": True}, {"merge": 2.5}, {"merge": [1]}, {"merge": "8.5"}):
         with pytest.raises(DownresError):
             Candidate(**wrong)
+
+
+def test_infinite_bounds_are_null_with_a_reason_and_come_back():
+    drop = Drop(0.5, -math.inf, math.inf, 2.0, records.TOO_FEW, 7, more_images=3)
+    text = json.dumps(drop.to_json(), allow_nan=False)
+    values = json.loads(text)
+    assert values["lower"] is None and values["upper"] is None
+    assert values["unbounded"] == "7 images are too few for a bound at this confidence"
+    assert Drop.from_json(values) == drop
+    row = Result(Candidate(64), "measured", drop=drop).row()
+    assert row["unbounded"] == values["unbounded"] and Result(Candidate(64), "measured", drop=DROP).row()["unbounded"] is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_is_infinite(value):
+    for wrong in (
+        lambda: Budget(max_latency_ms=value), lambda: Budget(max_macs=value), lambda: Budget(max_memory_bytes=value),
+        lambda: Budget(max_drop=value), lambda: Budget(confidence=value), lambda: Preprocessing(64, crop_ratio=value),
+        lambda: Preprocessing(64, mean=(value, 0.5, 0.5)), lambda: Preprocessing(64, std=(0.5, value, 0.5)),
+        lambda: Candidate(64, value), lambda: Candidate(width=value), lambda: Merge(keep=value), lambda: Merge(value),
+    ):  # fmt: skip
+        with pytest.raises(DownresError):
+            wrong()
+
+
+MISFITS = [
+    ({"macs": "x"}, "macs must be a whole number, 'x' is not"),
+    ({"macs": 1.5}, "macs must be a whole number, 1.5 is not"),
+    ({"macs": True}, "macs must be a whole number, True is not"),
+    ({"macs": None}, "macs must be a whole number, None is not"),
+    ({"input_size": 3}, "input_size must be a list, 3 is not"),
+    ({"input_size": [1, "a"]}, "input_size.1 must be a whole number"),
+    ({"uncounted": [1]}, "uncounted must be an object with names, a list of 1 is not"),
+    ({"uncounted": {"a": "b"}}, "uncounted.a must be a whole number"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), MISFITS)
+def test_fields_of_other_types_are_refused_by_name(change, words):
+    values = Cost(1, 2, 3, 4, (1, 3, 8, 8)).to_json()
+    with pytest.raises(DownresError, match=words):
+        Cost.from_json({**values, **change})
+    with pytest.raises(DownresError, match=f"cost.{words}"):
+        Result.from_json({**Result(Candidate(64), "measured").to_json(), "cost": {**values, **change}})
+
+
+@pytest.mark.parametrize("record", EXAMPLES, ids=lambda r: type(r).__name__)
+def test_any_field_of_any_kind_is_read_or_refused_in_a_sentence(record):
+    """Whatever stands in a file: a record or a DownresError, nothing else."""
+    values = json.loads(json.dumps(record.to_json()))
+    for name in values:
+        for wrong in (None, "x", "", 3, -1, 1e300, 10**400, True, [], [[]], {}, {"a": 1}, [1, 2, 3], math.nan):
+            try:
+                type(record).from_json({**values, name: wrong})
+            except DownresError:
+                continue
+        with contextlib.suppress(DownresError):
+            type(record).from_json({k: v for k, v in values.items() if k != name})
+    for wrong in (None, 3, "x", []):
+        with pytest.raises(DownresError):
+            type(record).from_json(wrong)

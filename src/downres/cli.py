@@ -5,7 +5,6 @@ import difflib
 import errno
 import importlib.metadata
 import inspect
-import json
 import os
 import shlex
 import shutil
@@ -24,6 +23,7 @@ from rich.table import Table
 
 from .errors import DownresError
 from .parse import floats, format_quantity, format_resolution, parse_quantity, parse_resolutions
+from .record import plain, write_json
 from .techniques import RESOLUTION, Technique, techniques
 
 # torch, timm and the runtimes take seconds to import: `--help` and a mistyped option must not wait for them,
@@ -166,8 +166,12 @@ SnapOption = Annotated[
     bool, typer.Option("--snap/--no-snap", help="Take resolutions to multiples of the network's stride.", rich_help_panel=TRY)
 ]
 ValFractionOption = Annotated[
-    float,
-    typer.Option("--val-fraction", help="Part of one undivided folder that is kept for the proof.", rich_help_panel=MEASURE),
+    float | None,
+    typer.Option(
+        "--val-fraction",
+        help="Part of one undivided folder that is kept for the proof; default: half, for curve all of it.",
+        rich_help_panel=MEASURE,
+    ),
 ]
 RuntimeOption = Annotated[str, typer.Option("--runtime", help="onnxruntime or torch.", rich_help_panel=MEASURE)]
 ThreadsOption = Annotated[
@@ -309,7 +313,7 @@ def search(
         int | None,
         typer.Option("--folds", help="Cross-fit one folder: every image is a proof image once.", rich_help_panel=MEASURE),
     ] = None,
-    val_fraction: ValFractionOption = 0.5,
+    val_fraction: ValFractionOption = None,
     confidence: Annotated[
         float, typer.Option("--confidence", help="Of the proof, for all candidates together.", rich_help_panel=MEASURE)
     ] = 0.95,
@@ -365,7 +369,7 @@ def curve(
     task: TaskOption = None,
     labels: LabelsOption = None,
     compare: CompareOption = None,
-    val_fraction: ValFractionOption = 0.5,
+    val_fraction: ValFractionOption = None,
     weights: WeightsOption = None,
     native_resolution: NativeOption = None,
     mean: MeanOption = None,
@@ -402,7 +406,7 @@ def curve(
     if as_json:
         _print_json(found.to_json())
         return
-    out.print(f"{found.data}\n{_preprocessing_words(found.preprocessing)}")
+    out.print(f"{found.data}\n{_preprocessing_words(found.preprocessing)}", markup=False)
     out.print(_table([found.original, *found.results], found.original, None))
     _print_notes(found.notes)
 
@@ -516,12 +520,13 @@ def predict(
         Path, typer.Option("--out", metavar="DIR", help="Where the masks and overlays of a segmentation network go.")
     ] = Path("predictions"),
     task: TaskOption = None,
+    limit_s: Annotated[float, typer.Option("--limit-s", help="Seconds that the model may take for one picture.")] = 60.0,
     as_json: JsonOption = False,
 ) -> None:
     """Classes of pictures, their masks, or whatever the shipped model answers, by it alone."""
     from .artifacts import predict as run_predict
 
-    predictions = run_predict(artifact, images, top=top, out=folder, task=_task(task))
+    predictions = run_predict(artifact, images, top=top, out=folder, task=_task(task), limit_s=limit_s)
     if as_json:
         _print_json({"predictions": [p.to_json() for p in predictions]})
         return
@@ -545,7 +550,9 @@ def main() -> None:
             sys.exit(code)
     except DownresError as error:
         _stop(str(error), error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as error:
+        if isinstance(error.__cause__ or error.__context__, EOFError):  # the option parser takes a cut file for Ctrl-D
+            _stop("A file ends in the middle of what it should hold: get it again.", 2)
         _stop("Interrupted. What a search has measured is kept: the same command goes on where it was.", 130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -659,7 +666,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=1, ensure_ascii=False))
+    print(write_json(plain(document), indent=1, ensure_ascii=False))
 
 
 def _print_run(run: Any, as_json: bool) -> None:

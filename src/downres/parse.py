@@ -1,7 +1,10 @@
 """Text to values and back: resolutions, sizes with units. Pure functions, no torch."""
 
+import math
+import os
 import re
 from operator import index
+from pathlib import Path
 
 from .errors import DownresError
 
@@ -54,7 +57,7 @@ def parse_resolutions(text: str) -> list[Resolution]:
     found: list[Resolution] = []
     for part in text.split(","):
         part = re.sub(r"\s*([:x×])\s*", r"\1", part.strip())  # spaces around a sign, not "64 96" for 6496
-        if match := re.fullmatch(r"(-?\d+):(-?\d+)(?::(-?\d+))?", part):
+        if match := re.fullmatch(r"(-?\d{1,9}):(-?\d{1,9})(?::(-?\d{1,9}))?", part):
             first, last = int(match[1]), int(match[2])
             step = abs(int(match[3] or 32))
             for side in (first, last):
@@ -64,9 +67,9 @@ def parse_resolutions(text: str) -> list[Resolution]:
             low, high = sorted((first, last))
             sides = list(range(low, high + 1, step)) if first <= last else list(range(high, low - 1, -step))
             found += sides
-        elif match := re.fullmatch(r"(-?\d+)[x×](-?\d+)", part):
+        elif match := re.fullmatch(r"(-?\d{1,9})[x×](-?\d{1,9})", part):
             found.append(check_resolution((int(match[1]), int(match[2]))))
-        elif re.fullmatch(r"-?\d+", part):
+        elif re.fullmatch(r"-?\d{1,9}", part):
             found.append(check_resolution(int(part)))
         else:
             raise DownresError(
@@ -86,12 +89,25 @@ def integers(text: str, option: str) -> list[int]:
 
 
 def floats(text: str, option: str) -> list[float]:
-    """`0.5,0.75`; option: whose text it is, for the error."""
+    """`0.5,0.75`, all finite; option: whose text it is, for the error."""
     try:
-        return [float(part) for part in text.split(",")]
+        found = [float(part) for part in text.split(",")]
+        if not all(map(math.isfinite, found)):
+            raise ValueError
+        return found
     except ValueError:
         raise DownresError(
             f"Cannot read {text!r} for {option}: give numbers with commas between them, for example 0.5,0.5,0.5."
+        ) from None
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` made a home folder; DownresError where nobody has that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise DownresError(
+            f"There is no home folder of {Path(path).parts[0]}: write the path out, or ./{path} for a folder of that name."
         ) from None
 
 

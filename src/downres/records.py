@@ -5,6 +5,7 @@ Units are in the names or stated: `macs` are multiply-accumulates, `*_bytes` byt
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -105,6 +106,8 @@ class Candidate(Record):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
+        if not isinstance(values, dict) or not isinstance(values.get("extra", {}), dict):
+            return super().from_json(values)  # which refuses it
         known = super().from_json({name: value for name, value in values.items() if name != "extra"})
         return dataclasses.replace(known, extra=values.get("extra", {}))
 
@@ -115,6 +118,10 @@ class Candidate(Record):
     def parse(cls, text: str) -> "Candidate":
         """The inverse of `str`: `128`, `192x384`, `300 stem×0.5`, `224 patch28`, `224 merge8-decreasing`, `220 pad patch20`."""
         given: dict[str, Any] = {}
+        if len(text) > MOST_LETTERS:
+            raise DownresError(
+                f"A candidate is a few words, {text[:40]!r}… has {len(text)} letters: give for example '224 patch28'."
+            )
         for i, word in enumerate(text.strip().replace("as is", "as_is").split() or [""]):
             found = next(filter(None, (t.read(word) for t in techniques())), {})
             if not found or found.keys() & given.keys() or ("resolution" in found and i > 0):  # the size comes first
@@ -126,6 +133,7 @@ class Candidate(Record):
         return cls.of(**given)
 
 
+MOST_LETTERS = 1000
 _FIELDS = frozenset(f.name for f in dataclasses.fields(Candidate)) - {"extra"}
 
 
@@ -142,14 +150,16 @@ class Budget(Record):
     max_latency_ms: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.max_drop < float("inf"):
+        if not 0.0 <= self.max_drop < math.inf:
             raise DownresError(f"The allowed drop is a number from 0 on, {self.max_drop} is not: give for example 1.0.")
         if not 0.5 < self.confidence < 1.0:
             raise DownresError(f"The confidence is between 0.5 and 1, {self.confidence} is not: 0.95 is usual.")
         for name in ("max_macs", "max_memory_bytes", "max_latency_ms"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise DownresError(f"{name} must be above 0, {value} is not.")
+            if value is not None and not 0 < value < math.inf:
+                raise DownresError(
+                    f"{name} must be above 0 and finite, {value} is not: leave it out where there is no ceiling."
+                )
 
 
 @dataclass(frozen=True)
@@ -251,6 +261,8 @@ class Score(Record):
     def from_json(cls, values: dict[str, Any]) -> Self:
         if cls is not Score:
             return super().from_json(values)
+        if not isinstance(values, dict):
+            return super().from_json(values)  # which refuses it
         # Of all kinds the one whose fields these are.
         nearest = min(_kinds(Score), key=lambda kind: len({f.name for f in dataclasses.fields(kind)} ^ values.keys()))
         return nearest.from_json(values)  # type: ignore[return-value]
@@ -303,7 +315,28 @@ class Drop(Record):
     comparisons: int = 1
     more_images: int | None = None
 
+    @property
+    def unbounded(self) -> str:
+        """Why a bound is infinite (null in JSON), '' where both are numbers."""
+        if math.isfinite(self.lower) and math.isfinite(self.upper):
+            return ""
+        return f"{self.n} images are too few for a bound at this confidence"
 
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | ({"unbounded": self.unbounded} if self.unbounded else {})
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        if not isinstance(values, dict):
+            return super().from_json(values)  # which refuses it
+        open_ended = {n: end for n, end in (("lower", -math.inf), ("upper", math.inf)) if values.get(n, 0.0) is None}
+        return dataclasses.replace(super().from_json({**values, **dict.fromkeys(open_ended, 0.0)}), **open_ended)  # type: ignore[arg-type]
+
+
+LEAST_CROP_RATIO = 0.1
+"""Below it a picture would be made more than ten times as large as what is looked at: a typing error is likelier."""
+LEAST_STD, MOST = 1e-6, 65535.0
+"""Of pixels; beyond, every picture would be one constant, or overflow."""
 FITS = ("crop", "stretch", "pad")
 """How a picture is brought to the network's input; see `Preprocessing`."""
 
@@ -333,10 +366,17 @@ class Preprocessing(Record):
             raise DownresError(f"A picture is fitted by {', '.join(FITS)}; {self.fit!r} is none of them.")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise DownresError(f"The interpolation is bilinear or bicubic, {self.interpolation!r} is neither.")
-        if not 0.0 < self.crop_ratio <= 1.0:
-            raise DownresError(f"A crop ratio is above 0 and at most 1, {self.crop_ratio} is not: give for example 0.875.")
-        if len(self.mean) != len(self.std) or min(self.std, default=0.0) <= 0:
-            raise DownresError(f"mean and std need one value a channel, std above 0; got {self.mean} and {self.std}.")
+        if not LEAST_CROP_RATIO <= self.crop_ratio <= 1.0:
+            raise DownresError(
+                f"A crop ratio is from {LEAST_CROP_RATIO} to 1, {self.crop_ratio} is not: give for example 0.875."
+            )
+        if len(self.mean) != len(self.std) or not self.std:
+            raise DownresError(f"mean and std need one value a channel; got {self.mean} and {self.std}.")
+        if not all(abs(m) <= MOST for m in self.mean) or not all(LEAST_STD <= s <= MOST for s in self.std):
+            raise DownresError(
+                f"mean and std are finite, one value a channel, std above 0; {self.mean} and {self.std} are not: "
+                "give for example 0.5,0.5,0.5."
+            )
 
     @property
     def hw(self) -> tuple[int, int]:
@@ -438,6 +478,7 @@ class Result(Record):
             "drop": d and d.drop,
             "drop_lower": d and d.lower,
             "drop_upper": d and d.upper,
+            "unbounded": d and d.unbounded or None,
             "verdict": d and d.verdict,
             "more_images": d and d.more_images,
             "rung": self.recovery and self.recovery.rung,

@@ -94,7 +94,7 @@ def test_threads():
     runtime(images(1))
     assert (runtime.threads, set(seen), torch.get_num_threads()) == (1, {1}, before)
     assert TorchRuntime(tiny()).threads == available_cores() <= (os.cpu_count() or 1)
-    with pytest.raises(DownresError, match="at least one thread, 0"):
+    with pytest.raises(DownresError, match="from 1 to 1024 threads, 0 is"):
         TorchRuntime(tiny(), threads=0)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: what is read, what is refused without being run, and how tensors find their place."""
 
+import argparse
 import collections
 import pickle
 
@@ -266,3 +267,127 @@ def test_library_weights_of_another_library():
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+# --- as training scripts leave them, and as nobody should -----------------------------------------------------------
+
+
+def under(prefix, weights):
+    return {prefix + k: v for k, v in weights.items()}
+
+
+def other(weights):
+    return {k: v + 1 if v.is_floating_point() else v for k, v in weights.items()}
+
+
+LEFT = {
+    "arguments": lambda w: {"state_dict": w, "args": argparse.Namespace(model="x", lr=[0.1], inner=argparse.Namespace(a=1))},
+    "numpy numbers": lambda w: {
+        "state_dict": w,
+        "best": np.float64(0.5),
+        "n": np.int64(3),
+        "f": np.float32(1),
+        "b": np.bool_(1),
+    },
+    "numpy arrays": lambda w: {"model": w, "history": np.arange(4.0), "names": np.array(["a", "b"])},
+    "a stack of prefixes": lambda w: {"state_dict": under("module.model._orig_mod.", w)},
+    "compiled inside": lambda w: {k.replace("bn.", "bn._orig_mod."): v for k, v in w.items()},
+    "an encoder and a loss": lambda w: {"state_dict": {**under("encoder.", w), "criterion.weight": torch.ones(7)}},
+    "any prefix at all": lambda w: under("a.b.c.d_e.f.", w),
+    "ema": lambda w: {"ema": w},
+    "params": lambda w: {"params": w},
+    "weights": lambda w: {"weights": w, "epoch": 3},
+    "deepspeed": lambda w: {"module": w, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}, "ds_version": "1"},
+    "deepspeed with a prefix": lambda w: {"module": under("module.", w)},
+    "dino": lambda w: {"student": under("module.backbone.", other(w)), "teacher": under("backbone.", w)},
+    "average beside": lambda w: {"state_dict": w, "state_dict_ema": other(w)},
+    "three deep": lambda w: {"checkpoint": {"state_dict": {"model": under("net.", w)}}},
+    "an unknown name": lambda w: {"my_network": w, "optimizer": {"state": {0: {"a": torch.ones(3)}}}},
+    "two networks": lambda w: {"generator": {"x.weight": torch.ones(3)}, "discriminator": w},
+    "whole number as a key": lambda w: {**w, 0: torch.zeros(1), (1, 2): torch.zeros(1), None: 3},
+    "sparse": lambda w: {**w, "fc.weight": w["fc.weight"].to_sparse()},
+    "sparse rows": lambda w: {**w, "fc.weight": w["fc.weight"].to_sparse_csr()},
+    "double": lambda w: {k: v.double() for k, v in w.items()},
+    "bfloat16": lambda w: {k: v.bfloat16() if v.is_floating_point() else v for k, v in w.items()},
+    "parameters": lambda w: {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in w.items()},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("left", LEFT)
+def test_as_training_scripts_leave_them(tmp_path, weights, left):
+    torch.save(LEFT[left](weights), tmp_path / "w.pth")
+    model = net()
+    assert load_weights(model, read_checkpoint(tmp_path / "w.pth")).startswith("by name")
+    rounded = {k: v.bfloat16().float() if v.is_floating_point() else v for k, v in weights.items()}
+    assert same(model, rounded if left == "bfloat16" else weights)
+
+
+def test_what_was_chosen_of_several_is_said(tmp_path, weights):
+    torch.save({"student": other(weights), "teacher": weights}, tmp_path / "w.pth")
+    assert load_weights(net(), read_checkpoint(tmp_path / "w.pth")) == "by name, its 'teacher' and not its 'student'"
+
+
+def hostile(w):
+    itself = {"w": torch.zeros(1)}
+    itself["state_dict"] = itself
+    below = {"a": {}}
+    below["a"]["b"] = below
+    quantized = torch.quantize_per_tensor(w["fc.weight"], 0.1, 0, torch.qint8)
+    yield "itself", itself, "another network"
+    yield "itself below", below, "holds no tensors by name"
+    yield "quantized", {**w, "fc.weight": quantized}, "are quantized at fc.weight: give the file of the network in floating"
+    yield "int8", {**w, "fc.weight": w["fc.weight"].to(torch.int8)}, r"are whole numbers \(int8\) at fc.weight"
+    yield "meta", {**w, "fc.weight": w["fc.weight"].to("meta")}, "have no values .* at fc.weight"
+    yield "complex", {**w, "fc.weight": w["fc.weight"].to(torch.complex64)}, "are complex numbers at fc.weight"
+    yield (
+        "two with prefixes",
+        {**under("student.", w), **under("teacher.", other(w))},
+        "2 times, under 'student.' and",
+    )
+    yield "two unknown", {"a": w, "b": other(w)}, "2 times, as 'a' and 'b': save the one that is meant alone"
+    yield "no head", {k: v for k, v in w.items() if k != "fc.bias"} | {"x": torch.ones(1)}, "another network"
+    yield "only whole numbers as keys", dict(enumerate(w.values())), "holds no tensors by name"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoints_that_cannot_be_are_refused_in_a_sentence(tmp_path, weights):
+    for name, content, words in hostile(weights):
+        torch.save(content, tmp_path / "w.pth")
+        model = net()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(DownresError, match=words):
+            load_weights(model, read_checkpoint(tmp_path / "w.pth"))
+        assert same(model, before), name
+
+
+def test_for_another_network_only_when_it_is():
+    with torch.device("meta"):
+        model = torchvision.models.resnet18()
+    lacking = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
+    with pytest.raises(DownresError, match=r"lacks 2 of the network's 102 tensors \(first: fc.bias\), the others fit"):
+        match(model, under("backbone.", lacking))
+
+
+def test_buffers_that_the_network_makes_may_be_missing():
+    model = nn.Sequential(nn.Linear(3, 3))
+    model.register_buffer("index", torch.arange(3))
+    kept, how = match(model, {"0.weight": torch.ones(3, 3), "0.bias": torch.ones(3)})
+    assert kept.keys() == {"0.weight", "0.bias"} and how == "by name, 1 buffers as the network makes them"
+
+
+class Namespace(argparse.Namespace):
+    """Not the one that is allowed."""
+
+
+def test_only_plain_values_are_let_in(tmp_path, weights):
+    torch.save({"state_dict": weights, "args": Namespace(a=1)}, tmp_path / "w.pth")
+    with pytest.raises(DownresError, match="could run code"):
+        read_checkpoint(tmp_path / "w.pth")
+    torch.save({"state_dict": weights, "args": argparse.Namespace(a=Payload(tmp_path / "marker"))}, tmp_path / "w.pth")
+    with pytest.raises(DownresError, match="could run code"):
+        read_checkpoint(tmp_path / "w.pth")
+    torch.save({"state_dict": weights, "a": np.array([Payload(tmp_path / "marker")])}, tmp_path / "w.pth")
+    with pytest.raises(DownresError):
+        read_checkpoint(tmp_path / "w.pth")
+    assert not (tmp_path / "marker").exists()

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,9 +69,11 @@ def test_an_image_is_looked_at_once(bank):
 
 
 def test_in_a_folder_they_are_kept_for_the_next_process(bank, tmp_path):
-    first = bank(tmp_path).features(STATE, np.arange(10))
-    second = bank(tmp_path)
-    assert (second.features(STATE, np.arange(10)) == first).all() and second.passes == 0
+    first, told = bank(tmp_path).features(STATE, np.arange(10)), []
+    second = bank(tmp_path, progress=lambda *a: told.append(a))
+    assert (second.features(STATE, np.arange(10)) == first).all() and not told
+    second.features(STATE, np.arange(10))
+    assert second.passes == 10  # counted once, as in a run that nobody interrupted
 
 
 def test_what_was_interrupted_goes_on(bank, tmp_path):
@@ -80,9 +84,59 @@ def test_what_was_interrupted_goes_on(bank, tmp_path):
     first = bank(tmp_path, progress=stop)
     with pytest.raises(KeyboardInterrupt):
         first.features(STATE, np.arange(40))
-    second = bank(tmp_path)
+    told = []
+    second = bank(tmp_path, progress=lambda *a: told.append(a[1:]))
     assert np.allclose(second.features(STATE, np.arange(40)), bank().features(STATE, np.arange(40)), atol=1e-6)
-    assert (first.passes, second.passes) == (16, 24)
+    assert (first.passes, second.passes) == (16, 40) and told == [(8, 24), (16, 24), (24, 24)]
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def emptied(file):
+    file.write_bytes(b"")
+
+
+def zeroed(file):
+    rows = np.load(file)
+    rows["values"][3] = 0
+    np.save(file, rows)
+
+
+def one_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def of_other_shape(file):
+    np.save(file, np.ones((len(np.load(file)), 16), np.float32))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, emptied, cut, zeroed, one_bit, of_other_shape])
+def test_lost_or_damaged_features_are_computed_again(bank, tmp_path, damage):
+    right = bank(tmp_path).features(STATE, np.arange(len(bank().images)))
+    (file,) = (tmp_path / "features").iterdir()
+    damage(file)
+    assert np.allclose(bank(tmp_path).features(STATE, np.arange(len(right))), right, atol=1e-6)
+
+
+def test_features_of_another_state_network_or_image_are_not_taken(bank, tiny, tmp_path):
+    other, indices = State(Candidate(16), 1.0), np.arange(12)
+    ours = bank(tmp_path)
+    wrong, right = ours.features(other, indices), ours.features(STATE, indices)
+    files = {state: tmp_path / "features" / f"{state.key()}.npy" for state in (STATE, other)}
+    shutil.copy(files[other], files[STATE])
+    assert (bank(tmp_path).features(STATE, indices) == right).all() and not np.allclose(wrong, right)
+    with torch.no_grad():
+        tiny.module.body[0].weight.mul_(2)
+    assert np.array_equal(bank(tmp_path).features(STATE, indices), bank().features(STATE, indices))
+    swapped = bank(tmp_path)
+    swapped.images = swapped.images.take(np.arange(len(swapped.images))[::-1])
+    fresh = bank()
+    fresh.images = swapped.images
+    assert np.array_equal(swapped.features(STATE, indices), fresh.features(STATE, indices))
 
 
 def test_progress_tells_how_far(bank):

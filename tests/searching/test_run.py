@@ -59,14 +59,11 @@ class Counter:
 
     def __init__(self, monkeypatch):
         self.images = self.exports = self.forwards = 0
-        features, export, ship = FeatureBank.features, bank_module.export_onnx, write.export_onnx
+        note, export, ship = FeatureBank.note, bank_module.export_onnx, write.export_onnx
 
-        def counted_features(bank, state, indices, **options):
-            before = bank.passes
-            try:
-                return features(bank, state, indices, **options)
-            finally:
-                self.images += bank.passes - before
+        def counted_images(bank, state, looked_at, done, total):
+            self.images += looked_at
+            note(bank, state, looked_at, done, total)
 
         def counted(original):
             def call(*args, **kwargs):
@@ -75,7 +72,7 @@ class Counter:
 
             return call
 
-        monkeypatch.setattr(FeatureBank, "features", counted_features)
+        monkeypatch.setattr(FeatureBank, "note", counted_images)
         monkeypatch.setattr(bank_module, "export_onnx", counted(export))
         monkeypatch.setattr(write, "export_onnx", counted(ship))
         for runtime in (OnnxRuntime, TorchRuntime):

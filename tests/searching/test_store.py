@@ -1,6 +1,7 @@
 """A run's folder: append only, resumed, torn lines, other settings, one writer."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -146,3 +147,70 @@ def test_a_measurement_that_could_not_be_written_is_not_kept(store):
     with pytest.raises(OSError) as caught:
         store.put("a", 1)
     assert caught.value.errno == errno.ENOSPC and store.get("a") is None
+
+
+DAMAGES = {
+    "deleted": lambda file: file.unlink(),
+    "emptied": lambda file: file.write_bytes(b""),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-30]),
+    "one bit": lambda file: file.write_bytes(file.read_bytes()[:70] + b"\x77" + file.read_bytes()[71:]),
+    "replaced": lambda file: np.savez(file, a=np.arange(4)),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_lost_or_damaged_arrays_are_never_served(store, how):
+    store.put_arrays("deep/x", a=np.arange(3))
+    assert store.has_arrays("deep/x")
+    DAMAGES[how](store.folder / "deep/x.npz")
+    for one in (store, Store.read(store.folder)):
+        assert not one.has_arrays("deep/x")
+        with pytest.raises(DownresError, match="x.npz is missing or damaged: .* measures it again"):
+            one.arrays("deep/x")
+
+
+def test_the_data_are_on_the_disk_before_the_record_that_names_them(store, monkeypatch):
+    """Every array file is synced, put in place, its folder synced, and only then named in the log."""
+    done, fsync, replace = [], os.fsync, Path.replace
+
+    def synced(descriptor):
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", lambda a, b: (done.append(("replace", b.name)), replace(a, b)))
+    store.put_arrays("deep/x", a=np.arange(3))
+    assert done == [("sync", "x.npz.partial"), ("replace", "x.npz"), ("sync", "deep"), ("sync", "measurements.jsonl")]
+
+
+def test_a_damaged_line_is_measured_again_and_no_other_number_served(store):
+    store.put("a", {"macs": 123456})
+    store.put("b", {"macs": 7})
+    log = store.folder / "measurements.jsonl"
+    log.write_bytes(log.read_bytes().replace(b"123456", b"123457"))
+    again = Store.read(store.folder)
+    assert again.get("a") is None and again.get("b") == {"macs": 7}
+
+
+def test_what_is_written_is_strict_json(store):
+    assert store.put("a", {"upper": float("inf"), "n": 3}) == {"upper": None, "n": 3}
+    assert Store.read(store.folder).get("a") == {"upper": None, "n": 3}
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"format": NaN}', "9" * 5000, b"\xff\xfe"])
+def test_a_hostile_run_json_is_said(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DownresError, match="run.json is broken"):
+        Store.read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless", "folder"])
+def test_a_run_json_that_is_no_file_is_said_at_once(tmp_path, kind):
+    file = tmp_path / "run.json"
+    {"pipe": lambda: os.mkfifo(file), "endless": lambda: file.symlink_to("/dev/zero"), "folder": file.mkdir}[kind]()
+    with pytest.raises(DownresError, match="is not a run"):
+        Store.read(tmp_path)
+    with pytest.raises(DownresError, match="run.json is broken"):
+        Store.open(tmp_path, SETTINGS)

@@ -1,40 +1,150 @@
 """The manifest of an artifact: what it says, and whether the files beside it are those that it was written with."""
 
 import hashlib
-import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import DownresError
+from ..record import Misfit, read_json
+from ..records import Candidate, Cost, Drop, Latency, Preprocessing, Record, Recovery
+from ..recovery.state import State
+from ..tasks import Question
 
 FORMAT = 3
+MOST_BYTES = 2**28
+"""Of a manifest; a larger one is none of ours."""
+
+
+@dataclass(frozen=True)
+class Port(Record):
+    """What goes into the graph or comes out of it; a side is a number of values, or the name of one that is free."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Outcome(Record):
+    """What a search found of the shipped candidate, or of the original; `quality` is read by the task."""
+
+    candidate: Candidate
+    quality: dict[str, Any] | None = None
+    cost: Cost | None = None
+    latency: Latency | None = None
+    drop: Drop | None = None
+    recovery: Recovery | None = None
+
+
+@dataclass(frozen=True)
+class ModelSource(Record):
+    """How to build the network again."""
+
+    spec: str
+    outputs: int
+    preprocessing: Preprocessing
+    weights: str = ""
+    num_classes: int | None = None
+
+
+@dataclass(frozen=True)
+class DataSource(Record):
+    """How to open the proof images again; sha256: that of names, pixels, labels and split."""
+
+    path: str
+    val_fraction: float
+    seed: int
+    question: Question
+    sha256: str
+    folds: int | None = None
+
+
+@dataclass(frozen=True)
+class Source(Record):
+    """Where an artifact came from."""
+
+    model: ModelSource | None = None
+    data: DataSource | None = None
+
+
+@dataclass(frozen=True)
+class FoldPart(Record):
+    """How the quality of one fold was measured."""
+
+    crop_ratio: float
+    recalibrated: bool = False
+
+
+@dataclass(frozen=True)
+class Manifest(Record):
+    """All that is read of a manifest, with its types: whoever holds one need not ask again. Others may stand in it."""
+
+    format: int
+    candidate: Candidate
+    input: Port
+    output: Port
+    task: dict[str, Any]
+    preprocessing: Preprocessing
+    state: State
+    result: Outcome
+    original: Outcome
+    recovery: Recovery
+    source: Source
+    sha256: dict[str, str]
+    folds: tuple[FoldPart, ...] = ()
+    classes: tuple[str, ...] = ()
+    colours: tuple[tuple[int, int, int], ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of an artifact; DownresError when there is none or it is of another format."""
+    """The manifest of an artifact; DownresError when there is none, or it is not as `export` writes them."""
     file = Path(folder) / "manifest.json"
     try:
-        manifest = json.loads(file.read_text())
-        assert manifest["format"] == FORMAT
-    except FileNotFoundError:
+        manifest = read_json(file, MOST_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
         raise DownresError(
             f"{folder} is not a shipped model (it has no manifest.json): give the folder RUN/best of a search."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise DownresError(f"{file} is broken or of another format than {FORMAT}: export the model again.") from None
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise DownresError(f"{file} is broken or of another format than {FORMAT} ({reason}): export the model again.") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DownresError(f"{file} is broken or of another format than {FORMAT}: export the model again.")
+    try:
+        Manifest.from_json(manifest)
+    except Misfit as misfit:
+        raise DownresError(f"{file} is broken ({misfit.path} {misfit.why}): export the model again.") from None
+    except DownresError as error:
+        raise DownresError(f"{file} is broken ({str(error).rstrip('.')}): export the model again.") from None
     return manifest
 
 
 def changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    digests = manifest.get("sha256")
-    if not isinstance(digests, dict) or not _manifest_as_written(folder / "manifest.json", digests.get("manifest.json")):
-        return ["manifest.json"]  # it vouches for the others
-    changed = []
+    """The names of files that are not as they were shipped; the manifest vouches for the others."""
+    digests = manifest["sha256"]
+    if not _manifest_as_written(folder / "manifest.json", digests.get("manifest.json")):
+        return ["manifest.json"]
+    changed = [f"{name} (missing)" for name in NEEDED if name not in digests]
     for name, digest in digests.items():
-        file = folder / name
-        if name != "manifest.json" and (not file.is_file() or sha256(file) != digest):
+        if name in ("", "..") or name != Path(name).name:  # `..` and folders: nothing outside is opened
+            changed.append(f"{name!r} (no name of a file in it)")
+        elif name != "manifest.json" and (not (file := folder / name).is_file() or sha256(file) != digest):
             changed.append(name if file.is_file() else f"{name} (missing)")
     return changed
+
+
+NEEDED = ("model.onnx", "model.safetensors")
+"""What every artifact has."""
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether there is an artifact, every file as it was shipped."""
+    try:
+        return not changed_files(folder, read_manifest(folder))
+    except DownresError:
+        return False
 
 
 def refuse_changed(folder: Path, manifest: dict[str, Any]) -> None:

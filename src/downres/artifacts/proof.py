@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -27,6 +29,7 @@ from ..probe import find_answer
 from ..records import Candidate, Preprocessing, Record
 from ..reduction import made_for, reduce
 from ..tasks import Data, Question, Task, known_task, restored
+from .graph import Graph
 from .manifest import changed_files, read_manifest
 
 PARITY_IMAGES = 32
@@ -68,17 +71,28 @@ def check(
     ]
     if changed:
         return findings
+    try:
+        return [*findings, *_looked_at(folder, manifest, model, data, threads)]
+    except (TypeError, ValueError, LookupError, EOFError, SafetensorError, BadZipFile) as error:
+        why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise DownresError(f"The files in {folder} do not fit their manifest ({why}): export the model again.") from error
+
+
+def _looked_at(
+    folder: Path, manifest: dict[str, Any], model: Model | nn.Module | str | None, data: Any, threads: int | None
+) -> list[Finding]:
+    """All but the files."""
     preprocessing = Preprocessing.from_json(manifest["preprocessing"])
-    runtime = OnnxRuntime(folder / "model.onnx", threads)
+    runtime = Graph(folder, manifest, threads)
     own = restored(manifest["task"], manifest)
     network, why_no_network = _network(folder, manifest, model)
     dataset, why_no_data = _dataset(own, folder, manifest, data)
     if dataset is None:
         unseen = ("preprocessing = PIL", "torch = onnxruntime", "quality")
-        return [*findings, *(Finding(what, None, why_no_data) for what in unseen)]
+        return [*(Finding(what, None, why_no_data) for what in unseen)]
     proof = own.proof
     chosen = proof[:: max(1, len(proof) // PARITY_IMAGES)][:PARITY_IMAGES]
-    findings.append(_pixels(dataset, chosen, preprocessing))
+    findings = [_pixels(dataset, chosen, preprocessing)]
     if network is None:
         findings.append(Finding("torch = onnxruntime", None, why_no_network))
     else:
@@ -88,7 +102,7 @@ def check(
 
 
 def _parity(
-    task: Task, network: nn.Module, runtime: OnnxRuntime, chosen: np.ndarray, p: Preprocessing, threads: int | None
+    task: Task, network: nn.Module, runtime: Runtime, chosen: np.ndarray, p: Preprocessing, threads: int | None
 ) -> Finding:
     """The shipped file in onnxruntime against the shipped weights in torch, on preprocessed photographs."""
     torch_side = TorchRuntime(task.serve(network), threads)
@@ -134,7 +148,7 @@ def _quality(
     task: Task,
     folder: Path,
     manifest: dict[str, Any],
-    runtime: OnnxRuntime,
+    runtime: Runtime,
     network: nn.Module | None,
     p: Preprocessing,
     threads: int | None,
@@ -143,7 +157,8 @@ def _quality(
     parts = []
     tensors = load_file(folder / "folds.safetensors") if (folder / "folds.safetensors").exists() else {}
     for i, fold in enumerate(task.data.folds):
-        one, how = runtime, p
+        one: Runtime = runtime
+        how = p
         if manifest["folds"]:
             how = p.at(crop_ratio=manifest["folds"][i]["crop_ratio"])
             own = {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{i}/")}
@@ -195,7 +210,9 @@ def _with_weights(
 
 def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | str | None) -> tuple[nn.Module | None, str]:
     """The torch network of the artifact, or None and why."""
-    source = manifest["source"]["model"]
+    source = manifest["source"].get("model")
+    if source is None:
+        return None, "the manifest does not say where the network came from: it was exported without that"
     if model is None:
         if not source["spec"] or ".py:" in source["spec"]:
             return None, "the network is from the user's own code: name it with --model path/to/file.py:function"
@@ -214,7 +231,7 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
     module = reduce(module, candidate, input_size=(len(native.mean), *native.hw), resize_input=False)
     try:
         module.load_state_dict(load_file(folder / "model.safetensors"))
-    except RuntimeError:
+    except (RuntimeError, SafetensorError):
         raise DownresError(
             f"The network given is not the one in {folder}: its weights do not fit; give the one that was searched."
         ) from None
@@ -223,7 +240,9 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
 
 def _dataset(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -> tuple[Data | None, str]:
     """The proof images, or None and why; the task has them then."""
-    source = manifest["source"]["data"]
+    source = manifest["source"].get("data")
+    if source is None:
+        return None, "the manifest does not say where the images came from: it was exported without that"
     where = data if data is not None else source["path"]
     if not where and isinstance(where, str):
         return None, "the search was given its images in Python: give them as data"

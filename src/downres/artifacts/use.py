@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engines.onnxruntime import OnnxRuntime
 from ..errors import DownresError
 from ..images import Unreadable, decode, preprocess
 from ..records import Preprocessing
 from ..tasks import Task, known_task, restored
+from .graph import Graph
 from .manifest import read_manifest, refuse_changed
 
 
@@ -21,19 +21,23 @@ def predict(
     threads: int | None = None,
     out: str | Path = "predictions",
     task: str | type[Task] | None = None,
+    limit_s: float = 60.0,
 ) -> list[Any]:
     """Pictures by the artifact alone, as its task answers: a classifier's most likely classes, a segmentation network's masks.
 
     top: how many classes are named. out: folder for what is written, made if need be: NAME_mask.png and NAME_overlay.png.
-    task: of one's own, where the artifact has one. Returns a record an image, with `to_json`.
-    Raises DownresError for a broken artifact, a picture that cannot be read, or two pictures of one name.
+    task: of one's own, where the artifact has one. limit_s: seconds that the graph may take for a picture.
+    Returns a record an image, with `to_json`. Raises DownresError for a broken artifact, an answer that is not finite or does
+    not come in time, a picture that cannot be read, or two pictures of one name.
     """
     known_task(task)
     manifest = read_manifest(folder)
     refuse_changed(Path(folder), manifest)
     own = restored(manifest["task"], manifest)
     p = Preprocessing.from_json(manifest["preprocessing"])
-    runtime = OnnxRuntime(Path(folder) / "model.onnx", threads)
+    if not 0 < limit_s < float("inf"):
+        raise DownresError(f"The time limit is in seconds above 0, {limit_s} is none: give for example 60.")
+    runtime = Graph(Path(folder), manifest, threads, limit_s)
     if own.writes and (twice := [name for name, n in Counter(Path(i).stem for i in images).items() if n > 1]):
         raise DownresError(f"Files are named after their pictures, {twice[0]} would be written twice: predict them apart.")
 
@@ -42,6 +46,12 @@ def predict(
             pixels = decode(image)
         except Unreadable as error:
             raise DownresError(f"Cannot read {image}: {error}; give a photograph.") from None
-        return own.predict(runtime(preprocess(pixels, p)[None].numpy())[0][0], pixels, str(image), p, top, Path(out))
+        (found,) = runtime(preprocess(pixels, p)[None].numpy())
+        try:
+            return own.predict(found[0], pixels, str(image), p, top, Path(out))
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise DownresError(
+                f"What {folder} answers does not fit its manifest ({type(error).__name__}: {error}): export the model again."
+            ) from error
 
     return [answer(image) for image in images]

@@ -3,7 +3,6 @@ manifest.json and, where the quality was cross-fitted, folds.safetensors (the te
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ..engines.onnxruntime import export_onnx
+from ..record import settled, write_json
 from ..records import Preprocessing, Recovery, Result
 from ..recovery.state import State
 from ..tasks import Task
@@ -57,6 +57,7 @@ def export(
         (partial / "folds.safetensors").write_bytes(folds_own)
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner may read
+        settled(file)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "candidate": result.candidate.to_json(),
@@ -74,9 +75,10 @@ def export(
         "versions": versions or {},
         "sha256": {file.name: sha256(file) for file in sorted(partial.iterdir())} | {"manifest.json": ""},
     }
-    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    text = write_json(manifest, indent=1) + "\n"
     manifest["sha256"]["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    (partial / "manifest.json").write_text(write_json(manifest, indent=1) + "\n")
+    settled(partial / "manifest.json")
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
     return folder

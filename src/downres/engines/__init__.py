@@ -7,6 +7,9 @@ import numpy as np
 
 from ..errors import DownresError
 
+MOST_THREADS = 1024
+"""More than any machine's cores would gain from; a typing error is likelier."""
+
 
 class Runtime(Protocol):
     """A model ready to run: call it with (b, c, h, w) float32, get the outputs in the model's order."""
@@ -26,9 +29,11 @@ def available_cores() -> int:
 
 
 def check_threads(threads: int | None) -> int:
-    """The number itself, or all available cores for None; DownresError below 1."""
+    """The number itself, or all available cores for None; DownresError below 1 and above MOST_THREADS."""
     if threads is None:
         return available_cores()
-    if threads < 1:
-        raise DownresError(f"A runtime needs at least one thread, {threads} is too few: leave it out to use every core.")
+    if not 1 <= threads <= MOST_THREADS:
+        raise DownresError(
+            f"A runtime has from 1 to {MOST_THREADS} threads, {threads} is out of range: leave it out to use every core."
+        )
     return threads

@@ -5,6 +5,7 @@ import copy
 import io
 import logging
 import re
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,14 +27,19 @@ INPUT_NAME = "input"
 class OnnxRuntime:
     """One ONNX model in ONNX Runtime's CPU provider, deterministic.
 
-    model: a path or the bytes of a file. threads: of the session; None takes all available cores. quiet: a run that
-    fails writes no line of ONNX Runtime's own to standard error.
-    Raises DownresError when the content is not an ONNX model that ONNX Runtime can run.
+    model: a path or the bytes of a file. threads: of the session; None takes all available cores. limit_s: seconds that one
+    run may take, None for ever; it is looked at between the graph's nodes. quiet: a run that fails writes no line of ONNX
+    Runtime's own to standard error.
+    inputs: (name, shape) of each, a free side by its name; outputs: their names.
+    Raises DownresError when the content is not an ONNX model that ONNX Runtime can run, and where a run fails.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, model: str | Path | bytes, threads: int | None = None, *, quiet: bool = False) -> None:
+    def __init__(
+        self, model: str | Path | bytes, threads: int | None = None, limit_s: float | None = None, *, quiet: bool = False
+    ) -> None:
+        self.limit_s, self._told = limit_s, "This content" if isinstance(model, bytes) else str(model)
         self.threads = check_threads(threads)
         self.versions = {"onnxruntime": onnxruntime.__version__}
         options = onnxruntime.SessionOptions()
@@ -47,14 +53,37 @@ class OnnxRuntime:
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            what = "This content" if isinstance(model, bytes) else str(model)
             reason = _first_line(error).rpartition(" : ")[2]
-            raise DownresError(f"{what} is not an ONNX model that can run ({reason}): export it again.") from error
-        self._input = self._session.get_inputs()[0].name
+            raise DownresError(f"{self._told} is not an ONNX model that can run ({reason}): export it again.") from error
+        self.inputs = [(one.name, list(one.shape)) for one in self._session.get_inputs()]
+        self.outputs = [one.name for one in self._session.get_outputs()]
 
     def __call__(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
         """(b, c, h, w) float32 → the outputs, in the graph's order."""
-        return tuple(self._session.run(None, {self._input: np.ascontiguousarray(batch, dtype=np.float32)}))
+        given = {self.inputs[0][0]: np.ascontiguousarray(batch, dtype=np.float32)}
+        try:
+            return tuple(self._session.run(None, given) if self.limit_s is None else self._in_time(given, self.limit_s))
+        except DownresError:
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            reason = _first_line(error).rpartition(" : ")[2]
+            raise DownresError(f"{self._told} cannot run on {list(batch.shape)} values ({reason}): export it again.") from error
+
+    def _in_time(self, given: dict[str, np.ndarray], limit_s: float) -> list[np.ndarray]:
+        options = onnxruntime.RunOptions()
+        late = threading.Timer(limit_s, setattr, (options, "terminate", True))
+        late.daemon = True
+        late.start()
+        try:
+            return self._session.run(None, given, options)  # type: ignore[no-any-return]
+        except Exception:
+            if not options.terminate:
+                raise
+            raise DownresError(
+                f"{self._told} gave no answer in {limit_s:g} s and was stopped: give it more time, or export it again."
+            ) from None
+        finally:
+            late.cancel()
 
 
 def export_onnx(

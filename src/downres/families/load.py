@@ -13,8 +13,8 @@ from ..errors import DownresError
 from ..models.regseg import RegSeg
 from ..records import Preprocessing
 from . import generic
-from .options import nearest
-from .weights import fingerprint, load_weights, match, read_checkpoint
+from .options import MOST_CLASSES, nearest
+from .weights import fingerprint, floating, load_weights, match, read_checkpoint
 
 _PRETRAINED = {
     "timm": "the library's pretrained weights",
@@ -58,6 +58,8 @@ def load_model(
     Raises:
         DownresError: unknown name (the nearest are suggested), weights that don't fit, no pretrained weights to be had.
     """
+    if num_classes is not None and not 0 <= num_classes <= MOST_CLASSES:
+        raise DownresError(f"A network has from 1 to {MOST_CLASSES} classes, {num_classes} is out of range.")
     family, _, name = spec.partition(":")
     tensors = None if weights is None else read_checkpoint(weights)
     if family in _PRETRAINED and name:
@@ -165,7 +167,7 @@ def _transformers(
         name = str(Path(name).resolve())  # found again from wherever an artifact is checked
     spec = f"transformers:{name}"
     with _fetching(spec):
-        module, how = library.create(name, pretrained, num_classes, tensors)
+        module, how = library.create(name, pretrained, num_classes, None if tensors is None else floating(tensors))
     if tensors is not None:
         how, num_classes = f"{Path(str(weights)).name}, {how}", module.config.num_labels
     return Model(module.eval(), library.preprocessing(module, name), spec, how, num_classes)

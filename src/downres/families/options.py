@@ -5,7 +5,12 @@ from collections.abc import Iterable, Mapping
 
 from ..errors import DownresError
 
-_WORDS = {int: "a whole number", float: "a number"}
+MOST_CLASSES = 1_000_000
+"""Of a network, many times more than any has."""
+
+_WORDS = {int: "a whole number up to 1000000", float: "a number up to 16"}
+_MOST = {int: MOST_CLASSES, float: 16.0}
+"""Larger ones are typing errors, which would fill all memory."""
 
 
 def split_options(spec: str, kinds: Mapping[str, type]) -> tuple[str, dict[str, float]]:
@@ -24,10 +29,12 @@ def split_options(spec: str, kinds: Mapping[str, type]) -> tuple[str, dict[str, 
             raise DownresError(f"The options of {name} are {', '.join(kinds)}, {key!r} {what}: {hint}")
         try:
             found[key] = kinds[key](value)
-        except ValueError:
+            if not abs(found[key]) <= _MOST[kinds[key]]:
+                raise ValueError
+        except (ValueError, OverflowError):
             raise DownresError(
-                f"The option {key} of {name} is {_WORDS[kinds[key]]}, {value!r} is not: give for example {key}="
-                f"{8 if kinds[key] is int else 0.5}."
+                f"The option {key} of {name} is {_WORDS[kinds[key]]}, {value[:40]!r} is not: give for example "
+                f"{key}={8 if kinds[key] is int else 0.5}."
             ) from None
     return name, found
 

@@ -1,19 +1,41 @@
 """Checkpoints of many makers into a module: safe loading, wrappers and prefixes removed, one clear sentence on a mismatch."""
 
+import argparse
 import hashlib
 import pickle
 import warnings
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import DownresError
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "model_ema", "state_dict_ema", "net", "network")
+_WRAPPERS = (
+    "state_dict", "model_state_dict", "model_state", "model", "model_ema", "state_dict_ema", "net", "network",
+    "module", "teacher", "student", "ema", "params_ema", "params", "weights",
+)  # fmt: skip
+"""What savers put a state dict under; of several, the first is taken: of DINO's pair the teacher, which is what is used."""
+_COMPILED = "_orig_mod."
+"""Of torch.compile, wherever in a network it was called."""
 _LIBRARIES = ("torch", "torchvision", "timm", "transformers", "segmentation_models_pytorch", "downres")
-_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
+_SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+_PLAIN: list[Any] = [
+    argparse.Namespace,  # timm's training script saves its arguments so
+    *(np.dtype, np.ndarray, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"}),
+    *((one, f"numpy.{core}.multiarray.{one.__name__}") for one in (_SCALAR, _ARRAY) for core in ("core", "_core")),  # type: ignore[union-attr]
+]
+"""What may stand in a checkpoint beside tensors: it holds values, and runs nothing."""
+
+
+class Tensors(dict[str, Tensor]):
+    """The tensors of a checkpoint by name. sets: all the sets that it holds, by what they are under; this one is the first."""
+
+    sets: dict[str, "Tensors"]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -28,9 +50,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
             warnings.simplefilter("ignore")  # torch warns of pickles that it then refuses
             loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise DownresError(f"{path} needs more memory than there is: save the state dict alone.") from None
     except Exception as error:  # broken files fail in many ways, inside torch's unpickler and safetensors
         if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in str(error) or _is_bare_pickle(path)):
             raise DownresError(
@@ -40,15 +64,30 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise DownresError(
             f"{path} is not a readable checkpoint: give a .safetensors file or a state dict saved by torch."
         ) from None
-    while isinstance(loaded, dict):
-        inner = next((loaded[k] for k in _WRAPPERS if isinstance(loaded.get(k), dict)), None)
-        if inner is None:
-            break
-        loaded = inner
-    tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
-    if not tensors:
+    sets = _sets(loaded) if isinstance(loaded, dict) else {}
+    if not sets:
         raise DownresError(f"{path} holds no tensors by name: give a state dict (torch.save(model.state_dict(), …)).")
-    return tensors
+    first = next((name for name in ("", *_WRAPPERS) if name in sets), min(sets))
+    sets[first].sets = sets
+    return sets[first]
+
+
+def _sets(loaded: dict, above: tuple[int, ...] = ()) -> dict[str, Tensors]:
+    """The sets of tensors in a checkpoint, by the name that they are under; '' where they lie in the open."""
+    sets: dict[str, Tensors] = {}
+    for name, inner in loaded.items():
+        if isinstance(inner, dict) and id(inner) not in above and isinstance(name, str) and not _of_training(name):
+            deeper = _sets(inner, (*above, id(loaded), id(inner))) if len(above) < 20 else {}
+            if found := next((deeper[n] for n in ("", *_WRAPPERS) if n in deeper), next(iter(deeper.values()), None)):
+                sets[name] = found
+    if not sets.keys() & set(_WRAPPERS):
+        own = Tensors({name: value for name, value in loaded.items() if isinstance(value, Tensor) and isinstance(name, str)})
+        return {"": own} if own else sets
+    return sets
+
+
+def _of_training(name: str) -> bool:
+    return any(word in name.lower() for word in ("optim", "sched", "scaler", "rng", "callback", "loop"))
 
 
 def _is_bare_pickle(path: Path) -> bool:
@@ -61,51 +100,137 @@ def _is_bare_pickle(path: Path) -> bool:
 def match(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """The tensors under the model's own names, and how they were matched. Shapes are not compared here.
 
-    By name after common prefixes are removed; else, when both sides hold equally many tensors (the
-    `num_batches_tracked` counters left out) of the same kinds and shapes in the same order, by order.
+    By name after whatever prefix they share is removed; else, when both sides hold equally many tensors (the
+    `num_batches_tracked` counters left out) of the same kinds and shapes in the same order, by order. Of several sets in a
+    checkpoint the one that fits; of several that fit the first of those that savers name, which is said.
     """
+    sets = getattr(tensors, "sets", {"": tensors})
+    found, failed = {}, None
+    for name in sorted(sets, key=lambda name: _WRAPPERS.index(name) if name in _WRAPPERS else len(_WRAPPERS)):
+        try:
+            found[name] = _match(model, sets[name])
+        except DownresError as error:
+            failed = failed or error
+    if not found:
+        assert failed is not None
+        raise failed
+    taken, *others = found
+    if others and taken not in _WRAPPERS:
+        raise DownresError(
+            f"The weights file holds this network {len(found)} times, as {' and '.join(map(repr, found))}: "
+            "save the one that is meant alone."
+        )
+    kept, how = found[taken]
+    return kept, f"{how}, its {taken!r} and not its {' or '.join(map(repr, others))}" if others else how
+
+
+def _match(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """`match` of one set."""
     wanted = model.state_dict()
-    for prefix in ("", *_PREFIXES):
-        renamed = {k.removeprefix(prefix): v for k, v in tensors.items()}
-        if prefix and any(k.startswith(prefix) for k in tensors):
-            # Two wrappings at once (`module.model.`) are common enough to look through.
-            for second in _PREFIXES:
-                again = {k.removeprefix(second): v for k, v in renamed.items()}
-                if len(again.keys() & wanted.keys()) > len(renamed.keys() & wanted.keys()):
-                    renamed = again
-        if _essential(wanted) <= renamed.keys():
-            if more := _of_a_larger_network(wanted, renamed):
-                raise DownresError(
-                    f"The weights are for a larger network of this kind: {len(more)} of the file's tensors have no place in it"
-                    f" (first: {more[0]}): check the model's name and that the file belongs to it."
-                )
-            kept = {k: v for k, v in renamed.items() if k in wanted}
-            return kept, f"by name{f', prefix {prefix!r} removed' if prefix else ''}"
+    needed = _needed(model, wanted)
+    plain = {name.replace(_COMPILED, ""): value for name, value in tensors.items()}
+    prefixes = _prefixes(wanted, plain)
+    whole = [prefix for prefix in prefixes if all(prefix + name in plain for name in needed)]
+    if whole and not ("" in whole or _alike(plain, whole, needed)):
+        raise DownresError(
+            f"The weights file holds this network {len(whole)} times, under {' and '.join(map(repr, sorted(whole)))}: "
+            "save the one that is meant alone."
+        )
+    if whole:
+        prefix = "" if "" in whole else whole[0]
+        renamed = {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
+        if more := _of_a_larger_network(wanted, renamed):
+            raise DownresError(
+                f"The weights are for a larger network of this kind: {len(more)} of the file's tensors have no place in it"
+                f" (first: {more[0]}): check the model's name and that the file belongs to it."
+            )
+        kept = {k: v for k, v in renamed.items() if k in wanted}
+        own = len([k for k in _in_order(wanted) if k not in kept])
+        made = f", {own} buffers as the network makes them" if own else ""
+        removed = prefix + _COMPILED * any(_COMPILED in name for name in tensors)
+        return kept, "by name" + (f", prefix {removed!r} removed" if removed else "") + made
     ours, theirs = _in_order(wanted), _in_order(tensors)
     pairs = dict(zip(ours, theirs, strict=False)) if len(ours) == len(theirs) else {}
     if pairs and all(wanted[a].shape == tensors[b].shape and _kind(a) == _kind(b) for a, b in pairs.items()):
         return {a: tensors[b] for a, b in pairs.items()}, f"by order: names differ, all {len(ours)} shapes agree"
-    missing = sorted(_essential(wanted) - tensors.keys())
-    extra = sorted(_essential(tensors) - wanted.keys())
-    raise DownresError(
-        f"The weights are for another network: {len(missing)} of its {len(ours)} tensors are not in the file"
-        f" (first: {missing[0] if missing else ours[0]}), {len(extra)} in the file are not in it"
+    raise _unmatched(wanted, needed, plain, prefixes)
+
+
+def _prefixes(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """What stands before the network's own names in a file, the commonest first: '', `module.`, `module.model.encoder.`, …"""
+    counted: Counter[str] = Counter()
+    for name in found:
+        parts = name.split(".")
+        for i in range(min(len(parts), 20)):
+            if ".".join(parts[i:]) in wanted:
+                counted["".join(part + "." for part in parts[:i])] += 1
+    return [prefix for prefix, _ in counted.most_common()]
+
+
+def _alike(found: dict[str, Tensor], prefixes: list[str], names: list[str]) -> bool:
+    first, *others = prefixes
+    return all(torch.equal(found[first + name], found[other + name]) for other in others for name in names)
+
+
+def _unmatched(wanted: dict[str, Tensor], needed: list[str], found: dict[str, Tensor], prefixes: list[str]) -> DownresError:
+    """Why no match was found: some are missing of a file that otherwise fits, or it is for another network."""
+    prefix = prefixes[0] if prefixes else ""
+    missing = sorted(name for name in needed if prefix + name not in found)
+    there = [name for name in needed if prefix + name in found]
+    if len(there) >= 0.9 * len(needed) and all(found[prefix + name].shape == wanted[name].shape for name in there):
+        return DownresError(
+            f"The weights file lacks {len(missing)} of the network's {len(needed)} tensors (first: {missing[0]}), the others "
+            "fit: give a file of the whole network, its last layer included."
+        )
+    extra = sorted(name for name in _in_order(found) if name.removeprefix(prefix) not in wanted)
+    return DownresError(
+        f"The weights are for another network: {len(missing)} of its {len(_in_order(wanted))} tensors are not in the file"
+        f" (first: {missing[0] if missing else needed[0]}), {len(extra)} in the file are not in it"
         f"{f' (first: {extra[0]})' if extra else ''}: check the model's name and that the file belongs to it."
     )
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> str:
-    """Load the tensors into `model` (in place) and say how they were matched; a shape that differs is an error."""
+    """Load the tensors into `model` (in place) and say how they were matched.
+
+    Raises DownresError for a shape that differs, and for numbers that are not what a network in floating point computes with.
+    """
     matched, how = match(model, tensors)
     wanted = model.state_dict()
-    for name, tensor in matched.items():
-        if tensor.shape != wanted[name].shape:
-            raise DownresError(
-                f"The weights have shape {tuple(tensor.shape)} at {name}, the network {tuple(wanted[name].shape)}: "
-                "the file belongs to another width or number of classes."
-            )
+    matched = {name: _dense(name, tensor, wanted[name]) for name, tensor in matched.items()}
     model.load_state_dict({**wanted, **matched})
     return how
+
+
+def _dense(name: str, tensor: Tensor, wanted: Tensor) -> Tensor:
+    """A tensor of a file as the network needs it."""
+    if tensor.is_nested or tensor.shape != wanted.shape:
+        shape = "no shape of its own" if tensor.is_nested else f"shape {tuple(tensor.shape)}"
+        raise DownresError(
+            f"The weights have {shape} at {name}, the network {tuple(wanted.shape)}: "
+            "the file belongs to another width or number of classes."
+        )
+    whole = not tensor.is_quantized and not tensor.is_floating_point() and not tensor.is_complex()
+    kinds = {
+        "are quantized": tensor.is_quantized,
+        "have no values (they are on the meta device)": tensor.is_meta,
+        "are complex numbers": tensor.is_complex(),
+        f"are whole numbers ({str(tensor.dtype).removeprefix('torch.')})": whole and wanted.is_floating_point(),
+    }
+    if what := next((words for words, true in kinds.items() if true), ""):
+        raise DownresError(f"The weights {what} at {name}: give the file of the network in floating point, as it was trained.")
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
+def floating(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors for a library that matches them itself, wrappings of training taken off. Raises as `load_weights`."""
+    plain = {name.replace(_COMPILED, ""): value for name, value in tensors.items()}
+    while plain and all(name.startswith("module.") for name in plain):
+        plain = {name.removeprefix("module."): value for name, value in plain.items()}
+    return {name: value if value.dtype in _WHOLE else _dense(name, value, value) for name, value in plain.items()}
+
+
+_WHOLE = (torch.int64, torch.int32, torch.bool)  # indices and counters
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -147,5 +272,8 @@ def _in_order(tensors: dict[str, Tensor]) -> list[str]:
     return [k for k in tensors if not k.endswith("num_batches_tracked")]
 
 
-def _essential(tensors: dict[str, Tensor]) -> set[str]:
-    return set(_in_order(tensors))
+def _needed(model: nn.Module, wanted: dict[str, Tensor]) -> list[str]:
+    """The names that a file must have: parameters and running statistics. Other buffers the network makes by itself."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    needed = [name for name in _in_order(wanted) if name in parameters or "running_" in name]
+    return needed or _in_order(wanted)

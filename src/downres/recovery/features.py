@@ -5,7 +5,10 @@ once, kept, resumed.
 import contextlib
 import copy
 import os
+import zlib
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DownresError
+from ..families.weights import fingerprint
 from ..probe import logits_of
 from ..records import Preprocessing
 from .bank import Bank
@@ -72,8 +76,10 @@ def head_of(model: nn.Module, name: str) -> Head:
 class FeatureBank(Bank):
     """`features(state, indices)` → (len(indices), F): computes what is missing, remembers all of it.
 
-    With a folder the features live in memory-mapped files there, filled chunk by chunk, so that an interrupted
-    run goes on where it was. Without a known head the "features" are the logits themselves.
+    With a folder the features live in memory-mapped files there, one a state, filled row by row, so that an interrupted
+    run goes on where it was. A row counts as known only if its own checksum says that it is whole, and of this very
+    network, state and image: a file that was lost, replaced or damaged is computed again. Without a known head the
+    "features" are the logits themselves.
     """
 
     def __init__(self, model: nn.Module, head: str | None, width: int, preprocessing: Preprocessing, **options: Any) -> None:
@@ -81,7 +87,12 @@ class FeatureBank(Bank):
         super().__init__(model, preprocessing, lambda network: Classifier(network, head), names, **options)
         self.head, self.width = head, width
         self._own = None if head is None else head_of(model, head)
-        self._stores: dict[State, tuple[np.ndarray, np.ndarray]] = {}
+        self._stores: dict[State, _Rows] = {}
+
+    @cached_property
+    def _made_with(self) -> str:
+        """What the features of a state depend on beside it and the image."""
+        return f"{fingerprint(self.model)} {self.preprocessing} {self.runtime_name} {self.head}"
 
     def forget(self) -> None:
         super().forget()
@@ -109,8 +120,12 @@ class FeatureBank(Bank):
 
     def features(self, state: State, indices: np.ndarray, *, serving: bool = True) -> np.ndarray:
         assert self.images is not None
-        store, known = self._store(state)
-        todo = indices[~known[indices]]
+        rows = self._rows(state)
+        todo = indices[~rows.known[indices]]
+        # A resumed run counts as one that nobody interrupted: what it finds in the folder was looked at for it, too.
+        found = indices[rows.known[indices] & ~rows.counted[indices]]
+        self.passes += len(found)
+        rows.counted[found] = True
         if len(todo):
             runtime, done = self.runtime(state, serving), 0
             source = self.batches(state, todo, self.batch_size)
@@ -122,34 +137,75 @@ class FeatureBank(Bank):
                             f"The model returns NaN or infinite values at {state.candidate} on real images "
                             f"({self.images.names[todo[done]]} or near it): check its weights and the preprocessing."
                         )
-                    chunk = todo[done : done + len(out)]
-                    store[chunk] = out
-                    known[chunk] = True
+                    rows.put(todo[done : done + len(out)], out)
                     done += len(out)
                     self.note(state, len(out), done, len(todo))
-        return np.asarray(store[indices])
+            rows.settle()
+        return np.ascontiguousarray(rows.values[indices])
 
-    def _store(self, state: State) -> tuple[np.ndarray, np.ndarray]:
-        """(features (n, F) float32, which of them are known (n,) bool)."""
+    def _rows(self, state: State) -> "_Rows":
         assert self.images is not None
         if state not in self._stores:
-            n = len(self.images)
-            self._stores[state] = (
-                self._array(state, "features", (n, self.width), np.float32),
-                self._array(state, "known", (n,), np.bool_),
-            )
+            shape = (len(self.images), self.width)
+            if self.folder is None or state.history:  # recalibrated networks see few images: not worth a file
+                self._stores[state] = _Rows(np.zeros(shape[0], _row(self.width)), None)
+            else:
+                told = f"{self._made_with} {state.to_json()}"
+                seeds = [
+                    zlib.crc32(f"{told} {name} {checksum}".encode(errors="surrogateescape"))
+                    for name, checksum in zip(self.images.names, self.images.checksums, strict=True)
+                ]
+                file = self.folder / "features" / f"{state.key()}.npy"
+                self._stores[state] = _Rows(_mapped(file, shape[0], _row(self.width)), np.array(seeds, np.uint32))
         return self._stores[state]
 
-    def _array(self, state: State, what: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        if self.folder is None or state.history:
-            return np.zeros(shape, dtype)  # recalibrated networks see few images: not worth a file
-        (self.folder / "features").mkdir(parents=True, exist_ok=True)
-        file = self.folder / "features" / f"{state.key()}.{what}.npy"
-        if not file.exists():
-            partial = file.with_suffix(".partial")
-            np.lib.format.open_memmap(partial, "w+", dtype, shape)  # zeros, sparse on disk until written
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash where a mapping is written to
-                with open(partial, "r+b") as handle:
-                    os.posix_fallocate(handle.fileno(), 0, partial.stat().st_size)
-            partial.replace(file)
-        return np.lib.format.open_memmap(file, "r+")
+
+class _Rows:
+    """Features of one state, a row an image. known: which rows are there; counted: which were paid for in this process.
+
+    seeds: what the checksum of each row starts with; None where the rows are not kept.
+    """
+
+    def __init__(self, rows: np.ndarray, seeds: np.ndarray | None) -> None:
+        self.rows, self.seeds, self.values = rows, seeds, rows["values"]
+        self.known, self.counted = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
+        if seeds is not None:
+            for i in np.flatnonzero(rows["written"]):
+                self.known[i] = rows["crc"][i] == self._crc(i)
+
+    def put(self, indices: np.ndarray, values: np.ndarray) -> None:
+        self.values[indices] = values
+        if self.seeds is not None:
+            self.rows["crc"][indices] = [self._crc(i) for i in indices]
+            self.rows["written"][indices] = True
+        self.known[indices] = self.counted[indices] = True
+
+    def settle(self) -> None:
+        """Onto the disk, where they are kept."""
+        if isinstance(self.rows, np.memmap):
+            self.rows.flush()
+
+    def _crc(self, i: Any) -> int:
+        assert self.seeds is not None
+        return zlib.crc32(self.values[i].tobytes(), int(self.seeds[i]))
+
+
+def _row(width: int) -> np.dtype:
+    return np.dtype([("written", np.bool_), ("crc", np.uint32), ("values", np.float32, (width,))], align=True)
+
+
+def _mapped(file: Path, n: int, row: np.dtype) -> np.ndarray:
+    """The array in that file, of zeros where there is no such array in it."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        if file.is_file():
+            kept = np.lib.format.open_memmap(file, "r+")
+            if kept.dtype == row and kept.shape == (n,):
+                return kept
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    np.lib.format.open_memmap(partial, "w+", row, (n,))  # zeros, sparse on disk until written
+    if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash where a mapping is written to
+        with open(partial, "r+b") as handle:
+            os.posix_fallocate(handle.fileno(), 0, partial.stat().st_size)
+    partial.replace(file)
+    return np.lib.format.open_memmap(file, "r+")

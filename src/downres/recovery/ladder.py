@@ -105,11 +105,12 @@ def climb(
 
 
 def best_of(options: Sequence[Option], scores: Sequence[float], behind: Any) -> Option:
-    """The first option proven within, unless what is only lowered is as good within noise; where none is proven, the cheapest
-    within one standard error of the best.
+    """The first option proven within, unless what is only lowered is as good within one standard error; where none is proven,
+    the cheapest within one standard error of the best.
 
     On few tuning images the best of several is often only the luckiest; the one-standard-error rule (Breiman et al.
-    1984) keeps what is cheaper unless another is better beyond that. behind(one, best): in standard errors of their paired difference.
+    1984) keeps what is cheaper unless another is better beyond that. behind(one, best): in standard errors of their paired
+    difference.
     """
     proven = [option for option in options if option.drop.verdict == WITHIN]
     if proven:

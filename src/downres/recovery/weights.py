@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from torch import nn
+
+from ..errors import DownresError
+from ..record import settled
 
 Tensors = Mapping[str, np.ndarray]
 """Name in the network's state dict → values."""
@@ -22,24 +26,42 @@ class Weights:
         self._known: dict[str, dict[str, np.ndarray]] = {}
 
     def put(self, tensors: Tensors) -> str:
-        digest = hashlib.sha256()
-        for name in sorted(tensors):
-            digest.update(f"{name}\0{tensors[name].dtype}\0{tensors[name].shape}\0".encode())
-            digest.update(np.ascontiguousarray(tensors[name]).tobytes())
-        key = digest.hexdigest()[:32]
-        self._known[key] = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        if self.folder is not None and not (file := self.folder / f"{key}.safetensors").exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            partial.write_bytes(save(self._known[key]))  # whose errors of a full disk are the system's own
-            partial.replace(file)
+        key = _key(tensors)
+        if not self.has(key):
+            self._known[key] = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = self.folder / f"{key}.safetensors"
+                partial = file.with_suffix(".partial")
+                partial.write_bytes(save(self._known[key]))  # whose errors of a full disk are the system's own
+                settled(partial)
+                partial.replace(file)
         return key
 
+    def has(self, key: str) -> bool:
+        """Whether they are there as they were put."""
+        if key not in self._known and self.folder is not None and (file := self.folder / f"{key}.safetensors").is_file():
+            try:
+                found = load(file.read_bytes())
+            except (SafetensorError, ValueError, KeyError, TypeError):
+                return False
+            if _key(found) == key:
+                self._known[key] = found
+        return key in self._known
+
     def get(self, key: str) -> dict[str, np.ndarray]:
-        if key not in self._known:
-            assert self.folder is not None
-            self._known[key] = load_file(self.folder / f"{key}.safetensors")
+        """Raises DownresError for what is missing or damaged."""
+        if not self.has(key):
+            raise DownresError(f"The tensors {key} in {self.folder} are missing or damaged: search again in another folder.")
         return self._known[key]
+
+
+def _key(tensors: Tensors) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}\0{tensors[name].dtype}\0{tensors[name].shape}\0".encode())
+        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()[:32]
 
 
 def with_tensors(network: nn.Module, tensors: Tensors) -> nn.Module:

@@ -1,7 +1,6 @@
 """One self-contained HTML page that shows a whole search: verdict, picture, table, photographs, and how it was made."""
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from plotly.offline import get_plotlyjs
 
 from ..errors import DownresError
 from ..parse import format_quantity
+from ..record import write_whole
 from ..records import Budget, Candidate, Preprocessing, Result, Score
 from . import pictures, words
 from .page import Section, render
@@ -67,15 +67,7 @@ def write_report(view: ReportView, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     page = build_report(view)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(partial, 0o644)
-        os.replace(partial, target)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    write_whole(target, page.encode(errors="backslashreplace"))
     return target
 
 

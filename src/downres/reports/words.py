@@ -224,6 +224,11 @@ def verdict(
     original: Result, results: Sequence[Result], chosen: Result | None, budget: Budget, score: type[Score] | None = None
 ) -> str:
     """The whole report in one or two sentences. score: what is judged by, where nothing was measured yet."""
+    if waiting := sum(r.status == "waiting" for r in results):
+        return (
+            f"This run is not finished: {len(results) - waiting} of {count(len(results), 'candidate')} are done. "
+            "What is proven is said when all are; the same command goes on."
+        )
     what, kinds = score or judged(original, *results), [q for r in (original, *results) for q in (r.quality, r.naive) if q]
     unit = kinds[0].unit if kinds else "points"
     if chosen is None:

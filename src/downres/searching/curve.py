@@ -9,6 +9,7 @@ from ..axes import Axes
 from ..errors import DownresError
 from ..families import Model
 from ..measuring.cost import measure_cost
+from ..record import plain
 from ..records import Budget, Preprocessing, Result
 from ..tasks import Question, Task
 from .design import design_of
@@ -27,13 +28,15 @@ class Curve:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict:
-        return {
-            "data": self.data,
-            "preprocessing": self.preprocessing.to_json(),
-            "original": self.original.row(),
-            "candidates": [r.row(type(self.original.quality) if self.original.quality else None) for r in self.results],
-            "notes": list(self.notes),
-        }
+        return plain(
+            {
+                "data": self.data,
+                "preprocessing": self.preprocessing.to_json(),
+                "original": self.original.row(),
+                "candidates": [r.row(type(self.original.quality) if self.original.quality else None) for r in self.results],
+                "notes": list(self.notes),
+            }
+        )
 
 
 NOTHING = Axes((), (), (), ())
@@ -49,7 +52,7 @@ def curve(
     task: str | type[Task] | None = None,
     tries: Axes = NOTHING,
     question: Question = Question(),
-    measuring: Measuring = Measuring(runtime="torch", val_fraction=1.0),
+    measuring: Measuring = Measuring(runtime="torch"),
     preprocessing: Preprocessing | None = None,
     progress: Progress | None = None,
     **flat: Any,

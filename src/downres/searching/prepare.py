@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from ..engines import check_threads
 from ..errors import DownresError
 from ..families import Model
+from ..images.images import cache_bytes
+from ..parse import user_path
 from ..records import Candidate, Preprocessing, Record
 from ..tasks import Data, Question, Task, find_task
 from .design import as_model
@@ -24,18 +27,35 @@ class Measuring(Record):
     """How it is measured.
 
     runtime: 'onnxruntime' or 'torch'; threads: of it, None takes every core. folds: cross-fit on one folder, so that every
-    image is a proof image once. val_fraction: part of an undivided folder that is kept for the proof. seed: of splits and
-    folds. batch_size: images in one pass, None: as is quickest; latency is always that of one.
-    cache_gb: of decoded pixels kept on disk at most, of which no number depends; None: half of what is free there.
+    image is a proof image once. val_fraction: part of an undivided folder that is kept for the proof; None: half of it, and
+    all of it where nothing is fitted (`curve`, `evaluate`). seed: of splits and folds. batch_size: images in one pass, None:
+    as is quickest; latency is always that of one. cache_gb: of decoded pixels kept on disk at most, of which no number
+    depends; None: half of what is free there.
     """
 
     runtime: str = "onnxruntime"
     threads: int | None = None
     folds: int | None = None
-    val_fraction: float = 0.5
+    val_fraction: float | None = None
     seed: int = 0
     batch_size: int | None = None
     cache_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+        if self.cache_gb is not None:
+            cache_bytes(self.cache_gb)
+        part = self.val_fraction
+        if part is not None and not 0 < part <= 1:
+            raise DownresError(f"The validation fraction is above 0 and at most 1, {part} is not: give for example 0.5.")
+        whole = {"seed": (self.seed, 0, 2**32 - 1), "folds": (self.folds, 2, 10_000), "batch_size": (self.batch_size, 1, 4096)}
+        for name, (value, least, most) in whole.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
+                raise DownresError(f"{name} is a whole number from {least} to {most}, {value} is not.")
+
+    def part(self, fitted: bool) -> float:
+        """`val_fraction`, and what it is where nobody chose."""
+        return self.val_fraction if self.val_fraction is not None else 0.5 if fitted else 1.0
 
     def options(self) -> dict[str, Any]:
         """Of a bank."""
@@ -65,7 +85,8 @@ def open_data(
     """The data opened and checked against the model."""
     if task.fit_new and "train" not in parts:
         raise DownresError("No head is fitted here, these would be numbers of an empty one: leave fit_head out, or use search.")
-    how: dict[str, Any] = {"folds": measuring.folds, "val_fraction": measuring.val_fraction, "seed": measuring.seed}
+    part = measuring.part(fitted="train" in parts)
+    how: dict[str, Any] = {"folds": measuring.folds, "val_fraction": part, "seed": measuring.seed}
     how["cache_gb"] = measuring.cache_gb
     opened = task.open(data, parts=parts, progress=progress, question=question, **how)
     task.begin(opened, measuring.seed)
@@ -107,7 +128,7 @@ def place_of(data: Source) -> str:
     root = data if isinstance(data, (str, Path)) else getattr(data, "found_in", "")
     if not root:
         return ""
-    return str(root) if str(root).startswith("demo:") else str(Path(root).expanduser().resolve())
+    return str(root) if str(root).startswith("demo:") else str(user_path(root).resolve())
 
 
 def gather(kinds: dict[str, Any], flat: dict[str, Any]) -> dict[str, Any]:

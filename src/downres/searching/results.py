@@ -1,11 +1,16 @@
 """A run as its folder has it: pure reading, nothing is measured here."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..records import OUTSIDE, Budget, Candidate, Cost, Latency, Preprocessing, Recovery, Result
+from ..errors import DownresError
+from ..images import Skip
+from ..record import Misfit, Record, plain
+from ..records import OUTSIDE, Budget, Candidate, Cost, Drop, Latency, Preprocessing, Recovery, Result
 from ..recovery.state import State
 from ..tasks import Task, restored
 from .select import over_budget, select
@@ -41,23 +46,79 @@ class Run:
         return self.folder / "best" if (self.folder / "best" / "manifest.json").exists() else None
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "run": str(self.folder),
-            "finished": self.finished,
-            "settings": self.settings,
-            "data": self.data,
-            "budget": self.budget.to_json(),
-            "original": self.original.row(self.task.score),
-            "candidates": [r.row(self.task.score) for r in self.results],
-            "best": self.best and self.best.row(self.task.score),
-            "artifact": self.artifact and str(self.artifact),
-            "notes": list(self.notes),
-        }
+        return plain(
+            {
+                "run": str(self.folder),
+                "finished": self.finished,
+                "settings": self.settings,
+                "data": self.data,
+                "budget": self.budget.to_json(),
+                "original": self.original.row(self.task.score),
+                "candidates": [r.row(self.task.score) for r in self.results],
+                "best": self.best and self.best.row(self.task.score),
+                "artifact": self.artifact and str(self.artifact),
+                "notes": list(self.notes),
+            }
+        )
 
 
 def load_run(folder: str | Path, store: Store | None = None) -> Run:
-    """A run as its folder has it, finished or not. Pure reading: nothing is measured again."""
+    """A run as its folder has it, finished or not. Pure reading: nothing is measured again.
+
+    Raises DownresError where it is none, or what is in it is not as it was written.
+    """
     store = store or Store.read(folder)
+    with readable(store.folder):
+        Settings.from_json(store.settings)
+        if store.get("data") is not None:
+            Opened.from_json(store.get("data"))
+        return _load(Path(folder), store)
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """One sentence for what a damaged folder makes fail."""
+    try:
+        yield
+    except Misfit as misfit:
+        why = f"{misfit.path} {misfit.why}"
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+        why = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else 'no reason given'}"
+    else:
+        return
+    raise DownresError(f"What is in {folder} is not as it was written ({why}): search again with another folder.")
+
+
+@dataclass(frozen=True)
+class Settings(Record):
+    """All that is read of run.json, with its types."""
+
+    model: str
+    weights: str
+    preprocessing: Preprocessing
+    task: dict[str, Any]
+    budget: Budget
+    candidates: tuple[Candidate, ...]
+    minimize: str
+    runtime: str
+    notes: tuple[str, ...]
+    command: str
+    data_source: dict[str, Any]
+    rungs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Opened(Record):
+    """All that is read of what a run notes of its data; its task may have noted more."""
+
+    description: str
+    fold_count: int
+    licence: str
+    skipped: tuple[Skip, ...]
+    sha256: str = ""
+
+
+def _load(folder: Path, store: Store) -> Run:
     settings = store.settings
     budget = Budget.from_json(settings["budget"])
     native = Candidate(Preprocessing.from_json(settings["preprocessing"]).resolution)
@@ -66,7 +127,8 @@ def load_run(folder: str | Path, store: Store | None = None) -> Run:
     original = _result(store, task, native, Budget(budget.max_drop))
     results = [_result(store, task, Candidate.from_json(c), budget) for c in settings["candidates"]]
     results = _judge(store, task, native, results, budget, data["fold_count"])
-    best = select(results, settings["minimize"])
+    unmeasured = sum(r.status == "waiting" for r in results)
+    best = None if unmeasured else select(results, settings["minimize"])
     notes = [*settings["notes"]]
     if original.quality is not None:
         notes += task.warnings(original.quality, data)
@@ -75,17 +137,16 @@ def load_run(folder: str | Path, store: Store | None = None) -> Run:
         shown = ", ".join(str(r.candidate) for r in timed)
         slow = f"every tenth pass took twice the median at {shown}"
         notes.append(f"something else ran while latency was measured ({slow}): time again alone")
-    unmeasured = sum(r.status == "waiting" for r in results)
     if unmeasured:
         notes.append(f"unfinished: {unmeasured} of {len(results)} candidates are not measured yet; the same command goes on")
-    finished = store.get("finished") is not None
-    return Run(Path(folder), settings, budget, original, tuple(results), best, tuple(notes), finished, data, task)
+    finished = store.get("finished") is not None and not unmeasured
+    return Run(folder, settings, budget, original, tuple(results), best, tuple(notes), finished, data, task)
 
 
 def _judge(store: Store, task: Task, native: Candidate, results: list[Result], budget: Budget, folds: int) -> list[Result]:
     """The drops of what is measured, all at once."""
     done = [r for r in results if r.status == "measured"]
-    if store.get(f"quality/{native}") is None or not done:
+    if not done or store.get(f"quality/{native}") is None or not store.has_arrays(_predictions(store, native)):
         return results
     found = {str(c): _evidence(store, task, c) for c in (native, *(r.candidate for r in done))}
     original = found.pop(str(native))
@@ -96,7 +157,12 @@ def _judge(store: Store, task: Task, native: Candidate, results: list[Result], b
         # With cross folds the tuning images are proof images of another fold: nothing may be ruled out by them.
         if folds == 1 and r.recovery and r.recovery.tuning and r.recovery.tuning.verdict == OUTSIDE
     }
-    drops = task.compare(original, {k: v for k, v in found.items() if k not in ruled_out}, budget)
+    judged = {name: evidence for name, evidence in found.items() if name not in ruled_out}
+    waiting = sum(r.status == "waiting" for r in results)
+    if waiting:
+        drops = _before_all(task, original, judged, budget, len(judged) + waiting)
+    else:
+        drops = task.compare(original, judged, budget)
     for name in ruled_out:
         drops |= task.compare(original, {name: found[name]}, budget)
     return [
@@ -105,6 +171,15 @@ def _judge(store: Store, task: Task, native: Candidate, results: list[Result], b
         else r
         for r in results
     ]
+
+
+def _before_all(task: Task, original: Any, judged: dict[str, Any], budget: Budget, planned: int) -> dict[str, Drop]:
+    """The drops of an unfinished run: each at the level of all that are planned (Bonferroni), whatever the others will give,
+    so that whoever looks early has no better chance to see a proof.
+    """
+    level = dataclasses.replace(budget, confidence=1.0 - (1.0 - budget.confidence) / planned)
+    drops = {name: task.compare(original, {name: evidence}, level)[name] for name, evidence in judged.items()}
+    return {name: dataclasses.replace(d, confidence=budget.confidence, comparisons=planned) for name, d in drops.items()}
 
 
 def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> Result:
@@ -118,7 +193,11 @@ def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> R
         return Result(candidate, "stopped", reason, cost, latency)
     measured = store.get(f"quality/{candidate}")
     if measured is None:
-        return Result(candidate, "waiting", "not measured yet", cost, latency)
+        return Result(candidate, "waiting", "waiting: not measured yet", cost, latency)
+    if not store.has_arrays(_predictions(store, candidate)):
+        return Result(
+            candidate, "waiting", "waiting: its stored answers are lost or damaged, they are measured again", cost, latency
+        )
     kind = task.score
     return Result(
         candidate, "measured", "", cost, latency,
@@ -128,5 +207,14 @@ def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> R
 
 
 def _evidence(store: Store, task: Task, candidate: Candidate) -> Any:
+    return task.evidence_type.from_arrays(store.arrays(_predictions(store, candidate)))
+
+
+def predictions_of(state: State) -> str:
+    """The name of the arrays that hold what the candidate of a state did on the proof images."""
+    return f"predictions/{state.key()}"
+
+
+def _predictions(store: Store, candidate: Candidate) -> str:
     crop = Preprocessing.from_json(store.settings["preprocessing"]).crop_ratio
-    return task.evidence_type.from_arrays(store.arrays(f"predictions/{State(candidate, crop).key()}"))
+    return predictions_of(State(candidate, crop))

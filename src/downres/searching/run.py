@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from ..artifacts import is_whole
 from ..axes import Axes, default_axes
-from ..engines import check_threads
 from ..environment import versions
 from ..errors import DownresError
 from ..families import Model
-from ..images.images import cache_bytes
 from ..measuring.cost import measure_cost
 from ..measuring.latency import RUNTIMES, interleaved, random_batch
+from ..parse import user_path
 from ..records import Budget, Candidate, Cost, Latency, Preprocessing, Recovery
 from ..recovery.bank import Bank
 from ..recovery.ladder import RUNGS, Reference, climb, together
@@ -37,7 +37,7 @@ from .prepare import (
     place_of,
     prepare_task,
 )
-from .results import Run, load_run
+from .results import Run, load_run, predictions_of
 from .select import MINIMIZE, over_budget
 from .ship import ship
 from .store import FORMAT, Store
@@ -89,8 +89,6 @@ def search(
     if max_drop is not None:
         budget = dataclasses.replace(budget, max_drop=max_drop)
     _check_choices(rungs, minimize, measuring.runtime)
-    check_threads(measuring.threads)
-    cache_bytes(measuring.cache_gb)  # for its error
     subject = prepare_task(model, data, question, task, preprocessing)
     subject.check_budget(budget)
     wanted, rungs = rungs, tuple(rung for rung in rungs if rung in subject.rungs)
@@ -115,7 +113,9 @@ def search(
         "command": command,
         "data_source": {
             "path": place_of(data),
-            **{name: getattr(measuring, name) for name in ("folds", "val_fraction", "seed")},
+            "folds": measuring.folds,
+            "val_fraction": measuring.part(fitted=True),
+            "seed": measuring.seed,
             "question": resolved(question).to_json(),
         },
     }
@@ -132,7 +132,8 @@ def search(
             open_data(subject, data, measuring, question, progress=progress)
             store.same("data", describe_data(subject), "sha256")
             _measure_all(subject, store, budget, alive, rungs, bank, progress)
-        store.put("finished", True)
+        if store.get("finished") is None:
+            store.put("finished", True)
         bank.forget()
         run = load_run(folder, store)
         write_report(run)
@@ -143,9 +144,7 @@ def search(
 
 def resolved(question: Question) -> Question:
     """The same from any folder: `check` asks again from where it is called."""
-    files = {
-        name: str(Path(value).expanduser().resolve()) for name in ("labels", "classes") if (value := getattr(question, name))
-    }
+    files = {name: str(user_path(value).resolve()) for name in ("labels", "classes") if (value := getattr(question, name))}
     return dataclasses.replace(question, **files)  # type: ignore[arg-type]
 
 
@@ -160,14 +159,13 @@ def _measure_all(
 ) -> None:
     """Everything that needs images: quality of each candidate, what the report shows of them, the shipped model."""
     task.fill(bank)
-    if store.get("split") is None:
+    if not store.has_arrays("split"):
         sides = {f"{part}{i}": getattr(f, part) for i, f in enumerate(task.data.folds) for part in ("train", "test")}
         store.put_arrays("split", **sides)
-        store.put("split", True)
     made: list[Reference] = []
     for i, candidate in enumerate(candidates):
         key = f"quality/{candidate}"
-        if store.get(key) is None:
+        if not _is_kept(task, store, bank, candidate):
             bank.stage = f"{i + 1} of {len(candidates)}, "
             if not made:  # a finished run needs none
                 made += [task.reference(bank, i, fold, rungs) for i, fold in enumerate(task.data.folds)]
@@ -176,17 +174,27 @@ def _measure_all(
         bank.release()
     bank.stage = ""
     run = load_run(store.folder, store)
-    if store.get("photos") is None:
+    if not store.has_arrays("photos") and store.get("photos") != "none":
         shown = [r for r in run.results if r.status == "measured"]
         task.keep(store, bank, shown, run.best or words.nearest(run.results))  # the one that the page is about
         bank.release()
-        store.put("photos", True)
-    if run.best is not None and run.artifact is None:
+        if not store.has_arrays("photos"):
+            store.put("photos", "none")  # this task shows none
+    if run.best is not None and not is_whole(store.folder / "best"):
         if progress:
             progress(f"{run.best.candidate}: shipping", 0, 1)
         ship(task, store, bank, run, rungs)
         if progress:
             progress(f"{run.best.candidate}: shipping", 1, 1)
+
+
+def _is_kept(task: Task, store: Store, bank: Bank, candidate: Candidate) -> bool:
+    """Whether it was measured, and all that the measurement names is still there as it was written."""
+    measured = store.get(f"quality/{candidate}")
+    if measured is None or not store.has_arrays(predictions_of(task.native_state.at(candidate))):
+        return False
+    steps = [step for state in measured["states"] for step in State.from_json(state).history]
+    return all(bank.weights.has(step.tensors) for step in steps if step.tensors)
 
 
 def _measure(
@@ -211,7 +219,7 @@ def _measure(
         states.append(state)
         recoveries.append(recovery)
     before, after = (task.evidence_type.concatenate(parts) for parts in (lowered, recovered))
-    store.put_arrays(f"predictions/{task.native_state.at(candidate).key()}", **after.to_arrays())
+    store.put_arrays(predictions_of(task.native_state.at(candidate)), **after.to_arrays())
     return {
         "quality": task.quality(after).to_json(),
         "naive": task.quality(before).to_json(),

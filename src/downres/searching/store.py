@@ -1,21 +1,33 @@
 """The folder of a run: every measurement is in it the moment it exists, so a run can be stopped, moved and resumed."""
 
 import fcntl
+import hashlib
 import json
 import os
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import DownresError
+from ..record import plain, read_json, settled, write_json, write_whole
 
-FORMAT = 3
+FORMAT = 4
 """Of run.json and measurements.jsonl; a run of another format is refused."""
 
 
+MOST_BYTES = 2**28
+"""Of run.json; a larger one is none of ours."""
+
+
 class Store:
-    """`settings` (run.json), keyed JSON measurements (measurements.jsonl, append only) and arrays (*.npy)."""
+    """`settings` (run.json), keyed JSON measurements (measurements.jsonl, append only) and arrays (*.npz).
+
+    What was damaged since it was written is as if it had never been measured: every line carries its checksum, and the
+    digest of every array file is a measurement of its own, written once the file is safely on the disk.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -23,7 +35,7 @@ class Store:
         self._lock: Any = None
         self._log = self.folder / "measurements.jsonl"
         try:
-            self.settings: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
+            self.settings: dict[str, Any] = read_json(self.folder / "run.json", MOST_BYTES)
             if not isinstance(self.settings, dict) or self.settings.get("format") != FORMAT:
                 raise ValueError
         except FileNotFoundError:
@@ -33,13 +45,14 @@ class Store:
                 f"{self.folder} is not a run that this version can read (its run.json is broken or older): "
                 "give another folder with --out."
             ) from None
-        if self._log.exists():
-            for line in self._log.read_text(errors="replace").splitlines():
+        if self._log.is_file():
+            for line in self._log.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     entry = json.loads(line)
-                    self._values[entry["key"]] = entry["value"]
-                except (ValueError, KeyError, TypeError):
-                    continue  # a line cut off by a hard stop: its measurement is made again
+                    if entry["crc"] == _crc(entry["key"], entry["value"]):
+                        self._values[entry["key"]] = entry["value"]
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue  # a line cut off by a hard stop, or damaged: its measurement is made again
 
     @classmethod
     def read(cls, folder: str | Path) -> "Store":
@@ -71,18 +84,18 @@ class Store:
         try:
             store = cls(path)  # read under the lock: another process may just have finished
             store._lock = lock
-            settings = json.loads(json.dumps(settings))
+            settings = json.loads(write_json(settings))
             if store.settings:
                 # The command is only shown: the same question may be typed in many ways.
                 _refuse_other(path, store.settings, {k: v for k, v in settings.items() if k != "command"})
             else:
                 store.settings = settings
-                write_atomically(path / "run.json", json.dumps(settings, indent=1))
-            if store._log.exists():
+                write_whole(path / "run.json", write_json(settings, indent=1).encode())
+            if store._log.is_file():
                 # A cut-off last line would swallow the next entry.
-                text = store._log.read_text(errors="replace")
-                if text and not text.endswith("\n"):
-                    write_atomically(store._log, text[: text.rfind("\n") + 1])
+                content = store._log.read_bytes()
+                if content and not content.endswith(b"\n"):
+                    write_whole(store._log, content[: content.rfind(b"\n") + 1])
         except BaseException:
             lock.close()
             raise
@@ -98,17 +111,18 @@ class Store:
 
     def put(self, key: str, value: Any) -> Any:
         """Store a measurement for good before it is used."""
-        line = json.dumps({"key": key, "value": value})
-        with open(self._log, "a") as log:
+        value = json.loads(write_json(plain(value)))
+        line = write_json({"key": key, "value": value, "crc": _crc(key, value)})
+        with open(self._log, "a", encoding="utf-8") as log:
             log.write(line + "\n")
             log.flush()
             os.fsync(log.fileno())
-        self._values[key] = json.loads(line)["value"]
-        return self._values[key]
+        self._values[key] = value
+        return value
 
     def same(self, key: str, value: dict[str, Any], identity: str) -> None:
         """Store what the run's measurements depend on; DownresError when the run has another `identity` in it."""
-        value = json.loads(json.dumps(value))
+        value = json.loads(write_json(plain(value)))
         if self.get(key) is None:
             self.put(key, value)
         else:
@@ -117,21 +131,39 @@ class Store:
     def put_arrays(self, name: str, **arrays: np.ndarray) -> None:
         file = self.folder / f"{name}.npz"
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
+        partial = file.with_name(file.name + ".partial")
         with open(partial, "wb") as handle:
             np.savez(handle, **arrays)  # type: ignore[arg-type]
+        settled(partial)
         partial.replace(file)
+        settled(file.parent)
+        if self.get(f"arrays/{name}") != (digest := _sha256(file)):
+            self.put(f"arrays/{name}", digest)
+
+    def has_arrays(self, name: str) -> bool:
+        """Whether they are there as they were put."""
+        file = self.folder / f"{name}.npz"
+        return file.is_file() and _sha256(file) == self.get(f"arrays/{name}")
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        with np.load(self.folder / f"{name}.npz", allow_pickle=False) as loaded:
-            return {k: loaded[k] for k in loaded.files}
+        """Raises DownresError for what is missing or damaged."""
+        file = self.folder / f"{name}.npz"
+        if self.has_arrays(name):
+            try:
+                with np.load(file, allow_pickle=False) as loaded:
+                    return {k: loaded[k] for k in loaded.files}
+            except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile):
+                pass
+        raise DownresError(f"{file} is missing or damaged: the command that searched measures it again.")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """All of it or nothing: a full disk or a hard stop leaves the old file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+def _crc(key: str, value: Any) -> int:
+    return zlib.crc32(json.dumps([key, value], sort_keys=True).encode())
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _refuse_other(folder: Path, stored: dict[str, Any], now: dict[str, Any], what: str = "") -> None:

@@ -8,7 +8,7 @@ from ..measuring.cost import CONVENTION
 from ..records import Preprocessing
 from ..reports import ReportView, words
 from ..reports import write_report as write_page
-from .results import Run, load_run
+from .results import Run, load_run, readable
 from .select import expense
 from .store import Store
 
@@ -24,7 +24,11 @@ def write_report(run: Run | str | Path) -> Path:
 
 def view_of(run: Run) -> ReportView:
     """Everything on the page, from what the run's folder holds: the images themselves need not be there."""
-    store = Store.read(run.folder)
+    with readable(run.folder):
+        return _view_of(run, Store.read(run.folder))
+
+
+def _view_of(run: Run, store: Store) -> ReportView:
     started = store.get("started") or {"when": "", "versions": {}}
     settings = run.settings
     native = Preprocessing.from_json(settings["preprocessing"])

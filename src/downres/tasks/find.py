@@ -51,6 +51,11 @@ def find_task(model: Model, data: Any, question: Question, task: "str | type[Tas
 
 def restored(described: dict[str, Any], facts: dict[str, Any]) -> Task:
     """The task of a run or an artifact, from what it wrote: without model and data."""
-    kind = known_task(described["name"])
-    assert kind is not None
-    return kind.restore(described, facts)
+    try:
+        kind = known_task(str(described["name"]))
+        assert kind is not None
+        return kind.restore(described, facts)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise DownresError(
+            f"What was written of the task cannot be read ({type(error).__name__}: {error}): search again in another folder."
+        ) from error

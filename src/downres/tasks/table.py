@@ -16,6 +16,7 @@ from ..errors import DownresError
 from ..images import Fold, Images, Progress, Skip
 from ..images.images import fingerprint
 from ..images.parts import PARTS, as_found, divide, how_found, is_hidden, is_image, listed_names, open_listed
+from ..parse import user_path
 
 PART_COLUMNS = ("split", "part", "subset")
 """Headings under which a table may say which images are to fit on and which to prove on."""
@@ -36,7 +37,7 @@ def read_table(path: str | Path) -> Table:
     """A CSV with a heading, whose first column (or one headed file, image, filename, path or name) is the picture's file; or
     JSON: an object of files to values, or a list of objects as the rows of the CSV. Raises DownresError for anything else.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
         rows = _json_rows(json.loads(text)) if path.suffix.lower() == ".json" else _csv_rows(text)
@@ -126,7 +127,7 @@ def open_rows(
     folder. strata: an integer a row that the division keeps the shares of. Pictures of the folder without a row are left out
     and counted.
     """
-    root = Path(folder).expanduser()
+    root = user_path(folder)
     if not root.is_dir():
         raise DownresError(f"There is no folder {root}: point --data to the folder that the files of {table.path} are in.")
     missing = [name for name in table.files if not (root / name).is_file()]
@@ -184,7 +185,7 @@ def labels_beside(folder: Any, given: str | None, what: str) -> Path:
     """The file of labels: the one given, else the only CSV or JSON file in the folder."""
     if given is not None:
         return Path(given)
-    root = Path(folder).expanduser()
+    root = user_path(folder)
     found = sorted(p for p in root.glob("*") if p.suffix.lower() in (".csv", ".json")) if root.is_dir() else []
     if len(found) != 1:
         have = "holds none" if not found else f"holds {listed_names([p.name for p in found])}"

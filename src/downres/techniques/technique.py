@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..records import Candidate
     from ..reduction import Work
 
-DECIMAL = r"\d*\.?\d+(?:e-?\d+)?"
+DECIMAL = r"\d{0,9}\.?\d{1,20}(?:e-?\d{1,3})?"
 """Of a regular expression: a number above 0 as `number` writes it."""
 
 

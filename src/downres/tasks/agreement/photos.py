@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from ...errors import DownresError
 from ...images import Fold, Images, Progress, Skip
 from ...images.images import fingerprint
 from ...images.parts import divide, is_hidden, is_image, open_listed
+from ...parse import user_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ def open_photos(
     progress: Progress | None = None,
 ) -> Photos:
     """Every picture in a folder and the folders in it, whatever they are called, divided at random as `open_folder` does."""
-    root = Path(folder).expanduser()
+    root = user_path(folder)
     if not root.is_dir():
         raise DownresError(f"There is no folder {root}: point --data to a folder of photographs.")
     paths = sorted(p for p in root.rglob("*") if is_image(p) and not is_hidden(p.relative_to(root)))

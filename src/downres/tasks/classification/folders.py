@@ -28,6 +28,7 @@ from ...images.parts import (
     without_unreadable,
 )  # fmt: skip
 from ...images.split import Fold
+from ...parse import user_path
 
 _WNID = re.compile(r"n\d{8}")
 _IMAGENET_CLASSES = 1000
@@ -100,7 +101,7 @@ def open_folder(
     what is free where temporary files go.
     Raises DownresError, in one sentence that says why, where the folder cannot be used.
     """
-    root = Path(path).expanduser()
+    root = user_path(path)
     sources = _sources(root)
     if folds is not None and len(sources) > 1:
         raise DownresError(
@@ -159,7 +160,7 @@ def class_names(path: str | os.PathLike[str], outputs: int | None = None) -> tup
 
     outputs: of the network, which the class folders must match; None accepts any number.
     """
-    sources = _sources(Path(path).expanduser())
+    sources = _sources(user_path(path))
     names = _class_folders(sources)
     _map_classes(names, outputs)
     for source in sources.values():

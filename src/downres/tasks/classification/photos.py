@@ -82,7 +82,7 @@ def keep_photos(task: Any, store: Any, bank: FeatureBank, results: Sequence[Resu
 
 def photos_section(store: Any, run: Any) -> Section:
     """The photographs as each candidate sees them."""
-    if store.get("photos") is None:
+    if not store.has_arrays("photos"):
         return Section()
     return photos_html(kept_photos(store.arrays("photos"), run), run.data["licence"])
 

@@ -25,6 +25,7 @@ from ...images.parts import (
     without_unreadable,
 )  # fmt: skip
 from ...images.split import Fold
+from ...parse import user_path
 from .mask_files import colours_of, header_of, packed, values_of
 from .mask_layouts import TITLES, Pair, Pairs, locate
 from .mask_legends import IGNORE, UNKNOWN, VOC_COLOURS, Colour, Legend, legend_of, numbered, read_classes, table
@@ -140,10 +141,10 @@ def find_masks(
     Raises DownresError where there is no such layout, an image has no mask, image and mask differ in size, a part is
     empty, or masks are RGB or JPEG where class indices are expected.
     """
-    root = Path(root).expanduser()
+    root = user_path(root)
     found = locate(root, layout)
     if isinstance(classes, str | os.PathLike):
-        found = found._replace(legend=read_classes(Path(classes).expanduser()), licence="")
+        found = found._replace(legend=read_classes(user_path(classes)), licence="")
     elif classes is not None:
         found = found._replace(legend=legend_of([(name, None) for name in classes]), licence="")
     known = found.legend or Legend((), (), table(range(IGNORE)), {})

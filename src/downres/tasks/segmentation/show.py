@@ -74,7 +74,7 @@ def image_miou(tallies: Tallies) -> np.ndarray:
 
 def kept_scenes(store: Any, run: Any) -> Segmentation | None:
     """What was kept, as many candidates as fit beside a picture."""
-    if store.get("photos") is None:
+    if not store.has_arrays("photos"):
         return None
     kept = store.arrays("photos")
     chosen = run.best and run.best.candidate

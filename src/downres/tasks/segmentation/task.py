@@ -14,7 +14,7 @@ from torch import nn
 
 from ...errors import DownresError
 from ...families import Model
-from ...parse import as_hw, format_resolution
+from ...parse import as_hw, format_resolution, user_path
 from ...probe import Answer, find_answer
 from ...records import CLASSES, LOGITS, OUTSIDE, Budget, Candidate, Dense, Drop, Preprocessing, Record, Recovery, Result
 from ...recovery.bank import CALIBRATION_IMAGES
@@ -302,7 +302,7 @@ def _has_masks(data: Any) -> bool:
     if not isinstance(data, (str, Path)):
         return False
     try:
-        return bool(locate(Path(data).expanduser(), None))
+        return bool(locate(user_path(data), None))
     except DownresError:
         return False
 
