@@ -1,7 +1,6 @@
 """Export to ONNX and run there, on the CPU."""
 
 import contextlib
-import copy
 import io
 import logging
 import re
@@ -16,9 +15,10 @@ import onnxruntime
 import torch
 from torch import nn
 
+from ..copying import copied, single
 from ..errors import DownresError
 from . import check_threads
-from .torch import TorchRuntime, plain_attention
+from .torch import TorchRuntime, plain_attention, uncompiled
 
 INPUT_NAME = "input"
 
@@ -69,10 +69,10 @@ def export_onnx(
     channels, height, width = input_size
     example = torch.zeros(2, channels, height, width)  # two: torch.export takes a dimension of one for a constant
     try:
-        copied = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-        with _silence(), plain_attention():
+        plain = single(copied(model)).requires_grad_(False)
+        with _silence(), plain_attention(), uncompiled():
             free_batch = ({0: torch.export.Dim.DYNAMIC},)
-            program = torch.export.export(copied, (example,), dynamic_shapes=free_batch, strict=False)
+            program = torch.export.export(plain, (example,), dynamic_shapes=free_batch, strict=False)
             torch.onnx.export(
                 program,
                 f=path,

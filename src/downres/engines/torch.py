@@ -1,6 +1,6 @@
 """Run a model in PyTorch itself."""
 
-import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..copying import copied, parameters
 from ..errors import DownresError
 from . import check_threads
 
@@ -24,9 +25,9 @@ class TorchRuntime:
     def __init__(self, model: nn.Module, threads: int | None = None) -> None:
         self.threads = check_threads(threads)
         self.versions = {"torch": str(torch.__version__)}
-        self._model = copy.deepcopy(model).eval()
+        self._model = nn.Module.eval(copied(model))
         self._layout: torch.memory_format | None = None
-        like = next(self._model.parameters(), torch.empty(0))
+        like = next(parameters(self._model), torch.empty(0))
         self._device, self._dtype = like.device, like.dtype
 
     def __call__(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -76,6 +77,16 @@ def plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Keeps functions that torch.compile has made from running: on fake tensors their kernels crash the process."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Tensors that were put in place of a network's own, kept under the digest of what is in them."""
 
-import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save
 from torch import nn
+
+from ..copying import copied
 
 Tensors = Mapping[str, np.ndarray]
 """Name in the network's state dict → values."""
@@ -44,7 +45,7 @@ class Weights:
 
 def with_tensors(network: nn.Module, tensors: Tensors) -> nn.Module:
     """A copy of the network with these tensors in place of its own, or where it had none (the bias of a bare linear layer)."""
-    network = copy.deepcopy(network)
+    network = copied(network)
     for name, value in tensors.items():
         where, _, leaf = name.rpartition(".")
         owner, tensor = network.get_submodule(where), torch.from_numpy(np.array(value))

@@ -1,8 +1,6 @@
 """Costs of families of candidates: no data, no weights, no arithmetic."""
 
-import copy
 import dataclasses
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..axes import Axes, axes_of
+from ..copying import copied, tensors_of
 from ..errors import DownresError
 from ..families import Model, load_model
 from ..families.find import find_adapter
@@ -174,10 +173,10 @@ class _Measuring:
 def _hollow(network: nn.Module, device: str) -> nn.Module:
     """A copy on another device whose parameters and buffers are not initialised: memory that nobody touches costs nothing."""
     known: dict[int, Any] = {}
-    for t in itertools.chain(network.parameters(), network.buffers()):
+    for t in tensors_of(network):
         hollow = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
         known[id(t)] = nn.Parameter(hollow, t.requires_grad) if isinstance(t, nn.Parameter) else hollow
-    return copy.deepcopy(network, known)
+    return copied(network, known)
 
 
 def _only_fake(module: nn.Module, inputs: tuple) -> None:
