@@ -18,6 +18,7 @@ from torch import nn
 from ..copying import copied, single
 from ..errors import DownresError
 from . import check_threads
+from .fuse import fused, noise
 from .torch import TorchRuntime, plain_attention, uncompiled
 
 INPUT_NAME = "input"
@@ -62,7 +63,8 @@ def export_onnx(
 ) -> Path:
     """Writes one ONNX file (weights inside) with a free batch dimension and an input named `input`; returns its path.
 
-    input_size: (channels, height, width). The model is copied, put in eval mode on the CPU and not changed.
+    input_size: (channels, height, width). The model is copied, put in eval mode on the CPU and not changed; branches
+    that are for training alone are put together in the copy (`fused`).
     Raises DownresError when the model cannot be exported, or not with a free batch.
     """
     path = Path(path)
@@ -71,6 +73,7 @@ def export_onnx(
     try:
         plain = single(copied(model)).requires_grad_(False)
         with _silence(), plain_attention(), uncompiled():
+            plain = fused(plain, noise((1, *input_size), example))
             free_batch = ({0: torch.export.Dim.DYNAMIC},)
             program = torch.export.export(plain, (example,), dynamic_shapes=free_batch, strict=False)
             torch.onnx.export(

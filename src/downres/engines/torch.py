@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from ..copying import copied, parameters
 from ..errors import DownresError
 from . import check_threads
+from .fuse import fused
 
 
 class TorchRuntime:
-    """A copy of the model in eval mode, in the layout that `fastest_layout` finds on the first batch, on the model's device.
+    """A copy of the model in eval mode, branches that are for training alone put together (`fused`), in the layout that
+    `fastest_layout` finds on the first batch, on the model's device.
 
     threads: of PyTorch's pool during a call; None takes all available cores. The pool's size is put back after each call.
     """
@@ -35,6 +37,7 @@ class TorchRuntime:
         with _threads(self.threads), torch.inference_mode():
             x = torch.from_numpy(np.ascontiguousarray(batch)).to(self._device, self._dtype)
             if self._layout is None:
+                self._model = fused(self._model, x)
                 self._layout = fastest_layout(self._model, x)
             outputs = self._model(x.contiguous(memory_format=self._layout))
             return tuple(_to_numpy(o) for o in as_tensors(outputs))

@@ -25,7 +25,7 @@ from ..reduction import made_for, reduce
 from ..reports.rows import ORIGINAL, Row
 from ..tasks import Question, counted
 from ..techniques import RESOLUTION, Design, techniques
-from .design import as_model, design_of
+from .design import as_model, design_of, fused_notes
 from .plan import plan
 
 GIVEN = "given"
@@ -119,7 +119,7 @@ def costs(
             refused.append((candidate, error))
     if refused and len(rows) == 1:
         raise refused[0][1]
-    notes += [*more, *(f"{candidate} left out: {str(error).rstrip('.')}" for candidate, error in refused)]
+    notes += [*measure.notes, *more, *(f"{candidate} left out: {str(error).rstrip('.')}" for candidate, error in refused)]
     return Costs(model.spec, tuple(rows), batch_size, CONVENTION, tuple(notes))
 
 
@@ -134,6 +134,8 @@ class _Measuring:
     def __init__(self, model: Model, batch_size: int, question: Question) -> None:
         self.model, self.batch_size = model, batch_size
         self.channels, self.native = len(model.preprocessing.mean), model.preprocessing.hw
+        self.notes = fused_notes(model)
+        self.fuse = bool(self.notes)
         self.answering: Callable[[nn.Module], nn.Module] = lambda network: network
         try:
             answer: Answer | None = find_answer(made_for(self.weightless, self.native), (self.channels, *self.native))
@@ -145,18 +147,18 @@ class _Measuring:
     def __call__(self, candidate: Candidate) -> Cost:
         size = self.batch_size, self.channels, *(candidate.hw or self.native)
         if candidate == Candidate(self.model.preprocessing.resolution):
-            return measure_cost(self.answering(made_for(self.model.module, self.native)), size)
+            return measure_cost(self.answering(made_for(self.model.module, self.native)), size, fuse=self.fuse)
         try:
             # A convnet is the same network at every resolution: `reduce` would copy it and change nothing.
             as_it_is = self.convnet and candidate == Candidate(candidate.resolution)
             small = self.answering(self.weightless) if as_it_is else self._reduced(self.weightless, candidate)
             handle = small.register_forward_pre_hook(_only_fake, prepend=True)
             try:
-                return measure_cost(small, size)
+                return measure_cost(small, size, fuse=self.fuse)
             finally:
                 handle.remove()
         except Exception:  # something looked at numbers that are not there; the real one says what else is wrong
-            return measure_cost(self._reduced(self.model.module, candidate), size)
+            return measure_cost(self._reduced(self.model.module, candidate), size, fuse=self.fuse)
 
     @cached_property
     def convnet(self) -> bool:

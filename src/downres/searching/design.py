@@ -4,7 +4,8 @@ import dataclasses
 
 from torch import nn
 
-from ..copying import copied, refuse_sealed, single
+from ..copying import copied, first_float, refuse_sealed, single
+from ..engines.fuse import fused, is_fusible, noise
 from ..families import Model, load_model
 from ..families.find import find_adapter
 from ..probe import materialised, total_stride
@@ -27,6 +28,16 @@ def as_model(model: Model | nn.Module | str, preprocessing: Preprocessing | None
     if not isinstance(model, Model):
         refuse_sealed(model)
     return dataclasses.replace(model, module=ready(model.module), preprocessing=preprocessing or model.preprocessing)
+
+
+def fused_notes(model: Model) -> list[str]:
+    """What is said of a network with branches that are put together for whatever is counted, timed and exported; or nothing."""
+    p, module = model.preprocessing, model.module
+    if not is_fusible(module) or fused(module, noise((1, len(p.mean), *p.hw), first_float(module))) is module:
+        return []
+    return [
+        f"counted, timed and exported is {type(module).__name__} with its training branches put together, as its own code does"
+    ]
 
 
 def design_of(model: Model) -> Design:
