@@ -8,8 +8,9 @@ import torch
 import torchvision
 from torch import nn
 
+from downres.copying import copied
 from downres.errors import DownresError
-from downres.probe import Answer, copied_with, find_answer, input_size_of, logits_of
+from downres.probe import Answer, find_answer, input_size_of, logits_of
 
 
 class Wrapped(nn.Module):
@@ -145,13 +146,13 @@ def test_input_size_of():
     assert input_size_of(timm.create_model("resnet18")) == (3, 224, 224)
     assert input_size_of(timm.create_model("test_vit")) == (3, 160, 160)
     assert input_size_of(torchvision.models.squeezenet1_1()) == (3, 224, 224)
-    net = nn.Conv2d(3, 4, 3)
+    net = nn.Conv2d(1, 4, 3)
     for config in ({"input_size": (1, 28, 30)}, {"input_size": [1, 28, 30]}):
         net.pretrained_cfg = config
         assert input_size_of(net) == (1, 28, 30)
-    for config in ({}, {"input_size": None}, None):
+    for config in ({}, {"input_size": None}, None, {"input_size": (3, 224, 224)}):
         net.pretrained_cfg = config
-        assert input_size_of(net) == (3, 224, 224)
+        assert input_size_of(net) == (1, 224, 224)  # the first convolution knows
 
 
 class OwnCopy(nn.Module):
@@ -163,7 +164,7 @@ def test_a_copy_by_hand_is_deepcopys():
     inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.MultiheadAttention(4, 2))
     model = nn.ModuleDict({"a": inner, "b": inner, "own": OwnCopy()})
     model.options, model.loop, model.sizes = {"x": [1, {2}, (3, [4])]}, [model], {7, 8}
-    made = copied_with(model, {})
+    made = copied(model)
     assert made["a"] is made["b"] and made["a"] is not inner and made.loop[0] is made
     assert made.options == model.options and made.options["x"][2][1] is not model.options["x"][2][1]
     assert made.sizes == model.sizes and made.sizes is not model.sizes

@@ -1,17 +1,12 @@
 """One forward pass that computes nothing: what a model executes at an input size, without touching the model."""
 
-import copy
-import copyreg
 import functools
 import inspect
-import itertools
 import logging
 import math
 import sys
-import types
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,7 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .engines.torch import plain_attention
+from .copying import children, copied, first_float, is_lazy, modules, named_modules, tensors_of, unwrapped
+from .engines.torch import plain_attention, uncompiled
 from .errors import DownresError
 from .lazy import no_collector
 
@@ -44,71 +40,50 @@ def fake_run(model: nn.Module, input_size: tuple[int, ...], watch: Watch[Seen]) 
     Raises DownresError when the size is neither, or when the model does not run at it.
     """
     size = batched(input_size)
+    model = materialised(model, size)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with no_collector(), _empty_caches(model):
-            tensors = itertools.chain(model.parameters(), model.buffers())
-            known = {id(t): _faked(t, fake) for t in tensors if _is_plain(t) or t.device.type == "meta"}
+            known = {id(t): _faked(t, fake) for t in tensors_of(model) if _is_plain(t) or t.device.type == "meta"}
             with FakeCopyMode(fake):
-                copied = copied_with(model, known)
+                hollow = copied(model, known)
             with fake, _unlogged():
-                return _forward(copied, size, watch)
+                return _forward(hollow, size, watch)
     except Exception:  # any reason: the real run below succeeds, or says better what is wrong
         pass
     try:
-        return _forward(copy.deepcopy(model), size, watch)
+        return _forward(copied(model), size, watch)
     except DownresError:
         raise
     except Exception as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        shape = "x".join(str(n) for n in size)
-        raise DownresError(f"The model does not run on an input of {shape} ({text}): give a size that it accepts.") from error
+        shape, then = "x".join(str(n) for n in size), "give a size that it accepts"
+        if "channels" in text and (takes := _stated_channels(model)) not in (None, size[1]):
+            then = f"its first convolution takes {takes} channel{'s' * (takes > 1)}, give {(takes, *size[2:])}"
+        raise DownresError(f"The model does not run on an input of {shape} ({text}): {then}.") from error
 
 
-def copied_with(model: nn.Module, known: dict[int, Any]) -> nn.Module:
-    """`copy.deepcopy(model, known)`, several times faster for the thousands of small containers that modules are made of.
+def materialised(model: nn.Module, input_size: tuple[int, ...] | None = None) -> nn.Module:
+    """The model itself; of one with lazy layers a copy that has run once, on zeros: these layers now have (random) weights.
 
-    known: id of an object → what stands in its place; filled on the way, as by deepcopy.
+    input_size: as for `fake_run`; None: the model's own.
     """
-    return _copied(model, known)
-
-
-def _copied(value: Any, known: dict[int, Any]) -> Any:
-    kind: Any = type(value)
-    made: Any
-    if kind in _AS_IS:
-        return value
-    if (found := known.get(id(value))) is not None:
-        return found
-    if kind is dict or kind is OrderedDict:
-        known[id(value)] = made = kind()
-        for key, item in value.items():
-            made[_copied(key, known)] = item if type(item) in _AS_IS else _copied(item, known)
-        return made
-    if kind is list:
-        known[id(value)] = made = []
-        made.extend(_copied(item, known) for item in value)
-        return made
-    if (kind is tuple or kind is set) and all(type(item) in _AS_IS for item in value):
-        return value if kind is tuple else known.setdefault(id(value), set(value))
-    if isinstance(value, nn.Module) and _is_copied_by_attributes(kind):
-        known[id(value)] = made = kind.__new__(kind)
-        made.__setstate__({k: v if type(v) in _AS_IS else _copied(v, known) for k, v in vars(value).items()})
-        return made
-    return copy.deepcopy(value, known)
-
-
-_AS_IS = frozenset((type(None), bool, int, float, str, bytes, type, types.FunctionType, torch.dtype, torch.Size, torch.device))
-
-
-@functools.cache
-def _is_copied_by_attributes(kind: type) -> bool:
-    """Whether deepcopy of a module is a new object with copies of its attributes: the class has no other idea of it."""
-    usual = all(
-        getattr(kind, name, None) is getattr(nn.Module, name, None)
-        for name in ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__new__")
-    )
-    return usual and kind not in copyreg.dispatch_table and not any("__slots__" in vars(base) for base in kind.__mro__)
+    if not isinstance(model, nn.Module) or not is_lazy(model):
+        return model
+    made = copied(model)
+    size = batched(input_size or input_size_of(made))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _forward(made, size, lambda _model, _x: nullcontext())
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DownresError(
+            f"The lazy layers of {type(made).__name__} have no weights, and it does not run at {'x'.join(map(str, size))} to "
+            f"get them ({text}): run it once on an image of its own size first."
+        ) from error
+    for module, original in zip(modules(made), modules(unwrapped(model)), strict=True):
+        module.training = original.training
+    return made
 
 
 def batched(input_size: tuple[int, ...]) -> tuple[int, ...]:
@@ -143,7 +118,7 @@ def _faked(tensor: Tensor, mode: FakeTensorMode) -> FakeTensor:
 @contextmanager
 def _empty_caches(model: nn.Module) -> Iterator[None]:
     """What functions keep from one call to the next (tables of positions, in transformers) is real before and after."""
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    kinds = {kind for module in modules(model) for kind in type(module).__mro__}
     found = {cached for name in {kind.__module__ for kind in kinds} for cached in _cached_functions(name)}
     for cached in found:
         cached.cache_clear()
@@ -186,10 +161,10 @@ def _unlogged() -> Iterator[None]:
 
 
 def _forward(model: nn.Module, size: tuple[int, ...], watch: Watch[Seen]) -> Seen:
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    with torch.no_grad(), plain_attention():
+    like = first_float(model)
+    with torch.no_grad(), plain_attention(), uncompiled():
         x = torch.zeros(size, dtype=like.dtype, device=like.device)
-        with watch(model.eval(), x) as seen:
+        with watch(nn.Module.eval(model), x) as seen:
             model(x)
     return seen
 
@@ -203,8 +178,8 @@ def find_stem(model: nn.Module, input_size: tuple[int, ...]) -> str:
     @contextmanager
     def watch(copied: nn.Module, x: Tensor) -> Iterator[list[str]]:
         executed: list[str] = []
-        for name, module in copied.named_modules():
-            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        for name, module in named_modules(copied):
+            if isinstance(module, _CONVOLUTIONS):
                 module.register_forward_pre_hook(lambda _module, _inputs, name=name: executed.append(name))
         yield executed
 
@@ -257,8 +232,8 @@ def _leaf_outputs(model: nn.Module, input_size: tuple[int, ...]) -> list[tuple[i
             if isinstance(output, Tensor) and output.dim() == 4 and output.shape[0] == x.shape[0]:
                 shapes.append(tuple(output.shape))
 
-        for module in copied.modules():
-            if not list(module.children()):
+        for module in modules(copied):
+            if not children(module):
                 module.register_forward_hook(note)
         yield shapes
 
@@ -266,16 +241,53 @@ def _leaf_outputs(model: nn.Module, input_size: tuple[int, ...]) -> list[tuple[i
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) that the model says it is used at (timm's or transformers' configuration), else 3×224×224."""
+    """(channels, height, width) that the model is used at: as its configuration says (timm's or transformers'), else 224×224;
+    the channels are those of the first convolution, where it does not run with as many as are stated (three, if none are).
+    """
+    model = unwrapped(model)
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else None
-    if size:
-        return tuple(size)
-    config = getattr(model, "config", None)
-    config = getattr(config, "vision_config", config)
-    side = getattr(config, "image_size", None) or 224
-    height, width = (side, side) if isinstance(side, int) else side
-    return getattr(config, "num_channels", 3), height, width
+    if not size:
+        config = getattr(model, "config", None)
+        config = getattr(config, "vision_config", config)
+        side = getattr(config, "image_size", None) or 224
+        height, width = (side, side) if isinstance(side, int) else side
+        size = getattr(config, "num_channels", 3), height, width
+    return channels_of(model, tuple(size)), *size[1:]
+
+
+def channels_of(model: nn.Module, size: tuple[int, ...] = (3, 224, 224)) -> int:
+    """How many channels the model takes, for images of this size (channels, height, width), channels where nothing tells."""
+    takes = _stated_channels(model)
+    if takes in (None, size[0]) or is_lazy(model):
+        return takes or size[0]
+    first: list[int] = []
+
+    def runs(channels: int) -> bool:
+        @contextmanager
+        def watch(copied: nn.Module, x: Tensor) -> Iterator[None]:
+            for module in modules(copied):
+                if isinstance(module, _CONVOLUTIONS):
+                    module.register_forward_pre_hook(lambda module, _inputs: first.append(module.in_channels))
+            yield None
+
+        try:
+            fake_run(model, (channels, *size[1:]), watch)
+        except DownresError:
+            return False
+        return True
+
+    if runs(size[0]):  # the network makes its channels itself (coordinates)
+        return size[0]
+    return next((n for n in dict.fromkeys([*first[:1], takes]) if runs(n)), takes)
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _stated_channels(model: nn.Module) -> int | None:
+    """Channels into the first convolution that is registered."""
+    return next((m.in_channels for m in modules(model) if isinstance(m, _CONVOLUTIONS)), None)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -344,7 +356,7 @@ def find_answer(model: nn.Module, input_size: tuple[int, ...]) -> Answer:
         # By the id of what the layer returned, which is kept alive so that no id is used twice.
         linear: dict[int, tuple[str, int, Tensor]] = {}
         seen: dict[str, Any] = {"linear": linear}
-        for name, module in copied.named_modules():
+        for name, module in named_modules(copied):
             if isinstance(module, nn.Linear) and name:
                 module.register_forward_hook(
                     lambda m, _inputs, out, name=name: linear.__setitem__(id(out), (name, m.in_features, out))

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .copying import copied, modules, named_modules, refuse_sealed, unwrapped
 from .errors import DownresError
 from .families.adapter import Adapter, Size, said
 from .families.find import find_adapter, library_transformers
 from .parse import Resolution, as_hw, format_resolution
-from .probe import Answer, copied_with, fake_run, find_answer, input_size_of, total_stride
+from .probe import Answer, channels_of, fake_run, find_answer, input_size_of, materialised, total_stride
 from .records import Candidate, Change, Merge, Record
 from .reductions.dense import FullSizeLogits
 from .reductions.resize import input_size
@@ -91,11 +92,13 @@ def reduce(
         raise DownresError("Give reduce either a candidate or its fields (resolution, stem_scale, merge, …), not both.")
     if interpolation not in ("bilinear", "bicubic"):
         raise DownresError(f"The interpolation is bilinear or bicubic, {interpolation!r} is neither.")
+    refuse_sealed(model)
+    model = materialised(unwrapped(model), input_size)
     if isinstance(before := getattr(model, "downres", None), Reduction):
         raise DownresError(f"This model was reduced before ({before.candidate}): reduce the original instead.")
     if output_interpolation not in ("bilinear", "bicubic"):
         raise DownresError(f"Logits are upsampled by bilinear or bicubic interpolation, {output_interpolation!r} is neither.")
-    work = Work(copied_with(model, {}), candidate, interpolation, tuple(input_size or input_size_of(model)), resize_input)
+    work = Work(copied(model), candidate, interpolation, tuple(input_size or input_size_of(model)), resize_input)
     work.apply(model)
     if not resize_input and output_size is not None:
         raise DownresError("Without the resize of its input a network gives logits of that size: leave output_size out.")
@@ -121,11 +124,11 @@ def is_flexible(adapter: Adapter) -> bool:
     return adapter.image is None and not adapter.block_names()
 
 
-def divided_by(model: nn.Module, image: Size, channels: int = 3) -> Size:
+def divided_by(model: nn.Module, image: Size, channels: int | None = None) -> Size:
     """What height and width are divided by: a network's patches or windows, else its total stride, in pixels."""
     adapter = find_adapter(model)
     if adapter is None or is_flexible(adapter):
-        return (total_stride(model, image, channels),) * 2
+        return (total_stride(model, image, channels or channels_of(model, (3, *image))),) * 2
     return adapter.unit
 
 
@@ -147,7 +150,7 @@ def token_map(model: nn.Module, x: Tensor) -> Tensor:
 
     model: made by `reduce` with `merge`. x: what the model takes. Raises DownresError when it merges nothing.
     """
-    tokens = (getattr(module, "tokens", None) for module in model.modules())
+    tokens = (getattr(module, "tokens", None) for module in modules(model))
     state = next((found for found in tokens if isinstance(found, TokenState)), None)
     if state is None:
         raise DownresError("This model merges no tokens: give one made by reduce(model, merge=8).")
@@ -367,9 +370,9 @@ def _output_shapes(model: nn.Module, input_size: tuple[int, ...]) -> list[tuple[
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:
-    modules = dict(model.named_modules())
-    if name not in modules or name == "":
-        near = difflib.get_close_matches(name, modules, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else f"its first modules are {', '.join(list(modules)[1:6])}."
+    found = dict(named_modules(model))
+    if name not in found or name == "":
+        near = difflib.get_close_matches(name, found, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"its first modules are {', '.join(list(found)[1:6])}."
         raise DownresError(f"The model has no module {name!r}: {hint}")
-    return modules[name]
+    return found[name]

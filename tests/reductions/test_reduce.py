@@ -363,7 +363,7 @@ def test_bad_arguments(net):
 
 def test_the_stem_of_another_input_size():
     grey = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 2)).eval()
-    with pytest.raises(DownresError, match="does not run on an input of 1x3x224x224"):
+    with pytest.raises(DownresError, match="does not run on an input of 1x1x224x224"):
         reduce(grey, stem_scale=0.5)
     assert reduce(grey, stem_scale=0.5, input_size=(1, 8, 8)).downres.changes[0].module == "0"
 

@@ -1,6 +1,5 @@
 """Proving an artifact: its files, its pixels, its graph against torch, its quality."""
 
-import copy
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ..copying import copied
 from ..engines import Runtime
 from ..engines.onnxruntime import OnnxRuntime, export_onnx
 from ..engines.torch import TorchRuntime
@@ -200,7 +200,7 @@ def _with_weights(
         return None
     import tempfile
 
-    network = copy.deepcopy(network)  # the next fold starts from the shipped weights again
+    network = copied(network)  # the next fold starts from the shipped weights again
     network.load_state_dict({**network.state_dict(), **own})
     p = Preprocessing.from_json(manifest["preprocessing"])
     with tempfile.TemporaryDirectory() as place:
@@ -222,7 +222,7 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
             return None, f"the network cannot be made again ({str(error).rstrip('.')}): name it with --model"
     elif isinstance(model, str):
         model = load_model(model, pretrained=False)
-    module = copy.deepcopy(model.module if isinstance(model, Model) else model)  # the caller's keeps its weights
+    module = copied(model.module if isinstance(model, Model) else model)  # the caller's keeps its weights
     candidate = Candidate.from_json(manifest["candidate"])
     native = Preprocessing.from_json(source["preprocessing"])
     answer = find_answer(made_for(module, native.hw), (len(native.mean), *native.hw))
@@ -235,7 +235,7 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
         raise DownresError(
             f"The network given is not the one in {folder}: its weights do not fit; give the one that was searched."
         ) from None
-    return module.eval(), ""
+    return nn.Module.eval(module), ""
 
 
 def _dataset(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -> tuple[Data | None, str]:

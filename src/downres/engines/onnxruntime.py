@@ -1,7 +1,6 @@
 """Export to ONNX and run there, on the CPU."""
 
 import contextlib
-import copy
 import io
 import logging
 import re
@@ -17,9 +16,11 @@ import onnxruntime
 import torch
 from torch import nn
 
+from ..copying import copied, single
 from ..errors import DownresError
 from . import check_threads
-from .torch import TorchRuntime, plain_attention
+from .fuse import fused, noise
+from .torch import TorchRuntime, plain_attention, uncompiled
 
 INPUT_NAME = "input"
 
@@ -91,17 +92,19 @@ def export_onnx(
 ) -> Path:
     """Writes one ONNX file (weights inside) with a free batch dimension and an input named `input`; returns its path.
 
-    input_size: (channels, height, width). The model is copied, put in eval mode on the CPU and not changed.
+    input_size: (channels, height, width). The model is copied, put in eval mode on the CPU and not changed; branches
+    that are for training alone are put together in the copy (`fused`).
     Raises DownresError when the model cannot be exported, or not with a free batch.
     """
     path = Path(path)
     channels, height, width = input_size
     example = torch.zeros(2, channels, height, width)  # two: torch.export takes a dimension of one for a constant
     try:
-        copied = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-        with _silence(), plain_attention():
+        plain = single(copied(model)).requires_grad_(False)
+        with _silence(), plain_attention(), uncompiled():
+            plain = fused(plain, noise((1, *input_size), example))
             free_batch = ({0: torch.export.Dim.DYNAMIC},)
-            program = torch.export.export(copied, (example,), dynamic_shapes=free_batch, strict=False)
+            program = torch.export.export(plain, (example,), dynamic_shapes=free_batch, strict=False)
             torch.onnx.export(
                 program,
                 f=path,

@@ -1,6 +1,6 @@
 """Run a model in PyTorch itself."""
 
-import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..copying import copied, parameters
 from ..errors import DownresError
 from . import check_threads
+from .fuse import fused
 
 
 class TorchRuntime:
-    """A copy of the model in eval mode, in the layout that `fastest_layout` finds on the first batch, on the model's device.
+    """A copy of the model in eval mode, branches that are for training alone put together (`fused`), in the layout that
+    `fastest_layout` finds on the first batch, on the model's device.
 
     threads: of PyTorch's pool during a call; None takes all available cores. The pool's size is put back after each call.
     """
@@ -24,9 +27,9 @@ class TorchRuntime:
     def __init__(self, model: nn.Module, threads: int | None = None) -> None:
         self.threads = check_threads(threads)
         self.versions = {"torch": str(torch.__version__)}
-        self._model = copy.deepcopy(model).eval()
+        self._model = nn.Module.eval(copied(model))
         self._layout: torch.memory_format | None = None
-        like = next(self._model.parameters(), torch.empty(0))
+        like = next(parameters(self._model), torch.empty(0))
         self._device, self._dtype = like.device, like.dtype
 
     def __call__(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -34,6 +37,7 @@ class TorchRuntime:
         with _threads(self.threads), torch.inference_mode():
             x = torch.from_numpy(np.ascontiguousarray(batch)).to(self._device, self._dtype)
             if self._layout is None:
+                self._model = fused(self._model, x)
                 self._layout = fastest_layout(self._model, x)
             outputs = self._model(x.contiguous(memory_format=self._layout))
             return tuple(_to_numpy(o) for o in as_tensors(outputs))
@@ -76,6 +80,16 @@ def plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Keeps functions that torch.compile has made from running: on fake tensors their kernels crash the process."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

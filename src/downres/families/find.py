@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..copying import children, modules, named_modules
 from .adapter import Adapter
 from .unknown import Unknown, may_be_fixed
 
@@ -28,11 +29,11 @@ def library_transformers(model: nn.Module) -> Iterator[Adapter]:
     """All transformers of a library in `model`; parts of one of them are not looked at."""
     families = _families()
     parts: set[nn.Module] = set()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         found = None if module in parts else next(filter(None, (family.adapter(name, module) for family in families)), None)
-        if found is None or (found.gives_way and any(any(library_transformers(part)) for part in module.children())):
+        if found is None or (found.gives_way and any(any(library_transformers(part)) for part in children(module))):
             continue
-        parts.update(module.modules())
+        parts.update(modules(module))
         yield found
 
 

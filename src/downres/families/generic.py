@@ -6,13 +6,16 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..copying import copied, is_lazy, modules, refuse_sealed, single, tensors_of, unwrapped
 from ..errors import DownresError
 from ..parse import format_resolution
-from ..probe import input_size_of
+from ..probe import input_size_of, materialised
 from ..records import Preprocessing
 from .find import find_adapter
 
@@ -46,7 +49,7 @@ def create(spec: str) -> nn.Module:
         model = maker()
     if not isinstance(model, nn.Module):
         raise DownresError(f"{function}() in {path} must return a torch.nn.Module, it returned {type(model).__name__}.")
-    return model
+    return ready(model)
 
 
 @contextlib.contextmanager
@@ -64,6 +67,28 @@ def _running(what: str, path: Path) -> Iterator[None]:
         sys.path.remove(folder)
 
 
+def ready(model: nn.Module) -> nn.Module:
+    """The module as it is measured: on the CPU, in single precision, in eval mode; itself where it is all that, else a copy."""
+    refuse_sealed(model)
+    as_it_is = unwrapped(model) is model and not is_lazy(model) and not any(m.training for m in modules(model))
+    if as_it_is and all(
+        t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors_of(model) if t.is_floating_point()
+    ):
+        return model
+    return single(copied(materialised(model)))
+
+
+def _of_channels(found: Preprocessing, channels: int) -> Preprocessing:
+    """The same for a network of another number of channels: of one channel the averages, of more 0.5, and said so."""
+    if len(found.mean) == channels:
+        return found
+    grey = channels == 1
+    mean, std = ([fmean(found.mean)], [fmean(found.std)]) if grey else ([0.5] * channels, [0.5] * channels)
+    how = "averaged over the colours" if grey else "0.5"
+    source = f"{found.source}; for its {channels} channel{'s' * (channels > 1)} mean and std {how}, assumed"
+    return dataclasses.replace(found, mean=tuple(mean), std=tuple(std), source=source)
+
+
 def preprocessing(model: nn.Module) -> Preprocessing:
     """What the module says of itself (timm's `pretrained_cfg`), else ImageNet's usual numbers, marked as assumed.
 
@@ -72,11 +97,12 @@ def preprocessing(model: nn.Module) -> Preprocessing:
     if getattr(model, "pretrained_cfg", None):
         from . import timm
 
-        found = timm.preprocessing(model, "")
+        found, size = timm.preprocessing(model, ""), input_size_of(model)
     else:
-        _, height, width = input_size_of(model)
+        _, height, width = size = input_size_of(model)
         source = f"assumed: ImageNet's mean and std, {format_resolution((height, width))} px, crop ratio 0.875"
         found = Preprocessing((height, width), 0.875, "bilinear", source=source, any_size=True)
+    found = _of_channels(found, size[0])
     transformer = find_adapter(model)
     if transformer is None or transformer.image in (None, found.hw):
         return found

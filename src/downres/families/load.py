@@ -86,7 +86,7 @@ def load_model(
     how = _PRETRAINED[family] if pretrained and family in _PRETRAINED else "as the module came"
     if tensors is not None:
         how = f"{Path(str(weights)).name}, matched {_load(module, tensors)}"
-    return Model(module.eval(), preprocessing, spec, how, num_classes)
+    return Model(nn.Module.eval(module), preprocessing, spec, how, num_classes)
 
 
 def with_preprocessing(

@@ -4,7 +4,6 @@ A convolution whose kernel is its stride cuts the patches, a parameter with 'pos
 list of equal blocks follows. What cannot be read off the parts is learned from one run without numbers.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..copying import copied, first_float, modules, named_buffers, named_modules, named_parameters, tensors_of
 from ..errors import DownresError
 from ..probe import fake_run, input_size_of
 from ..reductions.resize import resample
@@ -43,8 +43,8 @@ CLASS_TOKENS = ("cls_token", "class_token", "cls", "class_embedding", "cls_embed
 
 def find(model: nn.Module) -> "OwnViT | None":
     """The transformer in `model`, or None where the parts are missing or a run does not show a plain sequence."""
-    conv = next((name for name, m in model.named_modules() if _cuts_patches(m)), None)
-    lists = {name: [dotted(name, child) for child, _ in m.named_children()] for name, m in _lists(model)}
+    conv = next((name for name, m in named_modules(model) if _cuts_patches(m)), None)
+    lists = {name: [dotted(name, child) for child, _ in m._modules.items()] for name, m in _lists(model)}
     if conv is None or not lists:
         return None
     for size in _sizes(model, conv):
@@ -69,7 +69,7 @@ def _cuts_patches(module: nn.Module) -> bool:
 
 def _lists(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Lists of at least two modules of one class."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1 and len({type(m) for m in module}) == 1:
             yield name, module
 
@@ -79,7 +79,7 @@ def _sizes(model: nn.Module, conv: str) -> Iterator[tuple[int, ...]]:
     patch = model.get_submodule(conv)
     assert isinstance(patch, nn.Conv2d)
     channels, found = patch.in_channels, []
-    for module in model.modules():
+    for module in modules(model):
         for key in IMAGE:
             if (size := _pair(vars(module).get(key))) is not None:
                 found.append(size)
@@ -104,7 +104,7 @@ def _pair(value: Any) -> Size | None:
 
 def _positions(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Names and values of what may be position embeddings; those that are looked up by index come as (N, C)."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [*named_parameters(model), *named_buffers(model)]
     return [(name, t) for name, t in tensors if "pos" in name.lower() and t.is_floating_point() and 2 <= t.ndim <= 4]
 
 
@@ -164,7 +164,7 @@ class OwnViT(Adapter):
         self._conv, self._blocks, self._size, self._seen = conv, blocks, size, seen
         self.prefix = seen.tokens_through(blocks) - math.prod(seen.grid)
         self.class_token = self.prefix > 0 and any(
-            name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters()
+            name.rpartition(".")[2] in CLASS_TOKENS for name, _ in named_parameters(model)
         )
         self._any_size: bool | None = None
         self._in_order = False
@@ -219,18 +219,17 @@ class OwnViT(Adapter):
 
     def _places(self) -> list[int] | None:
         """Where the first and the last patch of the first row are among the tokens of the first block."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        if any(t.is_meta for t in tensors):
+        if any(t.is_meta for t in tensors_of(self.module)):
             return None
         height, width = self._projection.kernel_size
-        like = next(p for p in self.module.parameters() if p.is_floating_point())
+        like = first_float(self.module)
         channels, rows, columns = self._size
         pixels = torch.randn(channels, height, width, generator=torch.Generator().manual_seed(0))
         images = torch.zeros(3, channels, rows, columns)
         images[1, :, :height, :width] = pixels
         right = (self._seen.grid[1] - 1) * width
         images[2, :, :height, right : right + width] = pixels
-        model, seen = copy.deepcopy(self.module).eval(), []
+        model, seen = nn.Module.eval(copied(self.module)), []
         first = model.get_submodule(self._blocks[0])
         first.register_forward_pre_hook(lambda _m, args: seen.append(args[0].float()), prepend=True)
         with torch.no_grad():
@@ -281,14 +280,14 @@ class OwnViT(Adapter):
 
     def _rename(self, keys: tuple[str, ...], old: Size, new: Size) -> None:
         """Attributes with one of these names and the old size get the new one, in the form that they had."""
-        for module in self.module.modules():
+        for module in modules(self.module):
             for key in keys:
                 if _pair(value := vars(module).get(key)) == old:
                     setattr(module, key, restated(value, new))
 
     def _recount(self, old: int, new: int) -> None:
         """The same for numbers of tokens, with and without the prefix, and for indices of positions that are looked up."""
-        for module in self.module.modules():
+        for module in modules(self.module):
             for key in TOKENS:
                 if (value := vars(module).get(key)) in (old, old + self.prefix) and isinstance(value, int):
                     setattr(module, key, value - old + new)
@@ -377,8 +376,8 @@ def _verify(block: nn.Module) -> None:
 
     Relative positions, other orders of the parts and whatever else a block may do are noticed here.
     """
-    original = copy.deepcopy(block).cpu().double().eval()
-    rewritten = copy.deepcopy(original)
+    original = nn.Module.eval(copied(block).cpu().double())
+    rewritten = copied(original)
     generator = torch.Generator().manual_seed(0)
     width: int = rewritten.attn.qkv.in_features  # type: ignore[union-attr, assignment]
     swap_class(rewritten, {type(rewritten): _MergingBlock}, TokenState((0, 0), 0, ""), 0)

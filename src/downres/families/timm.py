@@ -16,6 +16,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+from ..copying import copied
 from ..errors import DownresError
 from ..probe import find_stem, total_stride
 from ..records import Preprocessing
@@ -174,7 +175,7 @@ class Rebuilt(Resizable):
         try:
             with torch.no_grad():  # a run with numbers: looking up positions that a table does not have shows in no other
                 x = torch.zeros(1, _channels(self.module), *image).to(next(self.module.parameters()))
-                copy.deepcopy(self.module).eval().forward(x)  # past the hooks that `reduce` has put before it
+                copied(self.module).eval().forward(x)  # past the hooks that `reduce` has put before it
         except Exception as error:  # whatever the library raises
             raise impossible(self.module, image, error) from error
         self.module._traits = {**getattr(self.module, "_traits", {}), "img_size": image}

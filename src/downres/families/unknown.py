@@ -6,6 +6,7 @@ import re
 
 from torch import nn
 
+from ..copying import modules, named_buffers, named_parameters
 from ..errors import DownresError
 from ..parse import format_resolution
 from ..probe import fake_run, find_stem, input_size_of
@@ -14,9 +15,9 @@ from .adapter import IMAGE, Adapter, Size
 
 def may_be_fixed(model: nn.Module) -> bool:
     """Whether something in the model is a sign of attention or positions, which often hold one input size alone."""
-    names = (name for name, _ in [*model.named_parameters(), *model.named_buffers()])
+    names = (name for name, _ in [*named_parameters(model), *named_buffers(model)])
     return any(_SIGN_IN_NAME.search(name) for name in names) or any(
-        _SIGN_IN_CLASS.search(type(m).__name__) or not vars(m).keys().isdisjoint(IMAGE) for m in model.modules()
+        _SIGN_IN_CLASS.search(type(m).__name__) or not vars(m).keys().isdisjoint(IMAGE) for m in modules(model)
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..copying import modules
 from ..errors import DownresError
 
 _WRAPPERS = (
@@ -240,7 +241,7 @@ def fingerprint(model: nn.Module) -> str:
     their versions tell, the compiled `forward` counts too.
     """
     digest = hashlib.sha256(repr(model).encode())
-    for module in model.modules():
+    for module in modules(model):
         code = getattr(type(module).forward, "__code__", None)
         if code is not None and type(module).__module__.partition(".")[0] not in _LIBRARIES:
             constants = [c for c in code.co_consts if not hasattr(c, "co_code")]  # nested code would print its address

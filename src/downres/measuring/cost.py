@@ -13,7 +13,10 @@ from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..probe import batched, fake_run
+from ..copying import first_float, refuse_sealed, unwrapped
+from ..copying import parameters as parameters_of
+from ..engines.fuse import fused, is_fusible, noise
+from ..probe import batched, channels_of, fake_run, materialised
 from ..records import Cost
 from . import fastpath, shapes
 from .macs import does_arithmetic, macs_of, op_name
@@ -34,20 +37,26 @@ CONVENTION = (
 """What the numbers of `measure_cost` mean, to be printed beside them."""
 
 
-def measure_cost(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) -> Cost:
+def measure_cost(model: nn.Module, input_size: tuple[int, ...] | None = None, *, fuse: bool = True) -> Cost:
     """Exact counts for one forward pass in eval mode; see CONVENTION. The model is not touched and nothing is computed.
 
-    input_size: (channels, height, width) for a batch of one, or (batch, channels, height, width).
+    input_size: (channels, height, width) for a batch of one, or (batch, channels, height, width); None: 224×224 pixels of as
+    many channels as the first convolution takes. fuse: branches that are for training alone (RepVGG, MobileOne, …) are put
+    together first, by the network's own code and where that gives the same outputs.
     Raises DownresError when the size is neither, or when the model does not run at it.
     """
+    refuse_sealed(model)
+    input_size = batched(input_size or (channels_of(unwrapped(model)), 224, 224))
+    model = materialised(unwrapped(model), input_size)
+    model = fused(model, noise((1, *input_size[1:]), first_float(model))) if fuse and is_fusible(model) else model
     seen = fake_run(model, input_size, partial(_watch, fast_path=torch.backends.mha.get_fastpath_enabled()))
-    parameters = list(model.parameters())
+    parameters = list(parameters_of(model))
     return Cost(
         macs=seen.macs,
         params=sum(p.numel() for p in parameters),
         param_bytes=sum(p.numel() * p.element_size() for p in parameters),
         peak_activation_bytes=seen.live.peak,
-        input_size=batched(input_size),
+        input_size=input_size,
         uncounted=dict(sorted(seen.uncounted.items())),
     )
 

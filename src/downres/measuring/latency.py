@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from ..copying import refuse_sealed, unwrapped
 from ..engines import Runtime, available_cores
 from ..engines.onnxruntime import OnnxRuntime, export_onnx
 from ..engines.torch import TorchRuntime
 from ..errors import DownresError
+from ..probe import channels_of, materialised
 from ..records import Latency
 
 RUNTIMES = ("onnxruntime", "torch")
@@ -24,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 def measure_latency(
     model: nn.Module,
-    input_size: tuple[int, int, int] = (3, 224, 224),
+    input_size: tuple[int, int, int] | None = None,
     *,
     runtime: str = "onnxruntime",
     batch_size: int = 1,
@@ -34,14 +36,17 @@ def measure_latency(
 ) -> Latency:
     """The latency of one model on random images; for several, `interleaved` compares them fairly.
 
-    input_size: (channels, height, width). threads: None takes all available cores.
+    input_size: (channels, height, width); None: 224×224 pixels of as many channels as the first convolution takes.
+    threads: None takes all available cores.
     Raises DownresError for an unknown runtime, or for a model that the runtime cannot run.
     """
     if batch_size < 1:
         raise DownresError(f"A batch has at least one image, {batch_size} is too few: give for example 1.")
+    refuse_sealed(model)
+    input_size = input_size or (channels_of(unwrapped(model)), 224, 224)
     if len(input_size) != 3 or min(input_size) < 1:
         raise DownresError(f"An input size is (channels, height, width), {input_size} is not: give (3, 224, 224).")
-    batch = random_batch((batch_size, *input_size))
+    batch, model = random_batch((batch_size, *input_size)), materialised(model, input_size)
     ready = load_runtime(model, input_size, runtime=runtime, threads=threads)
     return interleaved({"model": ready}, {"model": batch}, runs=runs, warmup=warmup)["model"]
 

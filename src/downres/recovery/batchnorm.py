@@ -1,6 +1,5 @@
 """BatchNorm recalibration: the running statistics of a network at the resolution it will see."""
 
-import copy
 import itertools
 from collections.abc import Iterable
 
@@ -8,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..copying import copied, modules
 from ..engines.torch import fastest_layout
 from ..errors import DownresError
 
 
 def has_batchnorm(model: nn.Module) -> bool:
     """Whether there is anything to recalibrate: BatchNorm layers that keep running statistics."""
-    return any(isinstance(m, _BatchNorm) and m.track_running_stats for m in model.modules())
+    return any(isinstance(m, _BatchNorm) and m.track_running_stats for m in modules(model))
 
 
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
@@ -24,8 +24,8 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mod
     the cumulative average: a last batch of few images counts as few. Needs no labels; give evaluation-style inputs of
     training images. Raises DownresError when there is no batch to take statistics from.
     """
-    model = copy.deepcopy(model).eval()
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    model = nn.Module.eval(copied(model))
+    layers = [m for m in modules(model) if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not layers:
         return model
     batches = iter(batches)

@@ -3,7 +3,6 @@ once, kept, resumed.
 """
 
 import contextlib
-import copy
 import os
 import zlib
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..copying import copied
 from ..errors import DownresError
 from ..families.weights import fingerprint
 from ..probe import logits_of
@@ -28,7 +28,7 @@ class Classifier(nn.Module):
 
     def __init__(self, model: nn.Module, head: str | None) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model)
+        self.model = copied(model)
         self.outputs = None
         if head is not None:
             linear = self.model.get_submodule(head)

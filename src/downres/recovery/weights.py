@@ -1,6 +1,5 @@
 """Tensors that were put in place of a network's own, kept under the digest of what is in them."""
 
-import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import nn
 
+from ..copying import copied
 from ..errors import DownresError
 from ..record import settled
 
@@ -66,7 +66,7 @@ def _key(tensors: Tensors) -> str:
 
 def with_tensors(network: nn.Module, tensors: Tensors) -> nn.Module:
     """A copy of the network with these tensors in place of its own, or where it had none (the bias of a bare linear layer)."""
-    network = copy.deepcopy(network)
+    network = copied(network)
     for name, value in tensors.items():
         where, _, leaf = name.rpartition(".")
         owner, tensor = network.get_submodule(where), torch.from_numpy(np.array(value))

@@ -1,8 +1,6 @@
 """Costs of families of candidates: no data, no weights, no arithmetic."""
 
-import copy
 import dataclasses
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..axes import Axes, axes_of
+from ..copying import copied, tensors_of
 from ..errors import DownresError
 from ..families import Model, load_model
 from ..families.find import find_adapter
@@ -26,7 +25,7 @@ from ..reduction import made_for, reduce
 from ..reports.rows import ORIGINAL, Row
 from ..tasks import Question, counted
 from ..techniques import RESOLUTION, Design, techniques
-from .design import as_model, design_of
+from .design import as_model, design_of, fused_notes
 from .plan import plan
 
 GIVEN = "given"
@@ -120,7 +119,7 @@ def costs(
             refused.append((candidate, error))
     if refused and len(rows) == 1:
         raise refused[0][1]
-    notes += [*more, *(f"{candidate} left out: {str(error).rstrip('.')}" for candidate, error in refused)]
+    notes += [*measure.notes, *more, *(f"{candidate} left out: {str(error).rstrip('.')}" for candidate, error in refused)]
     return Costs(model.spec, tuple(rows), batch_size, CONVENTION, tuple(notes))
 
 
@@ -135,6 +134,8 @@ class _Measuring:
     def __init__(self, model: Model, batch_size: int, question: Question) -> None:
         self.model, self.batch_size = model, batch_size
         self.channels, self.native = len(model.preprocessing.mean), model.preprocessing.hw
+        self.notes = fused_notes(model)
+        self.fuse = bool(self.notes)
         self.answering: Callable[[nn.Module], nn.Module] = lambda network: network
         try:
             answer: Answer | None = find_answer(made_for(self.weightless, self.native), (self.channels, *self.native))
@@ -146,18 +147,18 @@ class _Measuring:
     def __call__(self, candidate: Candidate) -> Cost:
         size = self.batch_size, self.channels, *(candidate.hw or self.native)
         if candidate == Candidate(self.model.preprocessing.resolution):
-            return measure_cost(self.answering(made_for(self.model.module, self.native)), size)
+            return measure_cost(self.answering(made_for(self.model.module, self.native)), size, fuse=self.fuse)
         try:
             # A convnet is the same network at every resolution: `reduce` would copy it and change nothing.
             as_it_is = self.convnet and candidate == Candidate(candidate.resolution)
             small = self.answering(self.weightless) if as_it_is else self._reduced(self.weightless, candidate)
             handle = small.register_forward_pre_hook(_only_fake, prepend=True)
             try:
-                return measure_cost(small, size)
+                return measure_cost(small, size, fuse=self.fuse)
             finally:
                 handle.remove()
         except Exception:  # something looked at numbers that are not there; the real one says what else is wrong
-            return measure_cost(self._reduced(self.model.module, candidate), size)
+            return measure_cost(self._reduced(self.model.module, candidate), size, fuse=self.fuse)
 
     @cached_property
     def convnet(self) -> bool:
@@ -174,10 +175,10 @@ class _Measuring:
 def _hollow(network: nn.Module, device: str) -> nn.Module:
     """A copy on another device whose parameters and buffers are not initialised: memory that nobody touches costs nothing."""
     known: dict[int, Any] = {}
-    for t in itertools.chain(network.parameters(), network.buffers()):
+    for t in tensors_of(network):
         hollow = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
         known[id(t)] = nn.Parameter(hollow, t.requires_grad) if isinstance(t, nn.Parameter) else hollow
-    return copy.deepcopy(network, known)
+    return copied(network, known)
 
 
 def _only_fake(module: nn.Module, inputs: tuple) -> None:

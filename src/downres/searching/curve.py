@@ -12,7 +12,7 @@ from ..measuring.cost import measure_cost
 from ..record import plain
 from ..records import Budget, Preprocessing, Result
 from ..tasks import Question, Task
-from .design import design_of
+from .design import design_of, fused_notes
 from .plan import plan
 from .prepare import Measuring, Progress, Source, check_planned, gather, open_data, prepare_task
 
@@ -75,6 +75,7 @@ def curve(
     tries, question, measuring = groups["tries"], groups["question"], groups["measuring"]
     subject = prepare_task(model, data, question, task, preprocessing)
     planned, notes = plan(design_of(subject.model), tries, tries.snap)
+    notes += fused_notes(subject.model)
     check_planned(subject, planned)
     if not planned:
         raise DownresError("There is nothing to try: give for example resolutions below the original's, 96:256:32.")

@@ -1,13 +1,14 @@
 """What a plan of candidates needs to know of a model; costs need no more, and none of what looks at images."""
 
-import copy
 import dataclasses
 
 from torch import nn
 
+from ..copying import copied, first_float, refuse_sealed, single
+from ..engines.fuse import fused, is_fusible, noise
 from ..families import Model, load_model
 from ..families.find import find_adapter
-from ..probe import total_stride
+from ..probe import materialised, total_stride
 from ..records import Preprocessing
 from ..reduction import divided_by, made_for
 from ..techniques import Design
@@ -17,14 +18,26 @@ def as_model(model: Model | nn.Module | str, preprocessing: Preprocessing | None
     """A specification, a bare module or a loaded model as a loaded model."""
     if isinstance(model, str):
         model = load_model(model)
-    if isinstance(model, nn.Module):
-        from ..families.generic import preprocessing as assumed
+    from ..families.generic import preprocessing as assumed
+    from ..families.generic import ready
 
+    if isinstance(model, nn.Module):
         # Measured on the CPU in single precision, wherever and however the caller keeps it.
-        return Model(copy.deepcopy(model).cpu().float().eval(), preprocessing or assumed(model))
-    if preprocessing is not None:
-        model = dataclasses.replace(model, preprocessing=preprocessing)
-    return model
+        module = single(copied(materialised(model)))
+        return Model(module, preprocessing or assumed(module))
+    if not isinstance(model, Model):
+        refuse_sealed(model)
+    return dataclasses.replace(model, module=ready(model.module), preprocessing=preprocessing or model.preprocessing)
+
+
+def fused_notes(model: Model) -> list[str]:
+    """What is said of a network with branches that are put together for whatever is counted, timed and exported; or nothing."""
+    p, module = model.preprocessing, model.module
+    if not is_fusible(module) or fused(module, noise((1, len(p.mean), *p.hw), first_float(module))) is module:
+        return []
+    return [
+        f"counted, timed and exported is {type(module).__name__} with its training branches put together, as its own code does"
+    ]
 
 
 def design_of(model: Model) -> Design:

@@ -23,7 +23,7 @@ from ..recovery.ladder import RUNGS, Reference, climb, together
 from ..recovery.state import State
 from ..reports import words
 from ..tasks import Question, Task
-from .design import design_of
+from .design import design_of, fused_notes
 from .plan import plan
 from .prepare import (
     Measuring,
@@ -97,6 +97,7 @@ def search(
     if wanted and not rungs:
         have = f"has {', '.join(subject.rungs)} alone" if subject.rungs else "has no rung"
         notes.append(f"of the recovery ladder a {subject.name} network {have}: nothing is recovered")
+    notes += fused_notes(subject.model)
     check_planned(subject, planned)
     if not planned:
         raise DownresError("There is no candidate to try: give resolutions below the original's with --resolution.")

@@ -1,6 +1,5 @@
 """What tasks share whose networks answer with one vector an image: features kept, and a linear head that can be fitted anew."""
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from torch import nn
 
+from ..copying import copied
 from ..errors import DownresError
 from ..families import Model
 from ..probe import Answer
@@ -61,7 +61,7 @@ class VectorTask(Task):
                 "give a model that has one, or weights for these classes."
             )
         outputs = count(None)
-        module = copy.deepcopy(model.module)
+        module = copied(model.module)
         linear = nn.Linear(width, outputs)
         nn.init.zeros_(linear.weight)  # a place to be filled; random numbers would make every run another one
         nn.init.zeros_(linear.bias)
