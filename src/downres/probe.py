@@ -1,10 +1,13 @@
 """One forward pass that computes nothing: what a model executes at an input size, without touching the model."""
 
+import dataclasses
 import functools
 import inspect
 import logging
 import math
 import sys
+import traceback
+import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,43 +27,109 @@ Seen = TypeVar("Seen")
 Watch = Callable[[nn.Module, Tensor], AbstractContextManager[Seen]]
 """Given the copy that will run and its input, a context that is open during the forward pass; what it yields is returned."""
 
+Path = tuple[Any, ...]
+Outputs = dict[Path, Tensor]
+"""Where in what a network returns → the tensor there, without numbers."""
+
 ROOMY_STEP = 64
 """`total_stride` runs at multiples of this many pixels, so that the usual strides divide them."""
 
+MOST_REAL = 3 * 4096 * 4096
+"""Numbers in an input that a copy with numbers is run on at most: a stem of 64 channels makes 4 GB of these."""
 
-def fake_run(model: nn.Module, input_size: tuple[int, ...], watch: Watch[Seen]) -> Seen:
+
+def fake_run(model: nn.Module, input_size: tuple[int, ...], watch: Watch[Seen], several: bool = False) -> Seen:
     """Runs a copy of the model once, in eval mode and without gradients, and returns what `watch` saw.
 
     The copy holds fake tensors (shapes, no numbers, no memory), so that neither arithmetic nor the original's weights,
     flags, hooks or cached attributes are touched; the original may have no numbers either (on the meta device). What functions
     of its modules keep in an `lru_cache` is forgotten. A model that looks at its numbers cannot run so: a real copy then
-    runs on zeros, watched in the same way.
+    runs on zeros, watched in the same way, unless the input is so large that this would take gigabytes.
 
     input_size: (channels, height, width) for a batch of one, or (batch, channels, height, width).
-    Raises DownresError when the size is neither, or when the model does not run at it.
+    several: a model that asks for several inputs gets the same image as each of them.
+    Raises DownresError when the size is neither, `DoesNotRun` when the model does not run at it.
     """
-    size = batched(input_size)
-    model = materialised(model, size)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        with no_collector(), _empty_caches(model):
-            known = {id(t): _faked(t, fake) for t in tensors_of(model) if _is_plain(t) or t.device.type == "meta"}
-            with FakeCopyMode(fake):
-                hollow = copied(model, known)
-            with fake, _unlogged():
-                return _forward(hollow, size, watch)
-    except Exception:  # any reason: the real run below succeeds, or says better what is wrong
-        pass
-    try:
-        return _forward(copied(model), size, watch)
-    except DownresError:
-        raise
-    except Exception as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        shape, then = "x".join(str(n) for n in size), "give a size that it accepts"
-        if "channels" in text and (takes := _stated_channels(model)) not in (None, size[1]):
-            then = f"its first convolution takes {takes} channel{'s' * (takes > 1)}, give {(takes, *size[2:])}"
-        raise DownresError(f"The model does not run on an input of {shape} ({text}): {then}.") from error
+    return FakeCopy(model, several).run(input_size, watch)
+
+
+class DoesNotRun(DownresError):
+    """A model that fails at an input size. reason: the module that failed and what it said, to go into another sentence."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class FakeCopy:
+    """What `fake_run` runs; made once and run at many sizes, as long as no run leaves a trace in the copy."""
+
+    def __init__(self, model: nn.Module, several: bool = False) -> None:
+        self.model, self.several = model, several
+        self._copy: nn.Module | None = None
+        self._traces: list[Any] = []
+
+    def run(self, input_size: tuple[int, ...], watch: Watch[Seen]) -> Seen:
+        """As `fake_run`; what `watch` registers in the copy it takes away again, where the copy is run more than once."""
+        size = batched(input_size)
+        self.model = materialised(self.model, size)
+        try:
+            with no_collector(), _empty_caches(self.model):
+                if self._copy is None or _traces(self._copy) != self._traces:
+                    self._copy, self._mode = self._faked()
+                    self._traces = _traces(self._copy)
+                with self._mode, _unlogged():
+                    return _forward(self._copy, size, watch, self.several)
+        except Exception as error:  # any reason: the real run below succeeds, or says better what is wrong
+            first, tried, self._copy = error, self._copy, None
+        if math.prod(size) > MOST_REAL:
+            raise _does_not_run(tried or self.model, size, first) from first
+        real = copied(self.model)
+        try:
+            return _forward(real, size, watch, self.several)
+        except DownresError:
+            raise
+        except Exception as error:
+            raise _does_not_run(real, size, error) from error
+
+    def _faked(self) -> tuple[nn.Module, FakeTensorMode]:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        known = {id(t): _faked(t, fake) for t in tensors_of(self.model) if _is_plain(t) or t.device.type == "meta"}
+        with FakeCopyMode(fake):
+            return nn.Module.eval(copied(self.model, known)), fake
+
+
+def _traces(model: nn.Module) -> list[Any]:
+    """Changes when a module gets another attribute, or a list or dictionary of it another length."""
+    return [(id(v), len(v) if isinstance(v, (list, dict)) else 0) for module in modules(model) for v in vars(module).values()]
+
+
+def _does_not_run(model: nn.Module, size: tuple[int, ...], error: Exception) -> DoesNotRun:
+    reason, shape = failed(model, error), "x".join(str(n) for n in size)
+    kind, then = type(model).__name__, "give a size that it accepts"
+    if "channels" in reason and (takes := _stated_channels(model)) not in (None, size[1]):
+        then = f"its first convolution takes {takes} channel{'s' * (takes > 1)}, give {(takes, *size[2:])}"
+    return DoesNotRun(f"{kind} does not run on an input of {shape} ({reason}): {then}.", reason)
+
+
+def failed(model: nn.Module, error: BaseException) -> str:
+    """What was raised while the model ran, in one line that opens with the module inside that failed: `head.fc (Linear): …`."""
+    names = {id(module): name for name, module in named_modules(model)}
+    where = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):  # from the outermost in
+        code = frame.f_code
+        own = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(own, nn.Module) and id(own) in names:
+            where = f"{names[id(own)]} ({type(own).__name__}): " if names[id(own)] else ""
+    return where + said(error)
+
+
+def said(error: BaseException) -> str:
+    """The first line of what was raised; of an assertion without words, the line of code that made it."""
+    if lines := str(error).strip().splitlines():
+        return lines[0].rstrip(".")
+    code = [frame.line for frame in traceback.extract_tb(error.__traceback__) if frame.line and "/torch/" not in frame.filename]
+    return code[-1] if code else type(error).__name__
 
 
 def materialised(model: nn.Module, input_size: tuple[int, ...] | None = None) -> nn.Module:
@@ -160,13 +229,35 @@ def _unlogged() -> Iterator[None]:
         logger.disabled = disabled
 
 
-def _forward(model: nn.Module, size: tuple[int, ...], watch: Watch[Seen]) -> Seen:
+def _forward(model: nn.Module, size: tuple[int, ...], watch: Watch[Seen], several: bool = False) -> Seen:
     like = first_float(model)
     with torch.no_grad(), plain_attention(), uncompiled():
         x = torch.zeros(size, dtype=like.dtype, device=like.device)
+        args, kwargs = _given(model, x, several)
         with watch(nn.Module.eval(model), x) as seen:
-            model(x)
+            model(*args, **kwargs)
     return seen
+
+
+def _given(model: nn.Module, x: Tensor, several: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The arguments that hand the image to a model: by keyword where it takes no other."""
+    asked = required_inputs(model)
+    if asked and all(p.kind is p.KEYWORD_ONLY for p in asked) and (several or len(asked) == 1):
+        return [], {p.name: x for p in asked}
+    return [x] * (max(1, len(asked)) if several else 1), {}
+
+
+def required_inputs(model: nn.Module) -> list[inspect.Parameter]:
+    """Of `forward`, without those that have a default; of what only hands everything on to the one module inside, of that."""
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):  # of a kind that Python cannot look into
+        return []
+    variadic = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    inside = list(model.children())
+    if parameters and len(variadic) == len(parameters) and len(inside) == 1:
+        return required_inputs(inside[0])
+    return [p for p in parameters if p not in variadic and p.default is p.empty]
 
 
 def find_stem(model: nn.Module, input_size: tuple[int, ...]) -> str:
@@ -183,7 +274,7 @@ def find_stem(model: nn.Module, input_size: tuple[int, ...]) -> str:
                 module.register_forward_pre_hook(lambda _module, _inputs, name=name: executed.append(name))
         yield executed
 
-    executed = fake_run(model, input_size, watch)
+    executed = fake_run(model, input_size, watch, several=True)
     if not executed:
         raise DownresError("No convolution was executed: name the module after which to resample with stem=….")
     return executed[0]
@@ -350,6 +441,54 @@ def find_answer(model: nn.Module, input_size: tuple[int, ...]) -> Answer:
 
     Raises DownresError when the model does not run, or returns no logits.
     """
+    seen = _look_at_answer(model, input_size)
+    return _answer(model, seen)
+
+
+def answer_and_outputs(model: nn.Module, input_size: tuple[int, ...]) -> tuple[Answer | None, Outputs]:
+    """`find_answer`, None where there are no logits, and all that the model returns, from the same run; it may ask for several
+    images. Raises `DoesNotRun` when it does not run.
+    """
+    seen = _look_at_answer(model, input_size, several=True)
+    try:
+        answer: Answer | None = _answer(model, seen)
+    except DownresError:  # features, boxes, …
+        answer = None
+    return answer, dict(tensors_in(seen["output"]))
+
+
+def outputs_of(model: nn.Module, input_size: tuple[int, ...]) -> Outputs:
+    """All that a model returns, from one run as `fake_run` does it; it may ask for several images."""
+
+    @contextmanager
+    def watch(copied: nn.Module, x: Tensor) -> Iterator[list[Any]]:
+        seen: list[Any] = []
+        copied.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        yield seen
+
+    return dict(tensors_in(fake_run(model, input_size, watch, several=True)[-1]))
+
+
+def tensors_in(output: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """The tensors in what a network returns, with the keys, indices and names of attributes that lead to each."""
+    if isinstance(output, Tensor):
+        yield path, output
+    elif (items := items_of(output)) is not None:
+        for key, value in items:
+            yield from tensors_in(value, (*path, key))
+
+
+def items_of(output: Any) -> list[tuple[Any, Any]] | None:
+    """What a container or a record holds, by key, index or name; None of anything else."""
+    if isinstance(output, dict):
+        return list(output.items())
+    if isinstance(output, (list, tuple)):
+        return list(enumerate(output))
+    is_record = (dataclasses.is_dataclass(output) and not isinstance(output, type)) or isinstance(output, types.SimpleNamespace)
+    return list(vars(output).items()) if is_record or hasattr(output, "logits") else None
+
+
+def _look_at_answer(model: nn.Module, input_size: tuple[int, ...], several: bool = False) -> dict[str, Any]:
 
     @contextmanager
     def watch(copied: nn.Module, x: Tensor) -> Iterator[dict[str, Any]]:
@@ -366,7 +505,10 @@ def find_answer(model: nn.Module, input_size: tuple[int, ...]) -> Answer:
         with _Upsampling() as seen["upsampling"]:
             yield seen
 
-    seen = fake_run(model, input_size, watch)
+    return fake_run(model, input_size, watch, several)
+
+
+def _answer(model: nn.Module, seen: dict[str, Any]) -> Answer:
     logits = logits_of(seen["output"])
     outputs = logits.shape[1]
     several = seen["output"] if isinstance(seen["output"], list) else ()  # a tuple is logits first, then what else there is

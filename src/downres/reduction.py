@@ -2,26 +2,41 @@
 
 import contextlib
 import difflib
+import math
+import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .copying import copied, modules, named_modules, refuse_sealed, unwrapped
 from .errors import DownresError
-from .families.adapter import Adapter, Size, said
+from .families.adapter import Adapter, Size
 from .families.find import find_adapter, library_transformers
 from .parse import Resolution, as_hw, format_resolution
-from .probe import Answer, channels_of, fake_run, find_answer, input_size_of, materialised, total_stride
+from .probe import (
+    Answer,
+    DoesNotRun,
+    Outputs,
+    Path,
+    answer_and_outputs,
+    channels_of,
+    input_size_of,
+    materialised,
+    outputs_of,
+    required_inputs,
+    total_stride,
+)
 from .records import Candidate, Change, Merge, Record
-from .reductions.dense import FullSizeLogits
+from .reductions.dense import FullSize, Map, Tokens, as_map
 from .reductions.resize import input_size
 from .reductions.tokens import PoolTokens, TokenState
 from .techniques import techniques
+
+_LENGTHS = re.compile(r"box|anchor|offset|flow|dispar|keypoint|landmark", re.IGNORECASE)
+"""Of names under which a network returns numbers that grow with its image: a map of them at full size would hold wrong ones."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,9 @@ def reduce(
     if not resize_input and output_size is not None:
         raise DownresError("Without the resize of its input a network gives logits of that size: leave output_size out.")
     if resize_input:
-        work.answer(model, output_size, output_interpolation, align_corners)
+        work.try_out(model, output_size, output_interpolation, align_corners)
+    elif work.adapter is None and work.changes_anything:
+        work.run_small(model)
     if not work.changes and resize_input:
         *first, last = (t.sought for t in techniques() if t.sought)
         warnings.warn(
@@ -188,6 +205,10 @@ class Work:
         self.resize_input = resize_input
         self.changes: list[Change] = []
         self.adapter = find_adapter(small)
+        self.own: Size = (self.adapter.image if self.adapter else None) or (native[-2], native[-1])
+        """(height, width) that the original is run at."""
+        self.grid = self.adapter.grid(self.own) if self.adapter is not None and self.adapter.block_names() else None
+        """(rows, columns) of the original's patch tokens, where they are a plain sequence."""
         self.image: Size = (native[-2], native[-1])
         self.patch: Size | None = None
         """Another side of the patches."""
@@ -270,14 +291,11 @@ class Work:
         size = (self.native[0], *self.target)
         try:
             found = _output_shapes(self.small, size)
-        except DownresError as error:
+        except DoesNotRun as error:
             if adapter.sure and not _runs(original, self.native):
                 return  # the original takes something else than one image: this run tells nothing
-            if error.__cause__ is None:
-                raise  # one of our own sentences
             raise DownresError(
-                f"{kind} cannot be made for '{c}' (it fails with: {said(error.__cause__)}): {self.instead}, "
-                "or give another resolution."
+                f"{kind} cannot be made for '{c}' (it fails with: {error.reason}): {self.instead}, or give another resolution."
             ) from error
         named = self.resampled_at is not None
         dense = any(len(shape) > 2 for shape in found)
@@ -297,43 +315,133 @@ class Work:
                 "their number: lower the resolution instead."
             )
 
-    def answer(self, original: nn.Module, size: Size | str | None, interpolation: str, align_corners: bool | None) -> None:
-        """Logits for every pixel get the size that the original's have. Of what else a network returns nothing is changed."""
-        c, own = self.candidate, (self.native[-2], self.native[-1])
+    def try_out(self, original: nn.Module, size: Size | str | None, interpolation: str, align_corners: bool | None) -> None:
+        """Original and reduced model run once without numbers, and all that they return is compared: logits for every pixel and
+        other maps get the size that the original's have, any other difference is refused.
+
+        size, interpolation, align_corners: of the logits, as in `reduce`.
+        """
+        c, own = self.candidate, self.own
         if c == Candidate() and size is None:
             return
         if isinstance(size, str) and size != "input":
             raise DownresError(
                 f"The size of logits is 'input' or (height, width), {size!r} is neither: give for example 'input'."
             )
+        image, kind = (self.native[0], *own), type(original).__name__
+        found: Answer | None = None
         try:
-            found: Answer | None = find_answer(original, (self.native[0], *own))
-        except DownresError:  # features, or something else than one image goes in
-            found = None
-        if found is None or found.size is None:
-            if size is not None:
-                raise DownresError(
-                    f"Only logits for every pixel (batch, classes, height, width) have a size, {type(original).__name__} "
-                    "returns none: leave output_size out."
-                )
+            found, whole = answer_and_outputs(original, image)
+        except DoesNotRun as error:
+            whole = {}
+            if size is None:
+                return self._untried(original, error)
+        dense = found is not None and found.size is not None and not _is_channels_last(whole, found.size, own)
+        if size is not None and not dense:
+            raise DownresError(
+                f"Only logits for every pixel (batch, classes, height, width) have a size, {kind} returns none: "
+                "leave output_size out."
+            )
+        small = self._outputs(image)
+        maps = self._maps(original, whole, small)
+        if (dense or maps) and c.ragged != "error":
+            raise DownresError(
+                "An answer to every pixel needs an input that is neither cut nor padded: reduce to a resolution that "
+                "the network divides, with ragged='error'."
+            )
+        if dense:
+            assert found is not None and found.size is not None
+            dense = size is not None or any(isinstance(m, Map) and (m.ndim, m.rows) == (4, 2) for m in maps.values())
+        if not dense and not maps:
             return
-        # Of the original: resampling behind the embedding changes what the reduced network gives.
-        strides = (1.0, 1.0) if size == "input" else (own[0] / found.size[0], own[1] / found.size[1])
-        aligned = found.align_corners if align_corners is None else align_corners
+        aligned = (found is not None and found.align_corners) if align_corners is None else align_corners
         fixed = None if size is None or isinstance(size, str) else as_hw(size)
-        full = FullSizeLogits(fixed, strides, interpolation, aligned, c.ragged != "error")
+        # Of the original: resampling behind the embedding changes what the reduced network gives.
+        strides = None
+        if dense:
+            assert found is not None and found.size is not None
+            strides = (1.0, 1.0) if size == "input" else (own[0] / found.size[0], own[1] / found.size[1])
+        full = FullSize(fixed, strides, maps, interpolation, aligned)
         self.small.register_forward_pre_hook(full.before, with_kwargs=True, prepend=True)
         self.small.register_forward_hook(full.after, with_kwargs=True)
-        try:
-            _output_shapes(self.small, (self.native[0], *own))
-        except DownresError as error:
-            if error.__cause__ is None:
-                raise
-            raise DownresError(
-                f"{type(self.small).__name__} does not run as '{c}' ({said(error.__cause__)}): give sides that it divides."
-            ) from error
         what = format_resolution(fixed) if fixed else f"the size of the {'input' if size else 'original'}"
-        self.note("logits upsample", "", f"to {what}, {interpolation}, align_corners={aligned}")
+        self.note("logits upsample" if dense else "maps upsample", "", f"to {what}, {interpolation}, align_corners={aligned}")
+
+    def _outputs(self, image: tuple[int, ...]) -> Outputs:
+        """What the reduced model returns for an image; DownresError where it does not run."""
+        try:
+            return outputs_of(self.small, image)
+        except DoesNotRun as error:
+            raise DownresError(
+                f"{type(self.small).__name__} does not run as '{self.candidate}' ({error.reason}): give sides that it divides, "
+                "or make what counts on one size in it follow its input."
+            ) from error
+
+    def run_small(self, original: nn.Module) -> None:
+        """Without the resize inside, maps follow the smaller image; that it runs, and one row stays one row, is looked at."""
+        small = self._outputs((self.native[0], *self.target))
+        with contextlib.suppress(DoesNotRun):
+            whole = outputs_of(original, (self.native[0], *self.own))
+            for path, x in small.items():
+                if path in whole and x.ndim == whole[path].ndim == 2 and x.shape != whole[path].shape:
+                    at, own = format_resolution(self.target), format_resolution(self.own)
+                    raise DownresError(
+                        f"{type(original).__name__} returns {tuple(whole[path].shape)} and at {at} px {tuple(x.shape)}: "
+                        f"it counts on images of {own} px, give a network that takes any size."
+                    )
+
+    def _untried(self, original: nn.Module, error: DoesNotRun) -> None:
+        """Of an original that does not run on one image alone nothing is known; of others the size to try at is asked for."""
+        image = (self.native[0], *self.own)
+        try:
+            outputs_of(self.small, image)
+        except DoesNotRun:
+            if len(required_inputs(original)) == 1:
+                shape = "x".join(str(n) for n in image)
+                raise DownresError(
+                    f"{type(original).__name__} does not run on an image of {shape} ({error.reason}), so what it becomes "
+                    "cannot be tried: give the size that it is used at as input_size=(channels, height, width)."
+                ) from error
+
+    def _maps(self, original: nn.Module, whole: Outputs, small: Outputs) -> dict[Path, Map | Tokens]:
+        """Where the answers of original and reduced model are maps whose size follows the image, which may not show at the
+        original's own size. DownresError for an answer that changes its shape and is none.
+        """
+        own = self.own
+        ratio = (self.target[0] / own[0], self.target[1] / own[1])
+        maps: dict[Path, Map | Tokens] = {}
+        for path in {**whole, **small}:
+            shapes = [tuple(answer[path].shape) if path in answer else None for answer in (whole, small)]
+            if shapes[0] == shapes[1]:
+                continue
+            found = None
+            if shapes[0] and shapes[1]:
+                found = as_map(shapes[0], shapes[1], own, ratio) or self._as_tokens(shapes[0], shapes[1])
+            if found is None or _LENGTHS.search(".".join(map(str, path))):
+                name = f" as {'.'.join(map(str, path))!r}" if path else ""
+                why = "holds lengths in pixels of what it sees" if found else "is no map that can be brought back to size"
+                raise DownresError(
+                    f"{type(original).__name__} returns{name} {shapes[0] or 'nothing'} and, reduced to '{self.candidate}', "
+                    f"{shapes[1] or 'nothing'}, which {why}: give resize_input=False if what uses it can do with another shape."
+                )
+            maps[path] = found
+        same = [path for path in whole if path not in maps and whole[path].ndim > 2]
+        if same and not (self.adapter is not None and self.adapter.image):
+            with contextlib.suppress(DoesNotRun):
+                twice = outputs_of(original, (self.native[0], *(2 * side for side in own)))
+                for path in same:
+                    if path in twice and (found := as_map(whole[path].shape, twice[path].shape, own, (2, 2))):
+                        maps[path] = found
+        return maps
+
+    def _as_tokens(self, whole: tuple[int, ...], small: tuple[int, ...]) -> Tokens | None:
+        """The sequence of a transformer that hands out its tokens (B, prefix + N, C)."""
+        if self.grid is None or self.adapter is None or len(whole) != 3 or whole[2] != small[2]:
+            return None
+        grid, prefix = self.adapter.grid(self.image), whole[1] - math.prod(self.grid)
+        if not 0 <= prefix <= self.adapter.prefix or small[1] != prefix + math.prod(grid):
+            return None
+        return Tokens(prefix, grid, (self.own[0] / self.grid[0], self.own[1] / self.grid[1]))
 
     def _refuse_second(self, adapter: Adapter) -> None:
         """Another size of image or patch reaches one transformer alone."""
@@ -355,18 +463,19 @@ def _runs(model: nn.Module, native: tuple[int, ...]) -> bool:
     return True
 
 
+def _is_channels_last(outputs: Outputs, size: Size, image: Size) -> bool:
+    """Whether the logits (B, ?, ?, ?), whose last two sides are `size`, are (B, h, w, K)."""
+    shape = next(tuple(t.shape) for t in outputs.values() if t.ndim == 4 and tuple(t.shape[-2:]) == size)
+
+    def skewed(rows: int, columns: int) -> float:
+        return abs(math.log(rows * image[1] / (columns * image[0])))
+
+    return skewed(*shape[1:3]) < 0.1 < skewed(*size)
+
+
 def _output_shapes(model: nn.Module, input_size: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Of all tensors that the model returns."""
-
-    @contextlib.contextmanager
-    def watch(copied: nn.Module, x: Tensor) -> Iterator[list[tuple[int, ...]]]:
-        seen: list[tuple[int, ...]] = []
-        copied.register_forward_hook(
-            lambda _m, _args, out: seen.extend(tuple(t.shape) for t in tree_leaves(out) if isinstance(t, Tensor))
-        )
-        yield seen
-
-    return fake_run(model, input_size, watch)
+    return [tuple(t.shape) for t in outputs_of(model, input_size).values()]
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:

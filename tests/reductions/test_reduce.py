@@ -150,11 +150,12 @@ def test_after_any_module():
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=7).eval()
     x = images(2, 3, 96, 96)
-    for name in ("layer1", "layer2.0.bn1", "relu", "maxpool"):
+    for name in ("layer1", "relu", "maxpool"):
         small = reduce(model, Candidate(stem_scale=0.5, stem=name), interpolation="bicubic")
         assert [c.module for c in small.downres.changes] == [name]
-        if name != "layer2.0.bn1":  # inside a residual block the sum no longer fits
-            assert run(small, x).shape == (2, 7)
+        assert run(small, x).shape == (2, 7)
+    with pytest.raises(DownresError, match=r"stem×0.5@layer2.0.bn1' \(layer2.0 \(BasicBlock\): The size of tensor a"):
+        reduce(model, stem_scale=0.5, stem="layer2.0.bn1")  # inside a residual block the sum no longer fits
     small = reduce(model, stem_scale=0.5, stem="layer1")
     with torch.no_grad():
         y = model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(x)))))
@@ -191,10 +192,11 @@ def test_keyword_and_further_inputs(net):
 
     class Mask(nn.Module):
         def forward(self, mask, image):
-            return mask, image
+            return mask, image.mean((2, 3)) * image.shape[-1]
 
-    mask, image = run(reduce(Mask(), resolution=24), images(2, 40), x)
-    assert mask.shape == (2, 40) and image.shape == (2, 3, 24, 24)
+    mask, colours = run(reduce(Mask(), resolution=24), images(2, 40), x)
+    assert mask.shape == (2, 40)
+    torch.testing.assert_close(colours, F.interpolate(x, (24, 24), mode="bilinear", antialias=True).mean((2, 3)) * 24)
 
 
 def test_gradients_flow(net):
@@ -358,14 +360,18 @@ def test_bad_arguments(net):
     with pytest.raises(DownresError, match="No convolution was executed: name the module"):
         reduce(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)), stem_scale=0.5, input_size=(3, 8, 8))
     with pytest.raises(DownresError, match=r"no image tensor: its input must be of shape \(batch, channels"):
-        run(reduce(nn.Linear(4, 2), resolution=96), images(2, 4))
+        run(reduce(net, resolution=96), images(2, 4))
+    with pytest.raises(DownresError, match=r"Linear does not run on an image of 3x224x224 .* give the size that it is used at"):
+        reduce(nn.Linear(4, 2), resolution=96)
 
 
 def test_the_stem_of_another_input_size():
-    grey = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 2)).eval()
-    with pytest.raises(DownresError, match="does not run on an input of 1x1x224x224"):
-        reduce(grey, stem_scale=0.5)
+    grey = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 2 * 2, 2)).eval()
+    assert reduce(grey, stem_scale=0.5).downres.changes[0].module == "0"  # one channel: the first convolution says so
     assert reduce(grey, stem_scale=0.5, input_size=(1, 8, 8)).downres.changes[0].module == "0"
+    fixed = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 2)).eval()
+    with pytest.raises(DownresError, match="does not run on an (input|image) of 1x(1x)?224x224"):
+        reduce(fixed, stem_scale=0.5)
 
 
 def test_ragged_convnet_inputs_are_cut_or_padded_alike_with_and_without_the_resize():

@@ -1,6 +1,5 @@
 """What `reduce` asks of a transformer, whatever library it is from: its patches, its grid, its blocks."""
 
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import DownresError
 from ..parse import format_resolution
+from ..probe import said
 from ..reductions.tokens import TokenState
 
 Size = tuple[int, int]
@@ -106,14 +106,6 @@ class Adapter:
         raise DownresError(
             f"The depth and width of {type(self.module).__name__} cannot be scaled here: make the smaller network yourself."
         )
-
-
-def said(error: BaseException) -> str:
-    """The first line of what was raised; of an assertion without words, the line of code that made it."""
-    if lines := str(error).strip().splitlines():
-        return lines[0].rstrip(".")
-    code = [frame.line for frame in traceback.extract_tb(error.__traceback__) if frame.line and "/torch/" not in frame.filename]
-    return code[-1] if code else type(error).__name__
 
 
 def impossible(

@@ -2,17 +2,18 @@
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from ..errors import DownresError
-from ..probe import logits_of
+from ..probe import Path, items_of, logits_of
 from ..records import CLASSES, Dense
-from .resize import on_image
+from .resize import image_size, nearest
 
 Size = tuple[int, int]
 _DICTS = (dict, OrderedDict)
@@ -89,63 +90,121 @@ def check_size(size: Size, have: Size) -> None:
         )
 
 
-class FullSizeLogits:
-    """Two hooks of one reduced model: `before` its input is resized it is looked at, `after` it has run its logits get the
-    size that the original's would have for that input, or `size`; so do auxiliary logits beside them.
+@dataclass(frozen=True)
+class Map:
+    """Of one tensor in an answer: its rows are along axis `rows`, its columns along the next; strides: input over map."""
 
-    strides: input over logits of the original.
+    ndim: int
+    rows: int
+    strides: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of one tensor in an answer (B, prefix + N, C): the grid of a transformer's patch tokens, small and in the original."""
+
+    prefix: int
+    small: Size
+    strides: tuple[float, float]
+
+
+def as_map(whole: Sequence[int], small: Sequence[int], image: Size, ratio: tuple[float, float]) -> Map | None:
+    """What differs between two shapes of one tensor as rows and columns, None where it is no map (tokens, anchors, a row).
+
+    whole: of the answer to an image of this size; small: to one whose sides are `ratio` times that, or whose inside is smaller.
+    """
+    differ = [axis for axis, (a, b) in enumerate(zip(whole, small, strict=False)) if a != b]
+    if len(whole) != len(small) or not differ or differ[0] == 0:
+        return None
+
+    def fits(rows: int) -> bool:
+        """One stride for rows and columns, and both changed alike: up to the cell that is rounded."""
+        (h, w), (h_small, w_small) = whole[rows : rows + 2], small[rows : rows + 2]
+        factor = max(h_small / (h * ratio[0]), w_small / (w * ratio[1]))
+        least = min(h_small / (h * ratio[0]), w_small / (w * ratio[1]))
+        alike = (factor - least) * max(h * ratio[0], w * ratio[1]) <= 2
+        return alike and (abs(h - w * image[0] / image[1]) <= 1 or abs(w - h * image[1] / image[0]) <= 1)
+
+    for rows in range(len(whole) - 2, 0, -1):
+        if {rows, rows + 1}.issuperset(differ) and ((len(differ) == 2 and len(whole) > 3) or fits(rows)):
+            return Map(len(whole), rows, (image[0] / whole[rows], image[1] / whole[rows + 1]))
+    return None
+
+
+class FullSize:
+    """Two hooks of one reduced model: `before` its input is resized it is looked at, `after` it has run its logits get the
+    size that the original's would have for that input, or `size`; so do auxiliary logits and other maps beside them.
+
+    strides: input over logits of the original, None where it gives none. maps: where in the answer there are others.
     """
 
     def __init__(
-        self, size: Size | None, strides: tuple[float, float], interpolation: str, align_corners: bool, ragged: bool
+        self,
+        size: Size | None,
+        strides: tuple[float, float] | None,
+        maps: dict[Path, Map | Tokens],
+        interpolation: str,
+        align_corners: bool,
     ) -> None:
-        self.size, self.strides, self.ragged = size, strides, ragged
+        self.size, self.strides, self.maps = size, strides, maps
         self.interpolation, self.align_corners = interpolation, align_corners
         self._input: Size = (0, 0)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._input = _image_size(args, kwargs)
+        self._input = image_size(args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        main = _answer(output)
-        if self.ragged and main.ndim == 4:
-            raise DownresError(
-                "An answer to every pixel needs an input that is neither cut nor padded: reduce to a resolution that "
-                "the network divides, with ragged='error'."
-            )
-        if type(output) not in _DICTS and not isinstance(output, tuple) and hasattr(output, "logits"):
-            output.logits = self._full(main, main)  # transformers: other maps beside them are not logits
-        elif isinstance(output, dict):  # of whatever class
-            for name, value in output.items():
-                output[name] = tree_map_only(Tensor, lambda x: self._full(x, main), value)
-        else:
-            output = tree_map_only(Tensor, lambda x: self._full(x, main), output)
-        return output
+        main = None if self.strides is None else _answer(output)
+        return self._changed(output, main, ())
 
-    def _full(self, logits: Tensor, main: Tensor) -> Tensor:
-        """`logits` where they are the network's answer (`main`) or auxiliary, of as many classes, perhaps at another stride."""
-        if logits.ndim != 4 or logits.shape[1] != main.shape[1]:
-            return logits
-        size = self.size or full_size(self._input, self.strides)
-        if self.size is not None:
-            check_size(self.size, (main.shape[-2], main.shape[-1]))
-        if logits.shape[-2:] != main.shape[-2:]:
-            size = full_size(size, (main.shape[-2] / logits.shape[-2], main.shape[-1] / logits.shape[-1]))
-        return upsample(logits, size, self.interpolation, self.align_corners)
+    def _changed(self, value: Any, main: Tensor | None, path: Path) -> Any:
+        """An answer of whatever type with its maps at full size; dictionaries and records are changed in place."""
+        if isinstance(value, Tensor):
+            return self._full(value, main, path)
+        if isinstance(value, dict):  # of whatever class
+            for key, item in list(value.items()):
+                if (made := self._changed(item, main, (*path, key))) is not item:
+                    value[key] = made
+        elif isinstance(value, (list, tuple)):
+            items = [self._changed(item, main, (*path, i)) for i, item in enumerate(value)]
+            return items if isinstance(value, list) else type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        elif type(value) not in _NO_RECORDS:
+            for name, tensor in items_of(value) or ():
+                object.__setattr__(value, name, self._changed(tensor, main, (*path, name)))
+        return value
+
+    def _full(self, x: Tensor, main: Tensor | None, path: Path) -> Tensor:
+        """`x` where it is the network's answer (`main`), auxiliary, of as many classes, perhaps at another stride, or a map."""
+        if main is not None and self.strides is not None and x.ndim == main.ndim == 4 and x.shape[1] == main.shape[1]:
+            size = self.size or full_size(self._input, self.strides)
+            if self.size is not None:
+                check_size(self.size, (main.shape[-2], main.shape[-1]))
+            if x.shape[-2:] != main.shape[-2:]:
+                size = full_size(size, (main.shape[-2] / x.shape[-2], main.shape[-1] / x.shape[-1]))
+            return upsample(x, size, self.interpolation, self.align_corners)
+        found = self.maps.get(path)
+        if isinstance(found, Tokens) and x.ndim == 3 and x.shape[1] == found.prefix + math.prod(found.small):
+            grid = x[:, found.prefix :].unflatten(1, found.small)
+            grown = self._grown(grid, Map(4, 1, found.strides)).flatten(1, 2)
+            return torch.cat([x[:, : found.prefix], grown], 1)
+        return self._grown(x, found) if isinstance(found, Map) and x.ndim == found.ndim else x
+
+    def _grown(self, x: Tensor, found: Map) -> Tensor:
+        size = full_size(self._input, found.strides)
+        planes = x.movedim((found.rows, found.rows + 1), (-2, -1))
+        if not x.is_floating_point():
+            planes = nearest(planes, size)
+        elif tuple(planes.shape[-2:]) != size:
+            flat = planes.reshape(1, -1, *planes.shape[-2:])
+            flat = upsample(flat, size, self.interpolation, self.align_corners)
+            planes = flat.to(x.dtype).reshape(*planes.shape[:-2], *size)
+        return planes.movedim((-2, -1), (found.rows, found.rows + 1))
+
+
+_NO_RECORDS = (type(None), bool, int, float, str)
 
 
 def _answer(output: Any) -> Tensor:
     """`logits_of`, without a look at attributes that dictionaries do not have: torch.compile refuses it."""
     found = output.get("logits", output.get("out")) if type(output) in _DICTS else None
     return logits_of(output) if found is None else found
-
-
-def _image_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Size:
-    found: list[Size] = []
-
-    def see(x: Tensor) -> Tensor:
-        found.append((x.shape[-2], x.shape[-1]))
-        return x
-
-    on_image(args, kwargs, see)
-    return found[0]

@@ -24,6 +24,16 @@ def resample(x: Tensor, size: tuple[int, int], interpolation: str = "bilinear") 
     return F.interpolate(x, size=size, mode=interpolation, antialias=True, align_corners=False)
 
 
+def nearest(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(…, H, W) of any type → (…, *size) by the nearest value, as 'nearest-exact' of `F.interpolate` takes it."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    for axis, side in zip((-2, -1), size, strict=True):
+        place = (torch.arange(side, device=x.device) + 0.5) * (x.shape[axis] / side)
+        x = x.index_select(axis, place.long())
+    return x
+
+
 def input_size(shape: tuple[int, int], resolution: Resolution) -> tuple[int, int]:
     """(height, width) that an input of `shape` is resized to.
 
@@ -46,18 +56,52 @@ def scaled_size(shape: tuple[int, int], scale: float) -> tuple[int, int]:
 
 
 def on_image(args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
-    """The arguments of a model with its image, the first (B, C, H, W) tensor among them, changed."""
-    for i, value in enumerate(args):
+    """The arguments of a model with its images changed: the first (B, C, H, W) tensor among them, and whatever has its size:
+    further images, masks (B, C, H, W) or (B, H, W). DownresError for images of several sizes.
+    """
+    first = _first_image(args, kwargs)
+    size = first.shape[-2], first.shape[-1]
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.ndim in (3, 4) and (value.shape[-2], value.shape[-1]) == size:
+                return change(value)
+            if value.ndim == 4 and value.shape[1] == first.shape[1]:
+                raise DownresError(
+                    f"All images that go into a reduced model are resized together, here one is of {size[0]}x{size[1]} and "
+                    f"one of {value.shape[-2]}x{value.shape[-1]}: give them at one size, or reduce with resize_input=False."
+                )
+            return value
+        if isinstance(value, dict):
+            return {key: one(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(one(item) for item in value)
+        return value
+
+    return tuple(one(value) for value in args), {key: one(value) for key, value in kwargs.items()}
+
+
+def image_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) of the first (B, C, H, W) tensor among the arguments of a model."""
+    first = _first_image(args, kwargs)
+    return first.shape[-2], first.shape[-1]
+
+
+def _first_image(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    stack = [*args, *kwargs.values()][::-1]
+    while stack:
+        value = stack.pop()
         if isinstance(value, Tensor) and value.ndim == 4:
-            return (*args[:i], change(value), *args[i + 1 :]), kwargs
-    for key, value in kwargs.items():
-        if isinstance(value, Tensor) and value.ndim == 4:
-            return args, {**kwargs, key: change(value)}
+            return value
+        if isinstance(value, dict):
+            stack += [*value.values()][::-1]
+        elif type(value) in (list, tuple):
+            stack += value[::-1]
     raise DownresError("The reduced model got no image tensor: its input must be of shape (batch, channels, height, width).")
 
 
 class ResizeInput:
-    """Forward pre-hook: resizes the first (B, C, H, W) tensor among the arguments.
+    """Forward pre-hook: resizes the images among the arguments, see `on_image`; masks of whole numbers by the nearest.
 
     unit: where one side is given and the aspect ratio kept, both are rounded to multiples of this, as patches need.
     """
@@ -74,7 +118,9 @@ class ResizeInput:
         if isinstance(self.resolution, int):
             rows, columns = (max(1, round(side / u)) * u for side, u in zip(size, self.unit, strict=True))
             size = rows, columns
-        return resample(x, size, self.interpolation)
+        if not x.is_floating_point() and x.dtype != torch.uint8:
+            return nearest(x, size)
+        return resample(x, size, self.interpolation) if x.ndim == 4 else resample(x[:, None], size, self.interpolation)[:, 0]
 
 
 def fitted(size: tuple[int, int], unit: tuple[int, int], pad: bool) -> tuple[int, int]:
