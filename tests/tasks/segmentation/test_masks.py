@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -326,6 +327,35 @@ def test_names_of_folders_and_files(tmp_path, image, mask):
     found = find_masks(tmp_path, layout="folders")
     assert [len(found.pairs[part]) for part in ("train", "val")] == [2, 2] and len(found.classes) == 3
     assert all(pair.mask.stem.startswith(pair.image.stem) for pairs in found.pairs.values() for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("{part}/images/{i}.jpg", "{part}/masks/{i}.png"),
+        ("Images/{part}/{i}.jfif", "Masks/{part}/{i}.png"),
+        ("{part}/{i}.png", "{part}_masks/{i}.png"),
+        ("dataset/images/{part}/{i}.jpg", "dataset/masks/{part}/{i}.png"),
+    ],
+)
+def test_parts_as_people_name_them(tmp_path, image, mask):
+    for part, count in (("Training", 3), ("Testing", 2), ("VALID", 1)):
+        for i in range(count):
+            photo(tmp_path / image.format(part=part, i=i))
+            save(tmp_path / mask.format(part=part, i=i), indices())
+    (tmp_path / image.format(part="VALID", i=0)).with_name("notes.txt").write_text("about")
+    data = open_masks(tmp_path, outputs=3)
+    assert len(data.folds[0].train) == 3 and len(data.folds[0].test) == 1
+    assert re.search(r"; 1 other files left out \(.*notes.txt: not an image\); not used: .*Testing", data.description)
+    assert [skip.reason for skip in data.skipped] == ["not an image"]
+
+
+def test_the_masks_of_a_part_may_be_called_otherwise(tmp_path):
+    for part, other in (("train", "training"), ("val", "Validation")):
+        photo(tmp_path / "images" / part / "0.png")
+        save(tmp_path / "masks" / other / "0.png", indices())
+    found = find_masks(tmp_path)
+    assert [pair.mask.parent.name for pairs in found.pairs.values() for pair in pairs] == ["training", "Validation"]
 
 
 def test_one_folder_is_split(tmp_path):

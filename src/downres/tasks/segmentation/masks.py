@@ -17,8 +17,10 @@ from ...images.parts import (
     as_found,
     divide,
     how_found,
+    how_left_out,
     how_limited,
     limit_training,
+    list_images,
     listed_names,
     looked_at,
     tested_images,
@@ -44,7 +46,8 @@ class MaskFolder:
 
     pairs: by part, 'train' and 'val', or 'whole' where the folder is not divided. classes: a name for each class index.
     colours: RGB, one a class, for pictures. legend: what the values in the files mean. label_size: (height, width) of
-    every mask, None where they differ. licence, note (how it was divided): for descriptions.
+    every mask, None where they differ. licence, note (how it was divided), idle (folders of parts that are not used): for
+    descriptions.
     """
 
     layout: str
@@ -56,6 +59,7 @@ class MaskFolder:
     label_size: tuple[int, int] | None = None
     licence: str = ""
     note: str = ""
+    idle: tuple[str, ...] = ()
 
     @property
     def found_in(self) -> Path:
@@ -149,7 +153,7 @@ def find_masks(
         found = found._replace(legend=legend_of([(name, None) for name in classes]), licence="")
     known = found.legend or Legend((), (), table(range(IGNORE)), {})
     folder = MaskFolder(
-        found.name, root, found.pairs, known.names, known.colours, known, licence=found.licence, note=found.note
+        found.name, found.root, found.pairs, known.names, known.colours, known, None, found.licence, found.note, found.idle
     )
     folder = replace(folder, label_size=_check_headers(folder))
     if found.legend is None:
@@ -271,8 +275,10 @@ def open_masks(
     sentence += f"; {found.note}" if found.note else ""
     sentence += f"; no image to test on has {listed_names(absent)}" if absent else ""
     sentence += f"; {len(skipped)} images left out, they or their masks are unreadable" if skipped else ""
+    others = _others(found.root, used)
+    sentence += how_left_out((), others, found.idle)
     return MaskDataset(
-        images, masks, found.classes, found.colours, divided, tuple(skipped), f"{sentence}.",
+        images, masks, found.classes, found.colours, divided, (*skipped, *others), f"{sentence}.",
         found.licence, size, absent,
     )  # fmt: skip
 
@@ -299,6 +305,13 @@ def _decode_pairs(
         if image[:2] != mask:
             raise _sizes_differ(name, image[:2], mask)
     return images, masks, skipped
+
+
+def _others(root: Path, parts: Pairs) -> list[Skip]:
+    """What lies among the images and is none."""
+    folders = [Path(os.path.commonpath([pair.image.parent for pair in pairs])) for pairs in parts.values()]
+    found = [(folder.relative_to(root), skip) for folder in dict.fromkeys(folders) for skip in list_images(folder)[1]]
+    return [Skip((where / skip.path).as_posix(), skip.reason) for where, skip in found]
 
 
 def _absent(classes: Sequence[str], masks: Sequence[np.ndarray], folds: Sequence[Fold]) -> tuple[str, ...]:
