@@ -215,25 +215,19 @@ def mask_classes(
     Raises DownresError as `find_masks` does, or where the numbers differ.
     """
     found = source if isinstance(source, MaskFolder) else find_masks(source, layout=layout, classes=classes)
-    if outputs is not None:
-        check_number(found.classes, outputs)
-    return found
-
-
-def check_number(classes: Sequence[str], outputs: int) -> None:
-    """DownresError where the network's outputs are not those classes."""
-    have, names = len(classes), listed_names(classes)
+    have, names = len(found.classes), listed_names(found.classes)
     if outputs == 1 and have != 2:
         raise DownresError(
             f"The network has one output, which tells background from foreground, and the masks {have} classes ({names}): take "
             f"a network with {have} outputs, or masks of two classes."
         )
-    if outputs not in (1, have):
+    if outputs not in (None, 1, have):
         void = f"; where its last is for pixels without a class, ignore_output={outputs - 1}" if outputs == have + 1 else ""
         raise DownresError(
             f"The network has {outputs} outputs and the masks {have} classes ({names}): "
             f"take a network with {have} outputs, or {_CLASSES}, with a line for each of {outputs} classes{void}."
         )
+    return found
 
 
 @dataclass(frozen=True, eq=False)
