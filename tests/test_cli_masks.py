@@ -75,7 +75,8 @@ def test_search_goes_on_and_prints_what_it_found(cli, model, scenes, run_folder)
     assert row["miou"] == pytest.approx(document["original"]["miou"] - row["drop"]) and row["naive_miou"] < row["miou"]
     assert len(row["iou"]) == 4 and row["n"] == 16 and "top1" not in row and "lost" not in row
     assert document["settings"]["task"]["dense"] == {
-        "size": [48, 64], "output": "logits", "interpolation": "bilinear", "align_corners": False,
+        "size": [48, 64], "output": "logits", "interpolation": "bilinear", "align_corners": False, "left_out": None,
+        "threshold": None,
     }  # fmt: skip
     assert document["data"]["classes"] == ["ground", "red", "green", "blue"] and document["data"]["absent"] == []
 

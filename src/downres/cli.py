@@ -133,6 +133,24 @@ CompareOption = Annotated[
         "--compare", help="Of agreement: classes, embeddings or masks; default: as the network tells.", rich_help_panel=DATA
     ),
 ]
+OutputIndexOption = Annotated[
+    str | None,
+    typer.Option(
+        "--output-index",
+        metavar="I|NAME",
+        help="Which of several outputs of the network is judged; default: the one that fits the data, if only one does.",
+        rich_help_panel=DATA,
+    ),
+]
+IgnoreOutputOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ignore-output",
+        metavar="I",
+        help="Output of a segmentation network for pixels without a class, left out.",
+        rich_help_panel=DATA,
+    ),
+]
 ClassesOption = Annotated[
     Path | None,
     typer.Option(
@@ -305,6 +323,8 @@ def search(
     task: TaskOption = None,
     labels: LabelsOption = None,
     compare: CompareOption = None,
+    output_index: OutputIndexOption = None,
+    ignore_output: IgnoreOutputOption = None,
     fit_head: Annotated[
         bool,
         typer.Option("--fit-head", help="Replace the classifier by one fitted for the data's classes.", rich_help_panel=TRY),
@@ -350,6 +370,7 @@ def search(
             rungs=tuple(r for r in rungs.split(",") if r != "none"), minimize=minimize, fit_head=fit_head, folds=folds,
             val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
             cache_gb=cache_gb, task=_task(task), labels=_text(labels), compare=compare, classes=_text(classes),
+            output_index=output_index, ignore_output=ignore_output,
             label_size=_size(label_size), output=output, upsampling=upsampling,
             command=_command(), progress=progress,
         )  # fmt: skip
@@ -369,6 +390,8 @@ def curve(
     task: TaskOption = None,
     labels: LabelsOption = None,
     compare: CompareOption = None,
+    output_index: OutputIndexOption = None,
+    ignore_output: IgnoreOutputOption = None,
     val_fraction: ValFractionOption = None,
     weights: WeightsOption = None,
     native_resolution: NativeOption = None,
@@ -401,6 +424,7 @@ def curve(
             loaded, data, tries=tries, snap=snap, max_drop=max_drop, val_fraction=val_fraction,
             runtime=runtime, threads=threads, seed=seed, cache_gb=cache_gb, progress=progress,
             task=_task(task), labels=_text(labels), compare=compare, classes=_text(classes),
+            output_index=output_index, ignore_output=ignore_output,
             label_size=_size(label_size), output=output, upsampling=upsampling,
         )  # fmt: skip
     if as_json:
@@ -421,6 +445,7 @@ def cost(
     label_size: LabelSizeOption = None,
     output: OutputOption = "logits",
     upsampling: UpsamplingOption = "bilinear",
+    output_index: OutputIndexOption = None,
     weights: WeightsOption = None,
     native_resolution: NativeOption = None,
     picture: Annotated[
@@ -437,6 +462,7 @@ def cost(
 
     loaded = _load(model, weights, native_resolution, pretrained=False)
     answer: dict[str, Any] = {"label_size": _size(label_size), "output": output, "upsampling": upsampling}
+    answer["output_index"] = output_index
     found = costs(loaded, tries=tries, batch_size=batch_size, **answer)
     page = found.write_picture(picture) if picture else None
     if as_json:

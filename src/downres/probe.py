@@ -381,12 +381,15 @@ def _stated_channels(model: nn.Module) -> int | None:
     return next((m.in_channels for m in modules(model) if isinstance(m, _CONVOLUTIONS)), None)
 
 
-def logits_of(output: Any) -> Tensor:
+def logits_of(output: Any, which: int | str | None = None) -> Tensor:
     """The logits in what a network returns (a tensor, `.logits`, a dictionary or a tuple): of a classifier (B, K), of a
-    segmentation network (B, K, h, w).
+    segmentation network (B, K, h, w). which: index or name of one of several outputs.
     """
-    if isinstance(output, Tensor):
-        found: Any = output
+    if which is not None:
+        holder: Any = output
+        found: Any = holder[which] if isinstance(output, (dict, list, tuple)) else getattr(output, str(which))
+    elif isinstance(output, Tensor):
+        found = output
     elif isinstance(output, dict) and not {"logits", "out"}.isdisjoint(output):
         found = output.get("logits", output.get("out"))
     elif hasattr(output, "logits"):
@@ -411,7 +414,9 @@ class Answer:
 
     head: name of the linear layer whose output the logits are, or None; width: number of its inputs (without a head, of
     logits); outputs: number of logits. Of a segmentation network size: (h, w) of its logits, None for a classifier;
-    align_corners: as in the last bilinear or bicubic upsampling that it does itself.
+    align_corners: as in the last bilinear or bicubic upsampling that it does itself. probability: the logits went through a
+    sigmoid already. which: index or name of this one among several outputs, None where the network has one, or says itself
+    which is its answer.
     """
 
     head: str | None
@@ -419,30 +424,73 @@ class Answer:
     outputs: int
     size: tuple[int, int] | None = None
     align_corners: bool = False
+    probability: bool = False
+    which: int | str | None = None
 
 
-class _Upsampling(TorchDispatchMode):
-    """Sees the `align_corners` of every upsampling."""
+_AFTER_SIGMOID = (
+    "upsample",
+    "view",
+    "reshape",
+    "squeeze",
+    "unsqueeze",
+    "clone",
+    "slice",
+    "clamp",
+    "_to_copy",
+    "alias",
+    "select",
+)
+"""Beginnings of the names of operators that leave a probability what it is."""
+
+
+class _Operators(TorchDispatchMode):
+    """Sees the `align_corners` of every upsampling, and which tensors come out of a sigmoid."""
 
     def __init__(self) -> None:
         super().__init__()
         self.align_corners = False
+        self.probabilities: dict[int, Tensor] = {}  # kept alive, so that no id is used twice
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func._schema.name in ("aten::upsample_bilinear2d", "aten::upsample_bicubic2d"):
             x, _size, align_corners, *_ = args
             if max(x.shape[-2:]) > 1:  # of a pooled map of one pixel it means nothing
                 self.align_corners = bool(align_corners)
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::").removeprefix("_")
+        if isinstance(out, Tensor) and (
+            name in ("sigmoid", "hardsigmoid")
+            or (
+                args
+                and id(args[0]) in self.probabilities
+                and name.startswith(tuple(n.removeprefix("_") for n in _AFTER_SIGMOID))
+            )
+        ):
+            self.probabilities[id(out)] = out
+        return out
 
 
-def find_answer(model: nn.Module, input_size: tuple[int, ...]) -> Answer:
-    """What kind of network this is, by running it once. input_size: as for `fake_run`.
+def find_answer(model: nn.Module, input_size: tuple[int, ...], which: int | str | None = None) -> Answer:
+    """What kind of network this is, by running it once. input_size: as for `fake_run`. which: of several outputs, else the
+    first is looked at that may be logits.
 
     Raises DownresError when the model does not run, or returns no logits.
     """
+    return _answer(model, _look_at_answer(model, input_size), which)
+
+
+def find_answers(model: nn.Module, input_size: tuple[int, ...]) -> dict[int | str | None, Answer]:
+    """Everything in what a network returns that may be its logits, by index or name; under None what it says itself is its
+    answer: a lone tensor, `.logits`, 'out'. Raises DownresError as `find_answer` does.
+    """
     seen = _look_at_answer(model, input_size)
-    return _answer(model, seen)
+    output = seen["output"]
+    items: Any = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, (list, tuple)) else ()
+    found: dict[int | str | None, Tensor] = {k: v for k, v in items if isinstance(v, Tensor) and v.ndim in (2, 4)}
+    told = not items or hasattr(output, "logits") or (isinstance(output, dict) and not {"logits", "out"}.isdisjoint(output))
+    answers = {key: _answer(model, seen, key) for key in found}
+    return {None: _answer(model, seen), **answers} if told or list(found) in ([], [0]) else answers
 
 
 def answer_and_outputs(model: nn.Module, input_size: tuple[int, ...]) -> tuple[Answer | None, Outputs]:
@@ -502,20 +550,33 @@ def _look_at_answer(model: nn.Module, input_size: tuple[int, ...], several: bool
                 )
 
         copied.register_forward_hook(lambda _module, _inputs, output: seen.update(output=output))
-        with _Upsampling() as seen["upsampling"]:
+        with _Operators() as seen["operators"]:
             yield seen
 
     return fake_run(model, input_size, watch, several)
 
 
-def _answer(model: nn.Module, seen: dict[str, Any]) -> Answer:
-    logits = logits_of(seen["output"])
-    outputs = logits.shape[1]
-    several = seen["output"] if isinstance(seen["output"], list) else ()  # a tuple is logits first, then what else there is
+def _answer(model: nn.Module, seen: dict[str, Any], which: int | str | None = None) -> Answer:
+    logits = logits_of(seen["output"], which)
+    outputs, operators = logits.shape[1], seen["operators"]
+    probability = id(logits) in operators.probabilities
+    several = (
+        seen["output"] if which is None and isinstance(seen["output"], list) else ()
+    )  # a tuple is logits first, then what else there is
     if len({t.shape[1] for t in several if isinstance(t, Tensor) and t.ndim == 4}) > 1:
         raise DownresError(f"{type(model).__name__} returns several maps of different channels: features and no logits.")
     if logits.ndim == 4:
         size = (logits.shape[2], logits.shape[3])
-        return Answer(None, outputs, outputs, size, seen["upsampling"].align_corners)
+        return Answer(None, outputs, outputs, size, operators.align_corners, probability, which)
     name, width, _ = seen["linear"].get(id(logits), (None, outputs, None))
-    return Answer(name, width, outputs)
+    return Answer(name, width, outputs, None, False, probability, which)
+
+
+def chosen_answer(answers: dict[int | str | None, Answer], index: int | str | None) -> Answer:
+    """The answer of that index or name; DownresError where there is none."""
+    if index not in answers and isinstance(index, str) and index.lstrip("-").isdecimal():
+        index = int(index)  # as the command line has it
+    if index not in answers:
+        known = ", ".join(repr(key) for key in answers if key is not None) or "no index, for there is one"
+        raise DownresError(f"There is no output {index!r} of the shape of logits: the network's outputs have {known}.")
+    return answers[index]

@@ -400,13 +400,17 @@ class Dense(Record):
 
     size: (height, width) in pixels that the logits are brought to: that of the labels. output: 'logits' (B, K, height, width)
     or 'classes', the class map uint8 (B, height, width), made without ever holding the logits of all classes at that size.
-    interpolation: 'bilinear' or 'bicubic'; align_corners: as the network was trained.
+    interpolation: 'bilinear' or 'bicubic'; align_corners: as the network was trained. left_out: index of a logit that is
+    dropped first, for pixels without a class. threshold: of a single logit (B, 1, h, w), above which a pixel is foreground
+    (class 1 and not 0); None where there are more.
     """
 
     size: tuple[int, int]
     output: str = LOGITS
     interpolation: str = "bilinear"
     align_corners: bool = False
+    left_out: int | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", as_hw(check_resolution(as_resolution(self.size))))  # type: ignore[arg-type]

@@ -225,7 +225,8 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
     module = copied(model.module if isinstance(model, Model) else model)  # the caller's keeps its weights
     candidate = Candidate.from_json(manifest["candidate"])
     native = Preprocessing.from_json(source["preprocessing"])
-    answer = find_answer(made_for(module, native.hw), (len(native.mean), *native.hw))
+    which = manifest["task"].get("output_index")
+    answer = find_answer(made_for(module, native.hw), (len(native.mean), *native.hw), which)
     if answer.outputs != source["outputs"] and answer.head is not None:
         module.set_submodule(answer.head, nn.Linear(answer.width, source["outputs"]))
     module = reduce(module, candidate, input_size=(len(native.mean), *native.hw), resize_input=False)

@@ -63,7 +63,7 @@ def export(
         "candidate": result.candidate.to_json(),
         "input": {"name": "input", "shape": ["batch", *size], "dtype": "float32"},
         "output": {"name": task.output_name, "shape": task.shape()},
-        "task": {"name": task.name, **task.describe()},
+        "task": task.described(),
         "preprocessing": preprocessing.to_json(),
         **task.facts(),
         "state": state.to_json(),

@@ -4,6 +4,8 @@ import os
 import stat
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,11 +15,13 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 MAX_PIXELS = 89_478_485
 """Larger pictures are refused from their header; the same number as PIL's own decompression-bomb threshold."""
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-"""Endings, in lower case, of the files that count as images."""
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jfif", ".jpe", ".pgm", ".pbm", ".pnm", ".avif",
+)  # fmt: skip
+"""Endings, in lower case, of the files that count as images; of any other ending the content decides, see `why_no_image`."""
 
 # Named so that no other PIL plugin (EPS would start Ghostscript) ever sees a file, whatever its ending.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
 
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,13 +48,33 @@ def decode(path: str | os.PathLike[str]) -> np.ndarray:
     Grey is repeated, transparency is dropped, 16-bit grey is scaled by 255/65535. Raises Unreadable when the file
     is missing, unreadable, not an image, broken, or has more than MAX_PIXELS (known from the header alone).
     """
+    with _opened(path) as file:
+        return _decode_open(file)
+
+
+def why_no_image(path: str | os.PathLike[str]) -> str | None:
+    """Why a file, whatever its ending, is no image of a format that is read; None where it is one. Its header alone is read."""
+    try:
+        with _opened(path) as file, _open_header(file):
+            return None
+    except Unreadable as reason:
+        return str(reason)
+    except Exception:  # whatever stands in a file that nobody called an image
+        return "not an image"
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A regular file that is not empty; else, and for what goes wrong with it until the block ends, Unreadable."""
     path = Path(path)
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):  # opening a named pipe would wait for ever
             raise Unreadable("a folder" if stat.S_ISDIR(mode) else "not a regular file")
         with path.open("rb") as file:
-            return _decode_open(file)
+            if os.fstat(file.fileno()).st_size == 0:
+                raise Unreadable("empty file")
+            yield file
     except FileNotFoundError:
         raise Unreadable("no such file") from None
     except PermissionError:
@@ -60,8 +84,6 @@ def decode(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def _decode_open(file: BinaryIO) -> np.ndarray:
-    if os.fstat(file.fileno()).st_size == 0:
-        raise Unreadable("empty file")
     with _open_header(file) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:

@@ -1,19 +1,71 @@
 """The parts of a folder: which files are images, which are to fit on and which to test on. What every task's layouts share."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import DownresError
-from .decode import EXTENSIONS
+from .decode import EXTENSIONS, why_no_image
 from .images import Images, Progress, Skip, cache_bytes, from_files
 from .split import Fold, cross_folds, sample, split_once
 
-PARTS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
-"""Part to the names its folder may have, the first that exists being taken."""
+PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing", "dev", "eval")}
+"""Part to the words its folder may be called by, in any case, the first that exists being taken; see `parts_among`."""
 WHOLE = "whole"
+_RANKS = {word: (part, rank) for part, words in PARTS.items() for rank, word in enumerate(words)}
+_SAY_NOTHING = frozenset(
+    (
+        "set",
+        "data",
+        "dataset",
+        "images",
+        "image",
+        "imgs",
+        "img",
+        "photos",
+        "pictures",
+        "pics",
+        "split",
+        "part",
+        "folder",
+        "files",
+    )
+)
+"""Words that stand beside that of a part: training_set, TestImages."""
+_JUNK = frozenset(("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "__pycache__"))
+"""Folders, in lower case, that systems leave behind."""
+
+
+def _read_name(name: str) -> tuple[str, int, tuple[str, ...]] | None:
+    """(part, rank among its words, what else the name says) of a folder's name with just one word for a part."""
+    words = [w.lower() for run in re.findall(r"[^\W\d_]+", name) for w in re.sub("(?<=[a-z])(?=[A-Z])", " ", run).split()]
+    # `trainset` is two words in one.
+    split = [next(([p, w[len(p) :]] for p in _RANKS if w.startswith(p) and w[len(p) :] in _SAY_NOTHING), [w]) for w in words]
+    told = [w for pieces in split for w in pieces if w not in _SAY_NOTHING]
+    found = [w for w in told if w in _RANKS]
+    return (*_RANKS[found[0]], tuple(w for w in told if w != found[0])) if len(found) == 1 else None
+
+
+def part_of(name: str) -> str | None:
+    """'train' or 'val' for what people call them: Training, test_set, VAL, dev."""
+    read = _read_name(name)
+    return read[0] if read is not None and not read[2] else None
+
+
+def parts_among(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names that are of a part, by part, the likeliest first.
+
+    What else a name says must be the same on both sides: seg_train and seg_test are parts, train_station alone is none.
+    """
+    read = {name: found for name in names if (found := _read_name(name)) is not None}
+    sides: dict[tuple[str, ...], set[str]] = {}
+    for part, _, rest in read.values():
+        sides.setdefault(rest, set()).add(part)
+    kept = [(side, bool(rest), rank, name) for name, (side, rank, rest) in read.items() if not rest or len(sides[rest]) == 2]
+    return {part: some for part in PARTS if (some := [name for side, *_, name in sorted(kept) if side == part])}
 
 
 def as_found(parts: Sequence[str] | np.ndarray) -> tuple[Fold, ...]:
@@ -79,24 +131,91 @@ def without_unreadable(
 
 
 def how_found(fold: Fold, sources: dict[str, Path]) -> str:
+    """sources: the folder of each part, as it is to be called."""
     sides = zip((fold.train, fold.test), sources.values(), ("to fit on", "to test on"), strict=True)
-    return " and ".join(f"{len(side)} in {source.name} {use}" for side, source, use in sides if len(side))
+    return " and ".join(f"{len(side)} in {source} {use}" for side, source, use in sides if len(side))
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Sorted names of the folders in a folder, without the hidden ones."""
+    """Sorted names of the folders in a folder, without the hidden ones and what systems leave behind."""
     try:
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
     except OSError as error:
         raise DownresError(f"Cannot list the folder {folder} ({error.strerror}): make it readable.") from None
 
 
-def is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+def unwrapped(folder: Path, in_part: bool = False) -> Path:
+    """The folder itself, or the one inside that holds several or a part, where there is nothing around it but folders.
+
+    in_part: of a part already, whose name may be there once more: train/train/CLASS.
+    """
+    inner = folder
+    while len(names := subfolders(inner)) == 1 and (in_part or not parts_among(names)) and not _has_images(inner):
+        inner = inner / names[0]
+    holds = len(names) > 1 or (bool(parts_among(names)) and not in_part)
+    return inner if holds and not _has_images(inner) else folder
 
 
-def is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _has_images(folder: Path) -> bool:
+    return any(is_image(entry.name) for entry in os.scandir(folder) if not entry.is_dir())
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name alone says that it is one."""
+    return name.lower().endswith(EXTENSIONS) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _JUNK
+
+
+def list_images(folder: Path, *, deep: bool = True, most: int | None = None) -> tuple[list[str], list[Skip]]:
+    """(image files in a folder and, if `deep`, in the folders in it, also behind links; what else there is, and why it is no
+    image).
+
+    Paths relative to the folder, sorted folder by folder; hidden ones are passed over. Of a file with a usual ending nothing
+    but the name is looked at, however many there are; of any other the content decides. most: stop after so many images.
+    """
+    found: list[str] = []
+    left_out: list[Skip] = []
+    folders, seen = [""], set()
+    while folders and (most is None or len(found) < most):
+        inside = folders.pop()
+        try:
+            status = os.stat(folder / inside)
+            if (status.st_dev, status.st_ino) in seen:  # a link back to where we come from
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(folder / inside), key=lambda entry: entry.name)
+        except OSError as error:
+            left_out.append(Skip(inside or ".", (error.strerror or "cannot be listed").lower()))
+            continue
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if entry.name.lower().endswith(EXTENSIONS):
+                found.append(inside + entry.name)
+            elif not entry.is_dir():
+                reason = why_no_image(entry.path)
+                if reason is None:
+                    found.append(inside + entry.name)
+                else:
+                    left_out.append(Skip(inside + entry.name, reason))
+            if deep and entry.is_dir():
+                folders.append(f"{inside}{entry.name}/")
+            if len(found) == most:
+                break
+
+    # Folder by folder, as paths are sorted: 'a/1.png' before 'a b/1.png'.
+    return sorted(found, key=lambda name: name.split("/")), sorted(left_out, key=lambda skip: skip.path.split("/"))
+
+
+def how_left_out(unreadable: Sequence[Skip], others: Sequence[Skip], unused: Sequence[str] = ()) -> str:
+    """What of a folder is not used, for a description; '' where all is. unused: folders in it."""
+    said = f"; {len(unreadable)} unreadable files left out" if unreadable else ""
+    if others:
+        said += f"; {len(others)} other files left out ({listed_names([f'{o.path}: {o.reason}' for o in others], 3)})"
+    return said + (f"; not used: {listed_names(unused)}" if unused else "")
 
 
 def listed_names(names: Sequence[str], most: int = 5) -> str:

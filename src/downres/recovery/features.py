@@ -24,11 +24,13 @@ from .state import REFITTED, State, Step
 
 
 class Classifier(nn.Module):
-    """Any classifier as one that returns (logits,) or, with the name of its head, (logits, features)."""
+    """Any classifier as one that returns (logits,) or, with the name of its head, (logits, features); which: of several
+    outputs.
+    """
 
-    def __init__(self, model: nn.Module, head: str | None) -> None:
+    def __init__(self, model: nn.Module, head: str | None, which: int | str | None = None) -> None:
         super().__init__()
-        self.model = copied(model)
+        self.model, self.which = copied(model), which
         self.outputs = None
         if head is not None:
             linear = self.model.get_submodule(head)
@@ -37,7 +39,7 @@ class Classifier(nn.Module):
             self.model.set_submodule(head, _Tap(linear))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        out = logits_of(self.model(x))
+        out = logits_of(self.model(x), self.which)
         return (out,) if self.outputs is None else (out[:, : self.outputs], out[:, self.outputs :])
 
 
@@ -82,17 +84,25 @@ class FeatureBank(Bank):
     "features" are the logits themselves.
     """
 
-    def __init__(self, model: nn.Module, head: str | None, width: int, preprocessing: Preprocessing, **options: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        head: str | None,
+        width: int,
+        preprocessing: Preprocessing,
+        which: int | str | None = None,
+        **options: Any,
+    ) -> None:
         names = ("logits",) if head is None else ("logits", "features")
-        super().__init__(model, preprocessing, lambda network: Classifier(network, head), names, **options)
-        self.head, self.width = head, width
+        super().__init__(model, preprocessing, lambda network: Classifier(network, head, which), names, **options)
+        self.head, self.width, self.which = head, width, which
         self._own = None if head is None else head_of(model, head)
         self._stores: dict[State, _Rows] = {}
 
     @cached_property
     def _made_with(self) -> str:
         """What the features of a state depend on beside it and the image."""
-        return f"{fingerprint(self.model)} {self.preprocessing} {self.runtime_name} {self.head}"
+        return f"{fingerprint(self.model)} {self.preprocessing} {self.runtime_name} {self.head} {self.which}"
 
     def forget(self) -> None:
         super().forget()

@@ -32,16 +32,20 @@ def upsample(logits: Tensor, size: Size, interpolation: str = "bilinear", align_
     return F.interpolate(planes, size=size, mode=interpolation, align_corners=align_corners).view(batch, classes, *size)
 
 
-def class_map(logits: Tensor, size: Size, interpolation: str = "bilinear", align_corners: bool = False) -> Tensor:
+def class_map(
+    logits: Tensor, size: Size, interpolation: str = "bilinear", align_corners: bool = False, threshold: float | None = None
+) -> Tensor:
     """(B, K, h, w) → (B, *size), the argmax of the upsampled logits, without ever holding more than two of them.
 
     Goes class by class: each is upsampled on its own, which gives the very numbers of `upsample`, and compared with the
     largest so far, of equal ones the first counting. uint8 for up to 255 classes, else int16; where a logit is NaN the largest
-    value of that type.
+    value of that type. A single logit is class 1 where it is above `threshold`.
     """
     classes = logits.shape[1]
     best = upsample(logits[:, :1], size, interpolation, align_corners)
     index = torch.zeros_like(best, dtype=torch.uint8 if classes <= 255 else torch.int16)
+    if threshold is not None:
+        index = (best > threshold).to(torch.uint8)
     for k in range(1, classes):
         one = upsample(logits[:, k : k + 1], size, interpolation, align_corners)
         index = torch.where(one > best, torch.full((), k, dtype=index.dtype, device=index.device), index)
@@ -63,22 +67,28 @@ def full_size(input_size: Size, strides: tuple[float, float]) -> Size:
 class Segmenter(nn.Module):
     """A segmentation network with its answer at full size: (B, C, h, w) → what `dense` says.
 
-    Understands a tensor, torchvision's {'out': …}, transformers' `.logits`. This is what is counted, timed and exported.
+    Understands a tensor, torchvision's {'out': …}, transformers' `.logits`; which: index or name of one of several outputs.
+    This is what is counted, timed and exported.
     """
 
-    def __init__(self, network: nn.Module, dense: Dense) -> None:
+    def __init__(self, network: nn.Module, dense: Dense, which: int | str | None = None) -> None:
         super().__init__()
-        self.network, self.dense = network, dense
+        self.network, self.dense, self.which = network, dense, which
 
     def forward(self, x: Tensor) -> Tensor:
-        d, logits = self.dense, _answer(self.network(x))
+        d, output = self.dense, self.network(x)
+        logits = _answer(output) if self.which is None else logits_of(output, self.which)
         if logits.ndim != 4:
             raise DownresError(
                 f"A segmentation network returns logits (batch, classes, height, width), this one returns "
                 f"{tuple(logits.shape)}: give another network."
             )
         check_size(d.size, (logits.shape[-2], logits.shape[-1]))
-        return (class_map if d.output == CLASSES else upsample)(logits, d.size, d.interpolation, d.align_corners)
+        if d.left_out is not None:
+            logits = torch.cat([logits[:, : d.left_out], logits[:, d.left_out + 1 :]], dim=1)
+        if d.output == CLASSES:
+            return class_map(logits, d.size, d.interpolation, d.align_corners, d.threshold)
+        return upsample(logits, d.size, d.interpolation, d.align_corners)
 
 
 def check_size(size: Size, have: Size) -> None:

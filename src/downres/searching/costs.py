@@ -19,7 +19,7 @@ from ..families import Model, load_model
 from ..families.find import find_adapter
 from ..measuring.cost import CONVENTION, measure_cost
 from ..parse import Resolution
-from ..probe import Answer, find_answer
+from ..probe import Answer, chosen_answer, find_answers
 from ..records import Candidate, Cost, Merge
 from ..reduction import made_for, reduce
 from ..reports.rows import ORIGINAL, Row
@@ -78,6 +78,7 @@ def costs(
     label_size: Resolution | None = None,
     output: str = "logits",
     upsampling: str = "bilinear",
+    output_index: int | str | None = None,
 ) -> Costs:
     """Cost at the model's own resolution and of families of candidates, each along its own axis; no weights are needed.
 
@@ -91,7 +92,8 @@ def costs(
         tries: all of these in one `Axes` instead; None and () leave an axis out there too, but for resolutions.
         batch_size: images in one pass.
         label_size: of a segmentation network: its answer is brought to this size, None: to the model's own resolution; output,
-            upsampling: as in `search`. Always counted.
+            upsampling, output_index: as in `search`. Always counted; of a network with several outputs none of which is named
+            nothing is brought to that size.
 
     A candidate that cannot be made of this network or does not run is left out, with the reason among the notes. Raises
     DownresError when that is all of them.
@@ -99,7 +101,9 @@ def costs(
     given = Axes(resolutions, stem_scales, patch_sizes, merges, candidates, ragged, depths, widths)
     model = as_model(load_model(model, pretrained=False) if isinstance(model, str) else model)
     native, design = Candidate(model.preprocessing.resolution), design_of(model)
-    measure = _Measuring(model, batch_size, Question(label_size=label_size, output=output, upsampling=upsampling))
+    measure = _Measuring(
+        model, batch_size, Question(label_size=label_size, output=output, upsampling=upsampling, output_index=output_index)
+    )
     axes = axes_of(tries, given, Axes(None, (), (), (), depths=(), widths=()))
     chosen = RESOLUTION.defaults(design) if axes.given(RESOLUTION) is None else axes.given(RESOLUTION)
     inputs, notes = plan(design, Axes(chosen, ragged=axes.ragged), do_snap=False)
@@ -138,9 +142,13 @@ class _Measuring:
         self.fuse = bool(self.notes)
         self.answering: Callable[[nn.Module], nn.Module] = lambda network: network
         try:
-            answer: Answer | None = find_answer(made_for(self.weightless, self.native), (self.channels, *self.native))
+            answers = find_answers(made_for(self.weightless, self.native), (self.channels, *self.native))
         except DownresError:  # features, or something else than one image goes in: costs are counted all the same
-            answer = None
+            answers = {}
+        if question.output_index is not None and answers:
+            answer: Answer | None = chosen_answer(answers, question.output_index)
+        else:
+            answer = answers.get(None)
         if answer is not None:
             self.answering = counted(model, answer, question)
 

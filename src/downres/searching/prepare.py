@@ -100,7 +100,7 @@ def describe(task: Task) -> dict[str, Any]:
         "weights": model.weights,
         "model_sha256": model.fingerprint(),
         "preprocessing": model.preprocessing.to_json(),
-        "task": {"name": task.name, **task.describe()},
+        "task": task.described(),
     }
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..errors import DownresError
 from ..families import Model
-from ..probe import find_answer
+from ..probe import Answer, chosen_answer, find_answers
 from ..reduction import made_for
 from .question import Question
 from .task import KINDS, Task
@@ -43,10 +43,40 @@ def find_task(model: Model, data: Any, question: Question, task: "str | type[Tas
     _own()
     p = model.preprocessing
     kind = known_task(task or question.task)
-    answer = find_answer(made_for(model.module, p.hw), (len(p.mean), *p.hw))
-    if kind is None:
-        kind = next(KINDS[name] for name in ASKED if KINDS[name].takes(answer, data, question))
-    return kind.make(model, answer, data, question)
+    answers = find_answers(made_for(model.module, p.hw), (len(p.mean), *p.hw))
+
+    def made(answer: Answer) -> Task:
+        named = kind or next(KINDS[name] for name in ASKED if KINDS[name].takes(answer, data, question))
+        found = named.make(model, answer, data, question)
+        found.which = answer.which
+        return found
+
+    if question.output_index is not None or None in answers:
+        return made(chosen_answer(answers, question.output_index))
+    fits, errors = {}, []
+    for answer in answers.values():
+        try:
+            fits[answer] = made(answer)
+        except DownresError as error:
+            errors.append(error)
+    # A single output tells foreground from background; where another has all the classes it is something else, such as edges.
+    best = [answer for answer in fits if answer.outputs > 1] or list(fits)
+    if len(best) == 1:
+        return fits[best[0]]
+    why = "which of them is judged cannot be known" if fits else f"none of them fits the data: {str(errors[0]).rstrip('.')}"
+    raise DownresError(
+        f"{_several(model, answers)}, and {why}; name one, output_index={next(reversed(answers))!r} for example."
+    )
+
+
+def _several(model: Model, answers: "dict[int | str | None, Answer]") -> str:
+    def said(answer: Answer) -> str:
+        return (
+            f"{answer.outputs} numbers" if answer.size is None else f"{answer.outputs} maps {answer.size[0]}x{answer.size[1]}"
+        )
+
+    told = ", ".join(f"{key!r}: {said(answer)}" for key, answer in answers.items())
+    return f"{type(model.module).__name__} returns several outputs ({told})"
 
 
 def restored(described: dict[str, Any], facts: dict[str, Any]) -> Task:
@@ -54,7 +84,9 @@ def restored(described: dict[str, Any], facts: dict[str, Any]) -> Task:
     try:
         kind = known_task(str(described["name"]))
         assert kind is not None
-        return kind.restore(described, facts)
+        task = kind.restore(described, facts)
+        task.which = described.get("output_index")
+        return task
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise DownresError(
             f"What was written of the task cannot be read ({type(error).__name__}: {error}): search again in another folder."

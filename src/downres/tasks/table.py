@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import DownresError
 from ..images import Fold, Images, Progress, Skip
 from ..images.images import fingerprint
-from ..images.parts import PARTS, as_found, divide, how_found, is_hidden, is_image, listed_names, open_listed
+from ..images.parts import PARTS, as_found, divide, how_found, how_left_out, list_images, listed_names, open_listed, part_of
 from ..parse import user_path
 
 PART_COLUMNS = ("split", "part", "subset")
@@ -85,7 +85,7 @@ def _json_rows(values: Any) -> list[list[Any]]:
 
 
 def _part(path: Path, word: str) -> str:
-    found = next((part for part, names in PARTS.items() if word.lower() in names), None)
+    found = part_of(word)
     if found is None:
         known = ", ".join(name for names in PARTS.values() for name in names)
         raise DownresError(f"{path} puts a picture into {word!r}: a part is one of {known}.")
@@ -156,10 +156,9 @@ def open_rows(
     else:
         how = f"split into {len(divided[0].train)} to fit on and {len(divided[0].test)} to test on (seed {seed})"
     how += limited
-    how += f"; {len(skipped)} unreadable files left out" if skipped else ""
+    how += how_left_out(skipped, ())
     known = {(root / name).resolve() for name in table.files}
-    inside = (file for file in root.rglob("*") if is_image(file) and not is_hidden(file.relative_to(root)))
-    extra = sum(file.resolve() not in known for file in inside)
+    extra = sum((root / name).resolve() not in known for name in list_images(root)[0])
     how += f"; {extra} pictures of the folder have no row and are left out" if extra else ""
     return images, kept, divided, skipped, how
 

@@ -79,6 +79,7 @@ class Task(ABC):
 
     def __init__(self, model: Model | None, outputs: int) -> None:
         self._model, self.outputs = model, outputs
+        self.which: int | str | None = None  # of several outputs, see `Answer`
         self.fit_new = False
         self.seed = 0
         self._data: Any = None
@@ -117,6 +118,11 @@ class Task(ABC):
         """What `restore` needs to make the task again without its model: plain JSON values."""
         return {"outputs": self.outputs}
 
+    def described(self) -> dict[str, Any]:
+        """What a run and an artifact keep of the task."""
+        chosen = {} if self.which is None else {"output_index": self.which}
+        return {"name": self.name, **self.describe(), **chosen}
+
     @classmethod
     def restore(cls, described: Mapping[str, Any], facts: Mapping[str, Any]) -> Self:
         """The task of a run or an artifact, without model and data; `facts` are those of its data."""
@@ -137,7 +143,7 @@ class Task(ABC):
 
     def serve(self, network: nn.Module) -> nn.Module:
         """The network as it is timed, exported and shipped; its first output is what `judge` gets."""
-        return Logits(network)
+        return Logits(network, self.which)
 
     def counted(self, network: nn.Module) -> nn.Module:
         """The network as its costs are counted."""
@@ -322,11 +328,11 @@ class Task(ABC):
 
 
 class Logits(nn.Module):
-    """A network that returns the bare logits, whatever the model wraps them in."""
+    """A network that returns the bare logits, whatever the model wraps them in; which: of several outputs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, which: int | str | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.which = model, which
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return logits_of(self.model(x))
+        return logits_of(self.model(x), self.which)

@@ -77,6 +77,10 @@ class VectorTask(Task):
                 f"{cls.name.capitalize()} needs one answer an image, this network answers for every pixel: "
                 "give masks, or another network."
             )
+        if question.ignore_output is not None:
+            raise DownresError(
+                "Only a segmentation network has an output for void, this one answers once an image: leave it out."
+            )
         if question.label_size is not None or question.output != LOGITS or question.upsampling != "bilinear":
             raise DownresError(
                 "Masks, a label size, another output or upsampling are for segmentation networks, this one returns one row of "
@@ -93,7 +97,8 @@ class VectorTask(Task):
         return task
 
     def bank(self, folder: Path | None, **options: Any) -> FeatureBank:
-        return FeatureBank(self.model.module, self.head, self.width, self.model.preprocessing, folder=folder, **options)
+        p = self.model.preprocessing
+        return FeatureBank(self.model.module, self.head, self.width, p, self.which, folder=folder, **options)
 
     def evidence(self, bank: FeatureBank, state: State, indices: np.ndarray, *, serving: bool = True) -> Any:
         return self.judge(bank.logits(state, indices, serving=serving), indices, bank.preprocessing_of(state))

@@ -452,3 +452,116 @@ def test_fingerprints_follow_pixels(tmp_path):
     assert open_folder(tmp_path, outputs=2).fingerprint() == before
     Image.new("RGB", (6, 5), (9, 3, 7)).save(tmp_path / "cat" / "0.png")  # another colour
     assert open_folder(tmp_path, outputs=2).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("Training", "Testing"),
+        ("training_set", "test_set"),
+        ("TRAIN", "VALID"),
+        ("train", "dev"),
+        ("Train", "eval"),
+        ("trainset", "testset"),
+        ("train-images", "test-images"),
+        ("TrainData", "ValidationData"),
+        ("seg_train", "seg_test"),
+        ("data/training", "data/validation"),  # a wrapping folder
+        ("a/b/train/train", "a/b/test/test"),
+    ],
+)
+def test_parts_as_people_name_them(tmp_path, train, val):
+    make(tmp_path, {f"{part}/{c}": n for part, n in ((train, 3), (val, 2)) for c in ("cat", "dog")})
+    make(tmp_path, {"__MACOSX/cat": 1, f"{train}/__MACOSX": 1, f"{train}/@eaDir": 1})
+    data = open_folder(tmp_path, outputs=2)
+    assert data.classes == class_names(tmp_path) == ("cat", "dog")
+    assert {name.rsplit("/", 2)[0] for name in names_on(data, "train")} == {train} and len(data.folds[0].train) == 6
+    assert {name.rsplit("/", 2)[0] for name in names_on(data, "test")} == {val} and len(data.folds[0].test) == 4
+    assert f"6 in {train} to fit on and 4 in {val} to test on" in data.description and "not used" not in data.description
+
+
+def test_a_part_that_is_not_used_is_named(tmp_path):
+    tree = {f"{part}/{name}": 1 for part in ("Train", "val", "Test") for name in "ab"}
+    data = open_folder(make(tmp_path, {**tree, "unlabelled": 2}), outputs=2)
+    assert "1 in val" not in data.description and data.description.count("; not used: Test, unlabelled") == 1
+    # Pictures without classes are no part to prove on
+    data = open_folder(make(tmp_path / "flat", {"train/a": 2, "train/b": 2, "test": 3}), outputs=2)
+    assert "4 images of 2 classes, train only, split into 2" in data.description and "; not used: test" in data.description
+
+
+def test_a_wrapped_folder_of_classes(tmp_path):
+    data = open_folder(make(tmp_path, {"archive/images/cat": 2, "archive/images/dog": 2}), outputs=2)
+    assert data.classes == ("cat", "dog") and data.images.names[0] == "archive/images/cat/0.png"
+    assert "in one folder, archive/images, split" in data.description
+
+
+@pytest.mark.parametrize(
+    ("tree", "sentence"),
+    [
+        ({"Training": 2, "Testing": 2}, "Training holds no class folders: put the images .*, in Testing likewise, or rename"),
+        (
+            {"train": 2, "test": 2, "cat": 2},
+            "train holds no class folders: put .*, in test likewise, or rename what is a class",
+        ),
+        ({"seg_train": 2, "seg_pred": 1, "seg_test": 2}, "seg_train holds no class folders"),
+        ({"bus": 2, "train/steam": 2, "train/electric": 2}, r"train holds folders, .* beside folders of images \(bus\)"),
+    ],
+)
+def test_names_of_parts_that_would_be_classes_are_refused(tmp_path, tree, sentence):
+    make(tmp_path, tree)
+    for opens in (lambda: open_folder(tmp_path, outputs=None), lambda: class_names(tmp_path)):
+        with pytest.raises(DownresError, match=sentence):
+            opens()
+
+
+def test_names_that_only_look_like_parts_are_classes(tmp_path):
+    data = open_folder(make(tmp_path, {"test_tube": 1, "train_station": 1, "validation": 1, "трейн": 1}), outputs=None)
+    assert len(data.classes) == 4
+
+
+@pytest.mark.parametrize("ending", [".jfif", ".jpe", ".pgm", ".avif", "", ".jpg_large", ".001", ".JFIF"])
+def test_other_endings_are_read(tmp_path, ending):
+    make(tmp_path, {"cat": 2, "dog": 2})
+    kind = {".pgm": "PPM", ".avif": "AVIF"}.get(ending, "JPEG")
+    for name in ("cat", "dog"):
+        Image.new("RGB", (6, 5), (9, 9, 9)).save(tmp_path / name / f"other{ending}", format=kind)
+    data = open_folder(tmp_path, outputs=2)
+    assert len(data.images) == 6 and data.skipped == () and "left out" not in data.description
+    assert f"dog/other{ending}" in data.images.names
+
+
+def test_what_is_no_image_is_counted_and_named(tmp_path):
+    make(tmp_path, {"cat": 2, "dog": 2})
+    (tmp_path / "cat/notes.txt").write_text("about")
+    (tmp_path / "cat/new.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (tmp_path / "dog/gone").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "dog/pipe")
+    (tmp_path / "dog/none").touch()
+    Image.new("RGB", (6, 5)).save(tmp_path / "stray.png")
+    data = open_folder(tmp_path, outputs=2)
+    assert {skip.path: skip.reason for skip in data.skipped} == {
+        "cat/notes.txt": "not an image",
+        "cat/new.heic": "not an image",
+        "dog/gone": "no such file",
+        "dog/pipe": "not a regular file",
+        "dog/none": "empty file",
+        "stray.png": "in no class folder",
+    }
+    assert len(data.images) == 4
+    assert "; 6 other files left out (stray.png: in no class folder, cat/new.heic: not an image, cat/notes.txt: not an im" in (
+        data.description
+    )
+
+
+def test_folders_behind_links_are_looked_into_once(tmp_path):
+    make(tmp_path / "elsewhere", {"more": 3})
+    root = make(tmp_path / "data", {"cat": 2, "dog/b": 2})
+    (root / "cat/linked").symlink_to(tmp_path / "elsewhere/more")
+    (root / "dog/b/back").symlink_to(root / "dog")  # a circle
+    data = open_folder(root, outputs=2)
+    assert [n for n in data.images.names if n.startswith("cat")] == [
+        "cat/0.png",
+        "cat/1.png",
+        *(f"cat/linked/{i}.png" for i in range(3)),
+    ]
+    assert [n for n in data.images.names if n.startswith("dog")] == ["dog/b/0.png", "dog/b/1.png"]

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -101,7 +102,8 @@ def test_cityscapes_value_that_is_no_id(tmp_path):
     found = find_masks(root)
     assert error(found.read_mask, found.pairs["val"][0].mask) == (
         "The mask gtFine/val/lindau/lindau_000000_000019_gtFine_labelIds.png has the value 34, and the values of masks here "
-        "are 0 to 33, or 255 where there is no class: correct the mask, or name all classes in classes.txt."
+        "are 0 to 33, or 255 where there is no class: correct the mask, or name all classes in classes.txt, with their colours "
+        "(`road 255 255 255`) where the values are grey levels."
     )
 
 
@@ -326,6 +328,35 @@ def test_names_of_folders_and_files(tmp_path, image, mask):
     found = find_masks(tmp_path, layout="folders")
     assert [len(found.pairs[part]) for part in ("train", "val")] == [2, 2] and len(found.classes) == 3
     assert all(pair.mask.stem.startswith(pair.image.stem) for pairs in found.pairs.values() for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("{part}/images/{i}.jpg", "{part}/masks/{i}.png"),
+        ("Images/{part}/{i}.jfif", "Masks/{part}/{i}.png"),
+        ("{part}/{i}.png", "{part}_masks/{i}.png"),
+        ("dataset/images/{part}/{i}.jpg", "dataset/masks/{part}/{i}.png"),
+    ],
+)
+def test_parts_as_people_name_them(tmp_path, image, mask):
+    for part, count in (("Training", 3), ("Testing", 2), ("VALID", 1)):
+        for i in range(count):
+            photo(tmp_path / image.format(part=part, i=i))
+            save(tmp_path / mask.format(part=part, i=i), indices())
+    (tmp_path / image.format(part="VALID", i=0)).with_name("notes.txt").write_text("about")
+    data = open_masks(tmp_path, outputs=3)
+    assert len(data.folds[0].train) == 3 and len(data.folds[0].test) == 1
+    assert re.search(r"; 1 other files left out \(.*notes.txt: not an image\); not used: .*Testing", data.description)
+    assert [skip.reason for skip in data.skipped] == ["not an image"]
+
+
+def test_the_masks_of_a_part_may_be_called_otherwise(tmp_path):
+    for part, other in (("train", "training"), ("val", "Validation")):
+        photo(tmp_path / "images" / part / "0.png")
+        save(tmp_path / "masks" / other / "0.png", indices())
+    found = find_masks(tmp_path)
+    assert [pair.mask.parent.name for pairs in found.pairs.values() for pair in pairs] == ["training", "Validation"]
 
 
 def test_one_folder_is_split(tmp_path):
@@ -578,7 +609,8 @@ def test_value_outside_the_classes(tmp_path):
     save(tmp_path / "val/masks/1.png", mask)
     sentence = (
         "The mask val/masks/1.png has the value {}, and the values of masks here are 0 to 2, or 255 where there is no class: "
-        "correct the mask, or name all classes in classes.txt."
+        "correct the mask, or name all classes in classes.txt, with their colours (`road 255 255 255`) where the values are "
+        "grey levels."
     )
     assert error(open_masks, tmp_path, outputs=3, classes=["a", "b", "c"]) == sentence.format(42)
     save(tmp_path / "val/masks/1.png", mask.astype(np.uint16) * 100)
@@ -632,6 +664,116 @@ def test_masks_of_black_and_white(tmp_path):
         photo(tmp_path / part / "images" / "a.png")
         save(tmp_path / part / "masks" / "a.png", indices(2) * 255)
     assert error(find_masks, tmp_path).startswith(f"The masks in {tmp_path} hold no index above 0 but 255, which is ignored")
+
+
+TWO = "background 0 0 0\nroad 255 255 255\n"
+
+
+def road_masks(root, make, text=None, count=4):
+    """images/ and masks/, where `make` gets the road, bool (6, 8), as another one in each; returns these."""
+    roads = [RNG.random(SIZE) < 0.4 for _ in range(count)]
+    for i, road in enumerate(roads):
+        photo(root / "images" / f"{i}.png")
+        path = root / "masks" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        make(road).save(path)
+    if text:
+        (root / "classes.txt").write_text(text)
+    return roads
+
+
+def of_palette(road, white_first):
+    picture = Image.fromarray((road ^ white_first).astype(np.uint8), "P")
+    picture.putpalette([255, 255, 255, 0, 0, 0] if white_first else [0, 0, 0, 255, 255, 255])
+    return picture
+
+
+PICTURES = {
+    "grey": lambda road: Image.fromarray(road.astype(np.uint8) * 255),
+    "rgb": lambda road: Image.fromarray(road.astype(np.uint8) * 255).convert("RGB"),
+    "16 bits": lambda road: Image.fromarray(road.astype(np.uint16) * 65535),
+    "one bit": lambda road: Image.fromarray(road.astype(np.uint8) * 255).convert("1"),
+    "grey with alpha": lambda road: Image.fromarray(road.astype(np.uint8) * 255).convert("LA"),
+    "palette": lambda road: of_palette(road, False),
+    "palette, other order": lambda road: of_palette(road, True),
+    "palette of greys": lambda road: Image.fromarray(road.astype(np.uint8) * 255).convert("P"),
+}
+
+
+@pytest.mark.parametrize("text", [TWO, "road 255 255 255\nbackground 0 0 0\n", "void 0 0 0\nroad 255 255 255\nsky 1 2 3\n"])
+@pytest.mark.parametrize("kind", PICTURES)
+def test_a_picture_of_black_and_white_is_read_by_colour(tmp_path, kind, text):
+    roads = road_masks(tmp_path, PICTURES[kind], text)
+    data = open_masks(tmp_path, outputs=2)
+    white, black = data.classes.index("road"), data.classes.index("background") if "background" in text else IGNORE
+    for name, mask in zip(data.images.names, data.masks, strict=True):
+        np.testing.assert_array_equal(mask, np.where(roads[int(name[7])], white, black))
+    by_index = text.startswith("road")
+    assert ("grey masks read by the classes' colours" in data.description) == (kind in ("grey", "16 bits", "grey with alpha"))
+    contradicts = {"palette": by_index, "one bit": by_index, "palette, other order": not text.startswith("road")}
+    assert ("palettes contradict the order" in data.description) == contradicts.get(kind, kind == "palette of greys")
+
+
+def test_three_grey_levels_are_read_by_colour(tmp_path):
+    levels = np.array([[0, 128, 255, 128]], np.uint8)
+    for i in range(2):
+        photo(tmp_path / "images" / f"{i}.png", (1, 4))
+        save(tmp_path / "masks" / f"{i}.png", levels)
+    sentence = error(find_masks, tmp_path)
+    assert "hold the values 0, 128, 255, which look like grey levels" in sentence and "give classes.txt" in sentence
+    (tmp_path / "classes.txt").write_text("sky 255 255 255\nroad 128 128 128\ncar 0 0 0\n")
+    np.testing.assert_array_equal(open_masks(tmp_path, outputs=3).masks[0], [[2, 1, 0, 1]])
+
+
+def test_indices_beside_colours_stay_indices(tmp_path):
+    """Values that no grey colour has, and 255 where there is no class; a palette of other colours says nothing."""
+    for i, palette in enumerate([None, bytes(range(256)) * 3, bytes(RNG.integers(10, 250, 768, np.uint8))]):
+        photo(tmp_path / "images" / f"{i}.png", (1, 4))
+        save(tmp_path / "masks" / f"{i}.png", np.array([[0, 1, 255, 1]], np.uint8), palette=palette)
+    (tmp_path / "classes.txt").write_text(TWO)
+    data = open_masks(tmp_path, outputs=2)
+    assert all((mask == [[0, 1, IGNORE, 1]]).all() for mask in data.masks) and "colour" not in data.description
+
+
+def test_a_palette_of_which_only_some_colours_are_known(tmp_path):
+    photo(tmp_path / "images" / "0.png", (1, 3))
+    save(tmp_path / "masks" / "0.png", np.array([[0, 1, 2]], np.uint8), palette=[255, 255, 255, 0, 0, 0, 9, 9, 9])
+    (tmp_path / "classes.txt").write_text(TWO + "car 1 1 1\n")
+    sentence = error(find_masks, tmp_path)
+    assert "gives the index 0 the colour (255, 255, 255), which is that of another class, and the index 2 the" in sentence
+    (tmp_path / "classes.txt").write_text(TWO + "car 9 9 9\n")  # the one advice
+    np.testing.assert_array_equal(find_masks(tmp_path).read_mask(tmp_path / "masks/0.png"), [[1, 0, 2]])
+    (tmp_path / "classes.txt").write_text("background\nroad\ncar\n")  # the other
+    np.testing.assert_array_equal(find_masks(tmp_path).read_mask(tmp_path / "masks/0.png"), [[0, 1, 2]])
+
+
+def test_black_and_white_with_names_alone_is_refused(tmp_path):
+    road_masks(tmp_path, PICTURES["grey"])
+    for given in (None, ["background", "road"]):
+        assert "hold no index above 0 but 255" in error(open_masks, tmp_path, outputs=2, classes=given)
+
+
+def test_one_class_is_refused(tmp_path):
+    folders(tmp_path, classes=2)
+    for given in (["road"], ["void", "road"]):
+        assert error(find_masks, tmp_path, classes=given).startswith(
+            "A segmentation has at least 2 classes, road is named alone"
+        )
+
+
+def test_one_output_is_background_and_foreground(tmp_path):
+    folders(tmp_path, classes=2)
+    assert len(open_masks(tmp_path, outputs=1).classes) == 2
+    folders(tmp_path, classes=3)
+    assert error(mask_classes, tmp_path, 1) == (
+        "The network has one output, which tells background from foreground, and the masks 3 classes (class 0, class 1, "
+        "class 2): take a network with 3 outputs, or masks of two classes."
+    )
+
+
+def test_an_output_for_void_is_named(tmp_path):
+    folders(tmp_path)
+    assert error(mask_classes, tmp_path, 4).endswith("; where its last is for pixels without a class, ignore_output=3.")
 
 
 def test_number_of_classes(tmp_path):

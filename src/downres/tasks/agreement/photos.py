@@ -9,7 +9,7 @@ import numpy as np
 from ...errors import DownresError
 from ...images import Fold, Images, Progress, Skip
 from ...images.images import fingerprint
-from ...images.parts import divide, is_hidden, is_image, open_listed
+from ...images.parts import divide, how_left_out, list_images, open_listed
 from ...parse import user_path
 
 
@@ -40,10 +40,9 @@ def open_photos(
     root = user_path(folder)
     if not root.is_dir():
         raise DownresError(f"There is no folder {root}: point --data to a folder of photographs.")
-    paths = sorted(p for p in root.rglob("*") if is_image(p) and not is_hidden(p.relative_to(root)))
-    if len(paths) < 2:
-        raise DownresError(f"{root} holds {len(paths)} pictures, agreement needs at least 2: point --data to photographs.")
-    names = [path.relative_to(root).as_posix() for path in paths]
+    names, others = list_images(root)
+    if len(names) < 2:
+        raise DownresError(f"{root} holds {len(names)} pictures, agreement needs at least 2: point --data to photographs.")
     alike = np.zeros(len(names), np.int64)
     listed = divide(alike, parts, val_fraction, folds, seed)
     images, _, divided, skipped, limited = open_listed(root, names, listed, alike, seed, cache_gb, progress)
@@ -51,7 +50,6 @@ def open_photos(
     how = (
         f"cross-fitted in {len(divided)} folds" if len(divided) > 1 else f"{test} to compare on, {len(images) - test} to fit on"
     )
-    left_out = f"; {len(skipped)} unreadable files left out" if skipped else ""
-    return Photos(
-        images, divided, tuple(skipped), f"{len(images)} photographs without labels, {how} (seed {seed}){limited}{left_out}."
-    )
+    left_out = how_left_out(skipped, others)
+    description = f"{len(images)} photographs without labels, {how} (seed {seed}){limited}{left_out}."
+    return Photos(images, divided, (*skipped, *others), description)

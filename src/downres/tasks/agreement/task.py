@@ -130,7 +130,10 @@ class Agreement(Task):
             return OfMasks.sized(model, answer, None, question)
         kind = OfClasses if of == "classes" else OfEmbeddings
         kind.refuse_masks(answer, question)
-        return kind(model, answer.outputs, answer.head, answer.width)
+        found = kind(model, answer.outputs, answer.head, answer.width)
+        if isinstance(found, OfClasses):
+            found.probability = answer.probability
+        return found
 
     @staticmethod
     def told(model: Model, answer: Answer) -> str:
@@ -170,7 +173,7 @@ class OfClasses(Classification, register=False):
 
     def begin(self, data: Photos, seed: int) -> None:  # type: ignore[override]
         Task.begin(self, data, seed)
-        self.classes = tuple(f"class {i}" for i in range(self.outputs))
+        self.classes = tuple(f"class {i}" for i in range(self.ways))
         self._labels = np.zeros(len(data.images), np.int64)
 
     @property
@@ -185,7 +188,7 @@ class OfClasses(Classification, register=False):
     def fill(self, bank: FeatureBank) -> None:  # type: ignore[override]
         super().fill(bank)
         needed = looked_at(self)
-        self._labels[needed] = bank.logits(self.native_state, needed).argmax(1)
+        self._labels[needed] = self.logits(bank.logits(self.native_state, needed)).argmax(1)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "of": "classes"}
@@ -232,7 +235,7 @@ class OfClasses(Classification, register=False):
     def predict(
         self, answer: np.ndarray, picture: np.ndarray, image: str, preprocessing: Preprocessing, top: int, out: Path
     ) -> Prediction:
-        return super().predict(answer, picture, image, preprocessing, min(top, self.outputs), out)
+        return super().predict(answer, picture, image, preprocessing, min(top, self.ways), out)
 
 
 class OfEmbeddings(VectorTask, register=False):

@@ -12,19 +12,21 @@ from ...errors import DownresError
 from ...images.decode import EXTENSIONS
 from ...images.images import Images, Progress, Skip, cache_bytes, fingerprint, from_files
 from ...images.parts import (
-    PARTS,
     TRAINING_IMAGES,
     WHOLE,
     as_found,
     divide,
     how_found,
+    how_left_out,
     how_limited,
-    is_image,
     limit_training,
+    list_images,
     listed_names,
     looked_at,
+    parts_among,
     subfolders,
     tested_images,
+    unwrapped,
     without_unreadable,
 )  # fmt: skip
 from ...images.split import Fold
@@ -89,6 +91,9 @@ def open_folder(
 ) -> Dataset:
     """The pictures of DIR/train/CLASS/* and DIR/val/CLASS/*, or of DIR/CLASS/*, each decoded once.
 
+    Parts may have the names that people give them (Training, test_set, VALID, dev; see `parts_among`), and a folder around all
+    is seen through. What is left out is in `skipped` and counted in the description, as are folders that are not used.
+
     All images to test on are opened, and of those to fit on at most TRAINING_IMAGES in a fold, a stratified sample by
     `seed`: of the others nothing but the name is looked at.
 
@@ -102,22 +107,28 @@ def open_folder(
     Raises DownresError, in one sentence that says why, where the folder cannot be used.
     """
     root = user_path(path)
-    sources = _sources(root)
+    sources, idle = _sources(root)
+    called = {part: source.relative_to(root) for part, source in sources.items()}
     if folds is not None and len(sources) > 1:
         raise DownresError(
-            f"--folds needs one folder of classes, {root} has both {' and '.join(s.name for s in sources.values())}: "
+            f"--folds needs one folder of classes, {root} has both {' and '.join(map(str, called.values()))}: "
             "leave --folds out, or point --data to one of the two."
         )
     names = _class_folders(sources)
     output_of, classes = _map_classes(names, outputs)
     file_names: list[str] = []
+    others: list[Skip] = []  # files that are no images, or of no class
     groups = []  # (part, class) of each run of files, and how many they are
     for part, source in sources.items():
         if len(sources) == 1 or part in parts:
+            others += [
+                Skip((called[part] / file).as_posix(), "in no class folder") for file in list_images(source, deep=False)[0]
+            ]
             for label, name in enumerate(names):
-                inside = _image_names(source / name)
-                prefix = (source / name).relative_to(root).as_posix()
+                inside, left_out = _images_of(source / name)
+                prefix = (called[part] / name).as_posix()
                 file_names += [f"{prefix}/{file}" for file in inside]
+                others += [Skip(f"{prefix}/{skip.path}", skip.reason) for skip in left_out]
                 groups.append((part, label, len(inside)))
     counts = [count for _, _, count in groups]
     labels = np.repeat([output_of[label] for _, label, _ in groups], counts).astype(np.int64)
@@ -141,18 +152,18 @@ def open_folder(
 
     count = f"{len(kept)} images of {len(names)} classes"
     if len(sources) > 1:
-        how = how_found(divided[0], sources)
+        how = how_found(divided[0], called)
     else:
-        (source,) = sources.values()
-        count += " in one folder" if source == root else f", {source.name} only"
+        ((part, source),) = called.items()
+        count += f", {source} only" if part != WHOLE else " in one folder" + ("" if source == Path() else f", {source}")
         how = _how_divided(divided, len(listed[0].test) == len(labels), len(labels), folds, seed)
     how += how_limited(listed, limited, "stratified", seed)
-    left_out = f"; {len(skipped)} unreadable files left out" if skipped else ""
     numbered = ""
     if outputs is not None and classes == tuple(names):  # not mapped by name: a wrong order can only be seen by the reader
         numbered = "; outputs taken to be the class folders in alphabetical order: "
         numbered += listed_names([f"{i} {name}" for i, name in enumerate(names)])
-    return Dataset(images, labels[kept], classes, divided, tuple(skipped), f"{count}, {how}{left_out}{numbered}.")
+    description = f"{count}, {how}{how_left_out(skipped, others, idle)}{numbered}."
+    return Dataset(images, labels[kept], classes, divided, (*skipped, *others), description)
 
 
 def class_names(path: str | os.PathLike[str], outputs: int | None = None) -> tuple[str, ...]:
@@ -160,17 +171,17 @@ def class_names(path: str | os.PathLike[str], outputs: int | None = None) -> tup
 
     outputs: of the network, which the class folders must match; None accepts any number.
     """
-    sources = _sources(user_path(path))
+    sources, _ = _sources(user_path(path))
     names = _class_folders(sources)
     _map_classes(names, outputs)
     for source in sources.values():
         for name in names:
-            _image_names(source / name, most=1)
+            _images_of(source / name, most=1)
     return tuple(names)
 
 
-def _sources(root: Path) -> dict[str, Path]:
-    """The folders that hold class folders: train, val or both, or else the root itself as WHOLE."""
+def _sources(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """(the folders that hold class folders: train, val or both, or else one as WHOLE; names of folders beside them)."""
     if not root.exists():
         raise DownresError(
             f"There is no folder {root}: point --data to a folder that holds one folder of images for each class."
@@ -179,26 +190,44 @@ def _sources(root: Path) -> dict[str, Path]:
         raise DownresError(
             f"{root} is a file and --data needs a folder: give one that holds one folder of images for each class."
         )
+    root = unwrapped(root)
     folders = subfolders(root)
     found = {}
-    for part, candidates in PARTS.items():
+    for part, names in parts_among(folders).items():
         # Without class folders in it, `train` may be a class (of vehicles) and `test` unlabelled pictures.
-        name = next((name for name in candidates if name in folders and subfolders(root / name)), None)
+        name = next((name for name in names if subfolders(root / name)), None)
         if name is not None:
             found[part] = root / name
     if found:
-        return found
-    if not folders and any(is_image(entry) for entry in root.iterdir()):
-        raise DownresError(
-            f"The images in {root} are in no class folders: put those of each class into a folder named after it."
-        )
+        idle = [name for name in folders if root / name not in found.values()]
+        _check_beside(root, found, idle)
+        return {part: unwrapped(folder, in_part=True) for part, folder in found.items()}, idle
     if not folders:
+        if list_images(root, deep=False, most=1)[0]:
+            raise DownresError(
+                f"The images in {root} are in no class folders: put those of each class into a folder named after it."
+            )
         raise DownresError(f"{root} holds no class folders and no images: point --data to one folder of images for each class.")
-    if set(folders) <= {name for candidates in PARTS.values() for name in candidates}:
+    parts = [name for names in parts_among(folders).values() for name in names]
+    if len(parts) > 1 or parts == folders:
+        more = f", in {listed_names(parts[1:])} likewise" if parts[1:] else ""
         raise DownresError(
-            f"{root / folders[0]} holds no class folders: put the images of each class into a folder named after it."
+            f"{root / parts[0]} holds no class folders: put the images of each class into a folder named after it{more}, or "
+            "rename what is a class and not a part."
         )
-    return {WHOLE: root}
+    return {WHOLE: root}, []
+
+
+def _check_beside(root: Path, found: dict[str, Path], idle: list[str]) -> None:
+    """DownresError where `train` with folders in it stands among class folders: it may be a part, or one of them."""
+    parts = [name for names in parts_among(subfolders(root)).values() for name in names]
+    classes = [name for name in idle if name not in parts and list_images(root / name, most=1)[0]]
+    if len(found) == 1 and classes:
+        (part,) = found.values()
+        raise DownresError(
+            f"{part} holds folders, as a part does, and stands beside folders of images ({listed_names(classes)}), as a class "
+            f"does: give {part} alone as the data, or rename it where it is a class."
+        )
 
 
 def _class_folders(sources: dict[str, Path]) -> list[str]:
@@ -275,32 +304,12 @@ def _how_divided(divided: tuple[Fold, ...], whole: bool, total: int, folds: int 
     return f"those to {'fit' if len(fold.train) else 'test'} on of a stratified split of {total} (seed {seed})"
 
 
-def _image_names(folder: Path, most: int | None = None) -> list[str]:
-    """The image files in a class folder and the folders in it, relative to it, sorted; at least one, or DownresError.
-
-    most: stop after so many, whichever they are. No file is asked for more than its name, however many there are.
-    """
-    found: list[str] = []
-    folders = [""]
-    while folders and (most is None or len(found) < most):
-        inside = folders.pop()
-        try:
-            entries = os.scandir(folder / inside)
-        except PermissionError:
-            continue
-        with entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.name.lower().endswith(EXTENSIONS):
-                    found.append(inside + entry.name)
-                    if len(found) == most:
-                        break
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(f"{inside}{entry.name}/")
+def _images_of(folder: Path, most: int | None = None) -> tuple[list[str], list[Skip]]:
+    """`list_images` of a class folder; at least one, or DownresError."""
+    found, left_out = list_images(folder, most=most)
     if not found:
+        but = f", but {len(left_out)} other files ({left_out[0].path}: {left_out[0].reason})" if left_out else ""
         raise DownresError(
-            f"The class folder {folder} holds no images ({', '.join(EXTENSIONS)}): add some, or remove the folder."
+            f"The class folder {folder} holds no images ({', '.join(EXTENSIONS)}){but}: add some, or remove the folder."
         )
-    # Folder by folder, as paths are sorted: 'a/1.png' before 'a b/1.png'.
-    return sorted(found, key=lambda name: name.split("/")) if any("/" in name for name in found) else sorted(found)
+    return found, left_out

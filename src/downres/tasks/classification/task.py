@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from ...errors import DownresError
+from ...families import Model
 from ...images import Fold, split_once
 from ...probe import Answer
 from ...records import Budget, Drop, Preprocessing, Record, Result
@@ -38,13 +39,45 @@ class Prediction(Record):
 
 
 class Classification(VectorTask):
-    """One class an image, judged by top-1."""
+    """One class an image, judged by top-1. A network with one logit tells two classes apart, by its sigmoid: the second is that
+    above one half. probability: what it returns went through the sigmoid already.
+    """
 
     name = "classification"
     score = Quality
     glance = GLANCE
     strengths = STRENGTHS
     fitted = "logistic regression, C"
+    probability = False
+
+    @classmethod
+    def make(cls, model: Model, answer: Answer, data: Any, question: Question) -> Self:
+        task = super().make(model, answer, data, question)
+        task.probability = answer.probability
+        return task
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), **({"probability": True} if self.probability else {})}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], facts: Mapping[str, Any]) -> Self:
+        task = super().restore(described, facts)
+        task.probability = described.get("probability", False)
+        return task
+
+    @property
+    def ways(self) -> int:
+        """How many classes the network tells apart."""
+        return max(2, self.outputs)
+
+    def logits(self, answers: np.ndarray) -> np.ndarray:
+        """(n, K) of what the network returns: of a single logit, or a probability, two whose softmax is its sigmoid."""
+        if answers.shape[1] > 1:
+            return answers
+        single = answers.astype(np.float64)
+        if self.probability:
+            single = np.log(np.clip(single, 1e-12, 1)) - np.log(np.clip(1 - single, 1e-12, 1))
+        return np.concatenate([np.zeros_like(single), single], axis=1)
 
     @classmethod
     def takes(cls, answer: Answer, data: Any, question: Question) -> bool:
@@ -52,6 +85,7 @@ class Classification(VectorTask):
 
     @classmethod
     def names_in(cls, data: Any, question: Question, outputs: int | None) -> tuple[str, ...]:
+        outputs = outputs and max(2, outputs)
         if isinstance(data, Dataset):
             return data.classes
         if is_dataset(data):
@@ -65,7 +99,7 @@ class Classification(VectorTask):
         return CLASSES if str(data) == DEMO_DATA else class_names(data, outputs)
 
     def open(self, data: Any, question: Question, **options: Any) -> Dataset:
-        outputs = None if self.fit_new else self.outputs
+        outputs = None if self.fit_new else self.ways
         if isinstance(data, Dataset):
             return data
         if is_dataset(data):
@@ -79,7 +113,7 @@ class Classification(VectorTask):
     def begin(self, data: Dataset, seed: int) -> None:  # type: ignore[override]
         super().begin(data, seed)
         self.classes = data.classes
-        if int(data.labels.max()) >= self.outputs:
+        if int(data.labels.max()) >= self.ways:
             raise DownresError(
                 f"The data have labels up to {int(data.labels.max())}, the model has {self.outputs} outputs: "
                 "use fit_head to fit a new head, or other weights."
@@ -106,7 +140,7 @@ class Classification(VectorTask):
         return {"classes": list(self.data.classes), "majority_top1": majority}
 
     def judge(self, answers: Iterable[np.ndarray], indices: np.ndarray, preprocessing: Preprocessing) -> Arrays:
-        out, truth = stacked(answers), self.labels[indices]
+        out, truth = self.logits(stacked(answers)), self.labels[indices]
         arrays = Arrays(
             correct=count_correct(out, truth), predicted=out.argmax(1).astype(np.int32), confidence=_confidence(out)
         )
@@ -126,13 +160,15 @@ class Classification(VectorTask):
         return evidence["correct"]
 
     def why_no_head(self, bank: FeatureBank, fit: np.ndarray) -> str:
-        return super().why_no_head(bank, fit) or why_not(self.labels[fit], self.outputs)
+        return super().why_no_head(bank, fit) or why_not(self.labels[fit], self.ways)
 
     def fit(self, features: np.ndarray, indices: np.ndarray, strength: float) -> Head:
-        return fit_head(features, self.labels[indices], self.outputs, strength)
+        head = fit_head(features, self.labels[indices], self.ways, strength)
+        # With one logit the head is the difference of two.
+        return head if self.outputs > 1 else Head(head.weight[1:] - head.weight[:1], head.bias[1:] - head.bias[:1])
 
     def loss(self, answers: np.ndarray, indices: np.ndarray) -> float:
-        return log_loss(answers, self.labels[indices])
+        return log_loss(self.logits(answers), self.labels[indices])
 
     def warnings(self, original: Quality, facts: Mapping[str, Any]) -> list[str]:  # type: ignore[override]
         if original.top1_low > facts["majority_top1"]:
@@ -164,7 +200,8 @@ class Classification(VectorTask):
             if not (np.isfinite(one).all() and np.isfinite(other).all()):
                 return False, "NaN or infinite logits on real images"
             worst, scale = max(worst, float(np.abs(one - other).max())), max(scale, float(np.abs(other).max()))
-            agree, total = agree + int(one.argmax(0) == other.argmax(0)), total + 1
+            same = self.logits(one[None]).argmax() == self.logits(other[None]).argmax()
+            agree, total = agree + int(same), total + 1
         detail = f"largest difference {worst:.2g} at logits up to {scale:.3g}, " if scale else ""
         ok = worst <= TOLERANCE * max(scale, 1.0) and agree == total
         return ok, f"{detail}same class on {agree} of {total} real images"
@@ -179,6 +216,7 @@ class Classification(VectorTask):
     def predict(
         self, answer: np.ndarray, picture: np.ndarray, image: str, preprocessing: Preprocessing, top: int, out: Path
     ) -> Prediction:
+        answer = self.logits(answer[None])[0]
         share = np.exp(answer - answer.max()) / np.exp(answer - answer.max()).sum()
         order = np.argsort(-share, kind="stable")[:top]
         return Prediction(image, tuple(self.classes[i] for i in order), tuple(100 * float(share[i]) for i in order))

@@ -31,8 +31,14 @@ def classes_at(answer: np.ndarray, size: tuple[int, int], dense: Dense, part: tu
         found = cut if same else F.interpolate(cut[None, None].float(), size=size, mode="nearest-exact")[0, 0]
     else:
         options = {} if same else {"mode": dense.interpolation, "align_corners": dense.align_corners}
-        found = (cut if same else F.interpolate(cut[None], size=size, **options)[0]).argmax(0)  # type: ignore[arg-type]
+        whole = cut if same else F.interpolate(cut[None], size=size, **options)[0]  # type: ignore[arg-type]
+        found = torch.from_numpy(largest(whole.numpy(), dense))
     return found.numpy().astype(answer.dtype if answer.ndim == 2 else np.uint8 if len(answer) <= 255 else np.int16)
+
+
+def largest(logits: np.ndarray, dense: Dense) -> np.ndarray:
+    """(K, H, W) → (H, W), the class of the largest logit; of a single one 1 where it is above the threshold."""
+    return logits.argmax(0) if dense.threshold is None else (logits[0] > dense.threshold).astype(np.int64)
 
 
 def picture_classes(
@@ -56,15 +62,24 @@ def chosen_of(masks: Sequence[np.ndarray], indices: np.ndarray) -> Sequence[np.n
 class MaskBank(Bank):
     """`tallies(state, indices)`: one pass over the images for each state that is looked at. `masks` come with the images.
 
-    outputs: number of classes. dense: the full-size answer that is timed, exported and judged.
+    outputs: number of classes. dense: the full-size answer that is timed, exported and judged. which: of several outputs.
     """
 
     calibration_batch = 8
 
-    def __init__(self, model: nn.Module, outputs: int, dense: Dense, preprocessing: Preprocessing, **options: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: int,
+        dense: Dense,
+        preprocessing: Preprocessing,
+        which: int | str | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(
-            model, preprocessing, lambda network: Segmenter(network, dense), (dense.output,), **{"batch_size": 1, **options}
-        )
+            model, preprocessing, lambda network: Segmenter(network, dense, which), (dense.output,),
+            **{"batch_size": 1, **options},
+        )  # fmt: skip
         self.outputs, self.dense = outputs, dense
         self.masks: Sequence[np.ndarray] = ()
         self._truths: dict[bytes, Truths] = {}

@@ -18,14 +18,33 @@ def counted(model: Model, answer: Answer, question: Question) -> Callable[[nn.Mo
     if answer.size is not None:
         size = model.preprocessing.hw if question.label_size is None else as_hw(question.label_size)
         check_size(size, answer.size)
-        dense = Dense(size, question.output, question.upsampling, answer.align_corners)
-        return lambda network: Segmenter(network, dense)
+        dense = dense_of(size, answer, question)
+        return lambda network: Segmenter(network, dense, answer.which)
     refuse_options(question)
     return lambda network: network
 
 
+def dense_of(size: tuple[int, int], answer: Answer, question: Question) -> Dense:
+    """What is done with the logits. DownresError for an output to be left out that there is none of."""
+    left_out = question.ignore_output
+    if left_out is not None and not (0 <= left_out < answer.outputs and answer.outputs > 2):
+        raise DownresError(
+            f"The output for void is one of the network's {answer.outputs} and two are left beside it, {left_out} is not: give "
+            f"ignore_output={answer.outputs - 1} or leave it out."
+        )
+    threshold = None if answer.outputs > 1 else 0.5 if answer.probability else 0.0
+    return Dense(size, question.output, question.upsampling, answer.align_corners, left_out, threshold)
+
+
+def classes_of(answer: Answer, question: Question) -> int:
+    """How many classes a segmentation network tells apart: with one output two, background and foreground."""
+    return 2 if answer.outputs == 1 else answer.outputs - (question.ignore_output is not None)
+
+
 def refuse_options(question: Question) -> None:
     """DownresError for options that are of answers to every pixel."""
+    if question.ignore_output is not None:
+        raise DownresError("Only a segmentation network has an output for void, this one is none: leave it out.")
     if question.label_size is not None:
         raise DownresError("Only a segmentation network's answer has a size, this one is none: leave --label-size out.")
     if question.output != LOGITS or question.upsampling != "bilinear":

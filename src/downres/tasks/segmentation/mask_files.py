@@ -18,11 +18,12 @@ _STRETCHED = {"L;2": 85, "L;4": 17}
 
 
 class Header(NamedTuple):
-    """size: (height, width), upright. rgb: colours and not indices. jpeg: inexact pixels."""
+    """size: (height, width), upright. rgb: colours and not indices. jpeg: inexact pixels. palette: see `values_of`."""
 
     size: tuple[int, int]
     rgb: bool
     jpeg: bool
+    palette: np.ndarray | None = None
 
 
 def header_of(path: Path) -> Header | None:
@@ -33,29 +34,51 @@ def header_of(path: Path) -> Header | None:
             # PIL would decode a PNG to look for its orientation, which hardly one has.
             if picture.format != "PNG" and picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):
                 width, height = height, width
-            return Header((height, width), picture.mode in _RGB_MODES, picture.format == "JPEG")
+            return Header((height, width), picture.mode in _RGB_MODES, picture.format == "JPEG", _palette_of(picture))
     except Unreadable:
         return None
 
 
-def values_of(path: Path) -> np.ndarray:
-    """A mask file's indices, an array of integers (H, W), or colours, uint8 (H, W, 3). Raises Unreadable."""
+def values_of(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """(a mask file's indices, integers (H, W), or colours, uint8 (H, W, 3); the colours, uint8 (n, 3), that the file itself
+    says its indices have, or None). 16-bit grey that is 8-bit grey made wider becomes that again. Raises Unreadable.
+    """
     with _opened(path) as picture:
         if picture.mode not in (*_RGB_MODES, *_INDEX_MODES) and not picture.mode.startswith("I;16"):
             raise Unreadable(f"pixels of mode {picture.mode}, neither indices nor RGB")
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise Unreadable(f"{width * height / 1e6:.1f} megapixels, more than {MAX_PIXELS // 10**6}")
-        tiles = getattr(picture, "tile", [])  # gone when the pixels are loaded
-        raw = tiles[0].args if tiles else None
+        raw = _raw_mode(picture)
+        palette = _palette_of(picture)
         values = np.array(picture)
     if picture.mode in _RGB_MODES:
-        return values[..., :3]
+        return values[..., :3], None
     if values.ndim == 3:  # transparency
         values = values[..., 0]
     if values.dtype == bool:
-        return values.astype(np.uint8)
-    return values // _STRETCHED[raw] if isinstance(raw, str) and raw in _STRETCHED else values
+        return values.astype(np.uint8), palette
+    if values.dtype == np.uint16 and values.max() > 255 and not (values % 257).any():
+        return (values // 257).astype(np.uint8), None
+    return values // _STRETCHED[raw] if isinstance(raw, str) and raw in _STRETCHED else values, palette
+
+
+def _raw_mode(picture: Image.Image) -> object:
+    """How the file has its pixels; gone when they are loaded."""
+    tiles = getattr(picture, "tile", [])
+    return tiles[0].args if tiles else None
+
+
+def _palette_of(picture: Image.Image) -> np.ndarray | None:
+    """Of an indexed picture, and of grey of less than 8 bits, whose few levels are as good as indices."""
+    if picture.mode == "1":
+        return np.array([(0, 0, 0), (255, 255, 255)], np.uint8)
+    if picture.mode in ("P", "PA"):
+        return np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    raw = _raw_mode(picture)
+    if isinstance(raw, str) and (step := _STRETCHED.get(raw)):
+        return np.array([(level,) * 3 for level in range(0, 256, step)], np.uint8)
+    return None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import DownresError
-from ...images.parts import PARTS, WHOLE, is_hidden, is_image
+from ...images.parts import PARTS, WHOLE, list_images, parts_among, subfolders, unwrapped
 from .mask_legends import (
     ADE20K_CLASSES,
     Legend,
@@ -34,13 +34,17 @@ Pairs = dict[str, tuple[Pair, ...]]
 
 
 class Layout(NamedTuple):
-    """What was found. legend: None where nothing but the masks says how many classes there are. note: how it was divided."""
+    """What was found. legend: None where nothing but the masks says how many classes there are. note: how it was divided.
+    idle: folders of parts that are not used. root: the folder, or what is wrapped in it.
+    """
 
     name: str
     pairs: Pairs
     legend: Legend | None
     licence: str = ""
     note: str = ""
+    idle: tuple[str, ...] = ()
+    root: Path = Path()
 
 
 def _cityscapes(root: Path, asked: bool) -> Layout | None:
@@ -118,7 +122,8 @@ def _camvid_part(stem: str) -> str:
 
 
 def _camvid(root: Path, asked: bool) -> Layout | None:
-    parts = {part: names for part in PARTS if (names := _first(*(root / f"{name}annot" for name in PARTS[part])))}
+    annotated = {name.removesuffix("annot"): root / name for name in subfolders(root) if name.endswith("annot")}
+    parts = {part: annotated[names[0]] for part, names in parts_among(annotated).items()}
     if parts and (asked or _class_file(root, _CLASS_FILES[:3]) is None):
         pairs = {part: _match(root, root / masks.name.removesuffix("annot"), masks) for part, masks in parts.items()}
         return Layout("camvid", pairs, camvid_legend(), _CAMVID_LICENCE)
@@ -146,22 +151,31 @@ _SUFFIXES = ("", "_mask", "_label", "_labels", "_gt", "_seg", "_L", "_P", "_labe
 
 
 def _folders(root: Path, asked: bool) -> Layout | None:
-    pairs: Pairs = {}
-    for part, names in (PARTS | {"train": ("train", "training")}).items():
-        for name in names:
-            inside, beside = _named(root, (name,)), (f"{name}{link}{mask}" for link in ("", "_", "-") for mask in _MASKS)
-            images, masks = _named(inside, _IMAGES), _named(inside, _MASKS)  # PART/images and PART/masks
-            if images is None or masks is None:  # images/PART and masks/PART
-                images, masks = _named(_named(root, _IMAGES), (name,)), _named(_named(root, _MASKS), (name,))
-            if images is None or masks is None:  # PART and PART_masks
-                images, masks = inside, _named(root, tuple(beside))
-            if images is not None and masks is not None:
-                pairs[part] = _match(root, images, masks)
-                break
     images, masks = _named(root, _IMAGES), _named(root, _MASKS)
+    own = parts_among(subfolders(root))
+    theirs, others = (parts_among(subfolders(folder)) if folder else {} for folder in (images, masks))
+    pairs: Pairs = {}
+    used: set[Path] = set()
+    for part in PARTS:
+        sides: list[tuple[Path | None, Path | None]] = []
+        for name in own.get(part, ()):
+            sides.append((_named(root / name, _IMAGES), _named(root / name, _MASKS)))  # PART/images and PART/masks
+            beside = [f"{name.lower()}{link}{mask}" for link in ("", "_", "-") for mask in _MASKS]
+            sides.append((root / name, _named(root, beside)))  # PART and PART_masks
+        for name in theirs.get(part, ()):  # images/PART and masks/PART, which may call it another name
+            same = others.get(part, []) if len(theirs[part]) == 1 else [name]
+            sides.append((_named(images, (name.lower(),)), _named(masks, [n.lower() for n in (name, *same[:1])])))
+        found = next(((image, mask) for image, mask in sides if image is not None and mask is not None), None)
+        if found is not None:
+            pairs[part] = _match(root, *found)
+            used |= {folder for side in found for folder in (side, side.parent)}
     if not pairs and images is not None and masks is not None:
         pairs = _lists(root, images, masks) or {WHOLE: _match(root, images, masks)}
-    return Layout("folders", pairs, None) if pairs else None
+        return Layout("folders", pairs, None)
+    there = [root / name for names in own.values() for name in names]
+    there += [images / name for names in theirs.values() for name in names] if images else []
+    idle = tuple(folder.relative_to(root).as_posix() for folder in there if folder not in used)
+    return Layout("folders", pairs, None, idle=idle) if pairs else None
 
 
 LAYOUTS: dict[str, Callable[[Path, bool], Layout | None]] = {
@@ -190,8 +204,13 @@ def locate(root: Path, layout: str | None) -> Layout:
     if not root.is_dir():
         what = "is a file" if root.exists() else "is not there"
         raise DownresError(f"Masks need a folder and {root} {what}: point --data to a folder of images and masks.")
-    candidates = (find(root, layout is not None) for name, find in LAYOUTS.items() if layout in (None, name))
-    found = next((candidate for candidate in candidates if candidate is not None and candidate.pairs), None)
+    candidates = (
+        (folder, find(folder, layout is not None))
+        for folder in dict.fromkeys((root, unwrapped(root)))
+        for name, find in LAYOUTS.items()
+        if layout in (None, name)
+    )
+    found = next((layout._replace(root=folder) for folder, layout in candidates if layout is not None and layout.pairs), None)
     if found is None:
         kind = f"the layout {layout}" if layout else "a known layout of images and masks"
         raise DownresError(f"{root} does not have {kind}: point --data to a folder that holds {_EXPECTED}.")
@@ -207,7 +226,8 @@ def locate(root: Path, layout: str | None) -> Layout:
             f"{len(twice)} images of {root} are listed twice (the first is {twice[0]}), and none may be fitted on and "
             "tested on: list each once, in train or in val."
         )
-    own = _class_file(root, _CLASS_FILES if found.name == "folders" else _CLASS_FILES[:3])
+    files = _CLASS_FILES if found.name == "folders" else _CLASS_FILES[:3]
+    own = _class_file(found.root, files) or _class_file(root, files)
     return found if own is None else found._replace(legend=own, licence="")
 
 
@@ -255,15 +275,13 @@ def _png_last(file: Path) -> bool:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if is_image(file) and not is_hidden(file.relative_to(folder)))
+    return [folder / name for name in list_images(folder)[0]]
 
 
 def _lists(root: Path, images: Path, masks: Path) -> Pairs:
     """The parts that train.txt and val.txt in the root name, one picture a line; {} where there are none."""
-    files = {part: [root / f"{name}.txt" for name in names] for part, names in PARTS.items()}
-    lists = {
-        part: next(file for file in some if file.is_file()) for part, some in files.items() if any(map(Path.is_file, some))
-    }
+    files = {entry.stem: entry for entry in root.iterdir() if entry.suffix.lower() == ".txt"}
+    lists = {part: files[names[0]] for part, names in parts_among(files).items()}
     listed = {part: _from_list(root, file, images, masks) for part, file in lists.items()}
     if list(listed) == ["val"]:  # fastai's valid.txt: all others are for training
         tested = {pair.image for pair in listed["val"]}

@@ -2,10 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,8 +18,10 @@ from ...images.parts import (
     as_found,
     divide,
     how_found,
+    how_left_out,
     how_limited,
     limit_training,
+    list_images,
     listed_names,
     looked_at,
     tested_images,
@@ -34,6 +37,8 @@ __all__ = ["IGNORE", "MaskDataset", "MaskFolder", "Pair", "find_masks", "mask_cl
 
 _CLASSES = "give classes.txt in the data folder, or `classes`"
 
+Found = TypeVar("Found")
+
 TRAINING_MASKS = 400
 """Images to fit on that are opened, at most in each fold: 100 tune, and of the others 256 recalibrate BatchNorm."""
 
@@ -44,7 +49,8 @@ class MaskFolder:
 
     pairs: by part, 'train' and 'val', or 'whole' where the folder is not divided. classes: a name for each class index.
     colours: RGB, one a class, for pictures. legend: what the values in the files mean. label_size: (height, width) of
-    every mask, None where they differ. licence, note (how it was divided): for descriptions.
+    every mask, None where they differ. licence, note (how it was divided), idle (folders of parts that are not used): for
+    descriptions. levels: whether grey masks hold the grey levels of the classes' colours (0 and 255) and not their numbers.
     """
 
     layout: str
@@ -56,6 +62,8 @@ class MaskFolder:
     label_size: tuple[int, int] | None = None
     licence: str = ""
     note: str = ""
+    idle: tuple[str, ...] = ()
+    levels: bool = False
 
     @property
     def found_in(self) -> Path:
@@ -65,8 +73,10 @@ class MaskFolder:
     def read_mask(self, path: str | os.PathLike[str]) -> np.ndarray:
         """Class indices uint8 (height, width), IGNORE where there is none.
 
-        A palette image is read by its indices, an RGB image by the colours of the classes. Raises DownresError for a
-        file that cannot be read, a value or colour that no class has, or an RGB image where no colours are known.
+        An RGB image is read by the colours of the classes, as is a grey one whose values are grey levels of these (see
+        `levels`), and a palette image whose own colours are those of classes and contradict its indices; else indices count.
+        Raises DownresError for a file that cannot be read, a value or colour that no class has, or an RGB image where no
+        colours are known.
         """
         try:
             return self._read(path)
@@ -75,9 +85,13 @@ class MaskFolder:
 
     def _read(self, path: str | os.PathLike[str]) -> np.ndarray:
         """As `read_mask`, but Unreadable where the file cannot be read."""
-        values = values_of(Path(path))
+        values, palette = values_of(Path(path))
         if values.ndim == 3:
             return self._from_rgb(values, Path(path))
+        if palette is not None and self._contradicted(values, palette, Path(path)):
+            return np.array([IGNORE if c is None else c for c in self._classes_in(palette)], np.uint8)[values]
+        if palette is None and self.levels:
+            return self._from_rgb(np.repeat(values[..., None], 3, axis=2).astype(np.uint8), Path(path))
         if values.dtype != np.uint8:
             wrong = values[(values < 0) | (values > 255)]
             if len(wrong):
@@ -87,6 +101,30 @@ class MaskFolder:
         if classes.min() == UNKNOWN:
             raise self._wrong_value(int(values[classes == UNKNOWN][0]), Path(path))
         return classes.astype(np.uint8)
+
+    def _classes_in(self, palette: np.ndarray) -> list[int | None]:
+        """For each index the class that has its colour, None where there is none; 256 of them."""
+        colours: list[Colour] = [(r, g, b) for r, g, b in palette.tolist()]
+        found = [self.legend.rgb.get(colour) for colour in colours] + [None] * (256 - len(palette))
+        if found[IGNORE] is not None and colours.count(colours[IGNORE]) > 1:
+            found[IGNORE] = None  # a palette that is filled up says nothing of it
+        return found
+
+    def _contradicted(self, values: np.ndarray, palette: np.ndarray, path: Path) -> bool:
+        """Whether the colours of a palette are classes, and others than the indices say. DownresError where only some are."""
+        if not self.legend.rgb or values.max() > IGNORE:
+            return False
+        used, found = np.unique(values).tolist(), self._classes_in(palette)
+        other = [v for v in used if found[v] is not None and found[v] != self.legend.table[v]]
+        without = [v for v in used if found[v] is None and v != IGNORE]
+        if other and without:
+            of, and_of = (tuple(palette[v].tolist()) if v < len(palette) else "none" for v in (other[0], without[0]))
+            raise DownresError(
+                f"The palette of the mask {self._name(path)} gives the index {other[0]} the colour {of}, which is that of "
+                f"another class, and the index {without[0]} the colour {and_of}, which no class has: add it to the file "
+                "of classes, or name the classes without colours where indices count."
+            )
+        return bool(other)
 
     def _from_rgb(self, pixels: np.ndarray, path: Path) -> np.ndarray:
         if not self.legend.rgb:
@@ -108,7 +146,8 @@ class MaskFolder:
         known = np.flatnonzero(self.legend.table[:IGNORE] != UNKNOWN)
         return DownresError(
             f"The mask {self._name(path)} has the value {value}, and the values of masks here are {known.min()} to "
-            f"{known.max()}, or {IGNORE} where there is no class: correct the mask, or name all classes in classes.txt."
+            f"{known.max()}, or {IGNORE} where there is no class: correct the mask, or name all classes in classes.txt, with "
+            "their colours (`road 255 255 255`) where the values are grey levels."
         )
 
     def _unexpected_rgb(self, pixels: np.ndarray, path: Path) -> DownresError:
@@ -149,13 +188,18 @@ def find_masks(
         found = found._replace(legend=legend_of([(name, None) for name in classes]), licence="")
     known = found.legend or Legend((), (), table(range(IGNORE)), {})
     folder = MaskFolder(
-        found.name, root, found.pairs, known.names, known.colours, known, licence=found.licence, note=found.note
+        found.name, found.root, found.pairs, known.names, known.colours, known, None, found.licence, found.note, found.idle
     )
     folder = replace(folder, label_size=_check_headers(folder))
     if found.legend is None:
         known = _count_classes(folder)
-        folder = replace(folder, classes=known.names, colours=known.colours, legend=known)
-    return folder
+        return replace(folder, classes=known.names, colours=known.colours, legend=known)
+    if len(known.names) < 2:
+        raise DownresError(
+            f"A segmentation has at least 2 classes, {listed_names(known.names) or 'none'} is named alone: name the background "
+            "too, as the class that the masks have there."
+        )
+    return _by_colour(folder) if known.rgb else folder
 
 
 def mask_classes(
@@ -165,15 +209,23 @@ def mask_classes(
     layout: str | None = None,
     classes: str | os.PathLike[str] | Sequence[str] | None = None,
 ) -> MaskFolder:
-    """As `find_masks`, and the classes are as many as the network's `outputs`; None accepts any number.
+    """As `find_masks`, and the classes are as many as the network's `outputs`: of one output two, background and foreground.
+    None accepts any number.
 
     Raises DownresError as `find_masks` does, or where the numbers differ.
     """
     found = source if isinstance(source, MaskFolder) else find_masks(source, layout=layout, classes=classes)
-    if outputs is not None and len(found.classes) != outputs:
+    have, names = len(found.classes), listed_names(found.classes)
+    if outputs == 1 and have != 2:
         raise DownresError(
-            f"The network has {outputs} outputs and the masks {len(found.classes)} classes ({listed_names(found.classes)}): "
-            f"take a network with {len(found.classes)} outputs, or {_CLASSES}, with a line for each of {outputs} classes."
+            f"The network has one output, which tells background from foreground, and the masks {have} classes ({names}): take "
+            f"a network with {have} outputs, or masks of two classes."
+        )
+    if outputs not in (None, 1, have):
+        void = f"; where its last is for pixels without a class, ignore_output={outputs - 1}" if outputs == have + 1 else ""
+        raise DownresError(
+            f"The network has {outputs} outputs and the masks {have} classes ({names}): "
+            f"take a network with {have} outputs, or {_CLASSES}, with a line for each of {outputs} classes{void}."
         )
     return found
 
@@ -228,7 +280,8 @@ def open_masks(
 ) -> MaskDataset:
     """The images and masks of a folder, each decoded once.
 
-    outputs: of the network, which the classes must match in number; None accepts any. parts, val_fraction, folds, seed,
+    outputs: of the network, which the classes must match in number (one output is background and foreground); None accepts
+    any. parts, val_fraction, folds, seed,
     cache_gb: as for `open_folder`; a folder that is not divided is split at random, without regard to classes. layout,
     classes: as for `find_masks`. Images that cannot be read, or whose masks cannot, are left out. Of the images to fit on
     at most TRAINING_MASKS are decoded in each fold, a random sample by `seed`.
@@ -259,6 +312,7 @@ def open_masks(
 
     sizes = {(shape[0], shape[1]) for shape in masks.shapes}
     size = next(iter(sizes)) if len(sizes) == 1 else None
+    _check_classes(found, masks)
     absent = _absent(found.classes, masks, divided)
     sentence = f"{len(images)} images with masks of {len(found.classes)} classes ({TITLES[found.layout]} layout), "
     if whole:
@@ -271,8 +325,10 @@ def open_masks(
     sentence += f"; {found.note}" if found.note else ""
     sentence += f"; no image to test on has {listed_names(absent)}" if absent else ""
     sentence += f"; {len(skipped)} images left out, they or their masks are unreadable" if skipped else ""
+    others = _others(found.root, used)
+    sentence += how_left_out((), others, found.idle)
     return MaskDataset(
-        images, masks, found.classes, found.colours, divided, tuple(skipped), f"{sentence}.",
+        images, masks, found.classes, found.colours, divided, (*skipped, *others), f"{sentence}.",
         found.licence, size, absent,
     )  # fmt: skip
 
@@ -299,6 +355,13 @@ def _decode_pairs(
         if image[:2] != mask:
             raise _sizes_differ(name, image[:2], mask)
     return images, masks, skipped
+
+
+def _others(root: Path, parts: Pairs) -> list[Skip]:
+    """What lies among the images and is none."""
+    folders = [Path(os.path.commonpath([pair.image.parent for pair in pairs])) for pairs in parts.values()]
+    found = [(folder.relative_to(root), skip) for folder in dict.fromkeys(folders) for skip in list_images(folder)[1]]
+    return [Skip((where / skip.path).as_posix(), skip.reason) for where, skip in found]
 
 
 def _absent(classes: Sequence[str], masks: Sequence[np.ndarray], folds: Sequence[Fold]) -> tuple[str, ...]:
@@ -359,21 +422,89 @@ def _sizes_differ(name: str, image: tuple[int, ...], mask: tuple[int, ...]) -> D
     )
 
 
+def _each(folder: MaskFolder, look: Callable[[Path], Found]) -> Iterator[Found]:
+    """`look` at every mask that can be read, until nobody asks for more."""
+
+    def found(path: Path) -> Found | None:
+        try:
+            return look(path)
+        except Unreadable:
+            return None
+
+    pool = ThreadPoolExecutor(2, thread_name_prefix="downres-masks")
+    try:
+        masks = [pair.mask for part in folder.pairs.values() for pair in part]
+        yield from (one for one in pool.map(found, masks) if one is not None)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _count_classes(found: MaskFolder) -> Legend:
     """Classes without names, as many as the largest index in the masks needs; reads every mask once."""
-
-    def largest(path: Path) -> int:
-        try:
-            present = np.flatnonzero(np.bincount(found._read(path).ravel(), minlength=256)[:IGNORE])
-        except Unreadable:
-            return -1
-        return int(present[-1]) if len(present) else -1
-
-    with ThreadPoolExecutor(2, thread_name_prefix="downres-masks") as pool:
-        count = 1 + max(pool.map(largest, [pair.mask for part in found.pairs.values() for pair in part]))
+    present = np.zeros(256, bool)
+    for mask in _each(found, lambda path: np.bincount(found._read(path).ravel(), minlength=256) > 0):
+        present |= mask
+    indices = np.flatnonzero(present[:IGNORE])
+    count = 1 + int(indices[-1]) if len(indices) else 0
     if count < 2:
+        raise _no_index(found)
+    if len(indices) * 8 <= count:
+        values = listed_names([str(i) for i in np.flatnonzero(present)])
         raise DownresError(
-            f"The masks in {found.root} hold no index above 0 but {IGNORE}, which is ignored, and a segmentation has at "
-            f"least 2 classes: number the classes from 0, or {_CLASSES}, with the colours in the masks."
+            f"The masks in {found.root} hold the values {values}, which look like grey levels and not like numbers of classes: "
+            f"{_CLASSES}, with a line `name R G B` for each level (`road 128 128 128`), or a name for each of {count} classes."
         )
     return numbered(count)
+
+
+def _no_index(found: MaskFolder) -> DownresError:
+    return DownresError(
+        f"The masks in {found.root} hold no index above 0 but {IGNORE}, which is ignored, and a segmentation has at "
+        f"least 2 classes: number the classes from 0, or {_CLASSES}, as a file with the colours in the masks."
+    )
+
+
+def _check_classes(found: MaskFolder, masks: Sequence[np.ndarray]) -> None:
+    """DownresError for masks that hold index 0 and ignored pixels alone: black and white, read as indices."""
+    if found.legend.rgb:
+        return
+    ignored = False
+    for mask in masks:
+        present = np.bincount(mask.ravel(), minlength=256) > 0
+        if present[1:IGNORE].any():
+            return
+        ignored |= bool(present[IGNORE])
+    if ignored:
+        raise _no_index(found)
+
+
+def _by_colour(found: MaskFolder) -> MaskFolder:
+    """The folder with its grey masks, and its palettes, looked at: are their values those of the colours that are given?"""
+    rgb, indices = found.legend.rgb, found.legend.table
+    grey = {r: number for (r, g, b), number in rgb.items() if r == g == b}
+    other = {level for level, number in grey.items() if number != indices[level]}
+    notes = []
+
+    def levels(path: Path) -> set[int]:
+        values, palette = values_of(path)
+        return set(np.unique(values).tolist()) if values.ndim == 2 and palette is None else set()
+
+    def contradicted(path: Path) -> bool:
+        header = header_of(path)
+        if header is None or header.palette is None:
+            return False
+        maybe = any(c is not None and c != number for c, number in zip(found._classes_in(header.palette), indices, strict=True))
+        values, palette = values_of(path) if maybe else (None, None)
+        return values is not None and palette is not None and found._contradicted(values, palette, path)
+
+    seen: set[int] = set()
+    for some in _each(found, levels) if other else ():
+        seen |= some
+        if not some <= grey.keys() or any(indices[level] == UNKNOWN for level in some):
+            break
+    if seen - {0} and seen <= grey.keys():
+        found = replace(found, levels=True)
+        notes.append("grey masks read by the classes' colours")
+    if any(_each(found, contradicted)):
+        notes.append("palettes contradict the order of the classes: masks read by their colours")
+    return replace(found, note="; ".join([note for note in (found.note, *notes) if note]))

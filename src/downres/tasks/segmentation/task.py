@@ -24,7 +24,8 @@ from ...reduction import made_for, takes_any_size
 from ...reductions.dense import Segmenter, check_size
 from ...reports.pictures import overlay
 from ..task import TOLERANCE, Question, Section, Task
-from .bank import MaskBank, chosen_of, picture_classes, shapes_of
+from .bank import MaskBank, chosen_of, largest, picture_classes, shapes_of
+from .counted import classes_of, dense_of
 from .mask_layouts import locate
 from .masks import MaskDataset, MaskFolder, find_masks, mask_classes, open_masks
 from .quality import SegmentationQuality, Tallies, compare_tallies, segmentation_quality, tally
@@ -97,9 +98,10 @@ class Segmentation(Task):
         if not isinstance(data, (MaskDataset, MaskFolder, str, Path)):
             raise DownresError("A segmentation network needs a mask for every image, these data have labels: give masks.")
         data = _named(data, question.classes)
-        known = data if isinstance(data, MaskDataset) else mask_classes(data, answer.outputs)
-        if isinstance(data, MaskDataset) and len(data.classes) != answer.outputs:
-            raise DownresError(f"The masks have {len(data.classes)} classes, the network {answer.outputs}: give other weights.")
+        wanted = classes_of(answer, question)
+        known = data if isinstance(data, MaskDataset) else mask_classes(data, 1 if answer.outputs == 1 else wanted)
+        if isinstance(data, MaskDataset) and len(data.classes) != wanted:
+            raise DownresError(f"The masks have {len(data.classes)} classes, the network {wanted}: give other weights.")
         return cls.sized(model, answer, known.label_size, question)
 
     @classmethod
@@ -114,10 +116,10 @@ class Segmentation(Task):
                 source=re.sub(r", crop ratio [\d.]+", "", f"{p.source}; whole pictures, stretched"),
             )
         if p.any_size and masks is not None and takes_any_size(model.module):
-            p = _at_label_size(model, p, masks)
+            p = _at_label_size(model, p, masks, answer.which)
         if p != model.preprocessing:
             model = dataclasses.replace(model, preprocessing=p)
-            answer = find_answer(made_for(model.module, p.hw), (len(p.mean), *p.hw))
+            answer = find_answer(made_for(model.module, p.hw), (len(p.mean), *p.hw), answer.which)
         assert answer.size is not None
         if question.label_size is not None:
             size = as_hw(question.label_size)
@@ -125,7 +127,7 @@ class Segmentation(Task):
         else:
             wanted = masks or p.hw  # smaller than the logits: each image's are resized to its own mask
             size = wanted if wanted[0] >= answer.size[0] and wanted[1] >= answer.size[1] else answer.size
-        return cls(model, answer.outputs, Dense(size, question.output, question.upsampling, answer.align_corners))
+        return cls(model, classes_of(answer, question), dense_of(size, answer, question))
 
     def describe(self) -> dict[str, Any]:
         return {"outputs": self.outputs, "dense": self.dense.to_json()}
@@ -146,10 +148,11 @@ class Segmentation(Task):
                 )
 
     def bank(self, folder: Path | None, **options: Any) -> MaskBank:
-        return MaskBank(self.model.module, self.outputs, self.dense, self.model.preprocessing, folder=folder, **options)
+        p = self.model.preprocessing
+        return MaskBank(self.model.module, self.outputs, self.dense, p, self.which, folder=folder, **options)
 
     def serve(self, network: nn.Module) -> nn.Module:
-        return Segmenter(network, self.dense)
+        return Segmenter(network, self.dense, self.which)
 
     def counted(self, network: nn.Module) -> nn.Module:
         return self.serve(network)
@@ -248,7 +251,11 @@ class Segmentation(Task):
 
     def shape(self) -> list[Any]:
         size = self.dense.size
-        return ["batch", *size] if self.dense.output == CLASSES else ["batch", self.outputs, *size]
+        return (
+            ["batch", *size]
+            if self.dense.output == CLASSES
+            else ["batch", self.outputs if self.dense.threshold is None else 1, *size]
+        )
 
     def parity(self, ours: Iterator[np.ndarray], theirs: Iterator[np.ndarray]) -> tuple[bool, str]:
         worst, scale, agree, total, n = 0.0, 0.0, 0, 0, 0
@@ -257,7 +264,7 @@ class Segmentation(Task):
                 worst, scale = max(worst, float(np.abs(one - other).max())), max(scale, float(np.abs(other).max()))
                 if not (np.isfinite(one).all() and np.isfinite(other).all()):
                     return False, "NaN or infinite logits on real images"
-                one, other = one.argmax(0), other.argmax(0)
+                one, other = largest(one, self.dense), largest(other, self.dense)
             agree, total, n = agree + int((one == other).sum()), total + one.size, n + 1
         detail = f"largest difference {worst:.2g} at logits up to {scale:.3g}, " if scale else ""
         ok = worst <= TOLERANCE * max(scale, 1.0) and agree >= total * PIXELS_ALIKE
@@ -307,7 +314,7 @@ def _has_masks(data: Any) -> bool:
         return False
 
 
-def _at_label_size(model: Model, p: Preprocessing, size: tuple[int, int]) -> Preprocessing:
+def _at_label_size(model: Model, p: Preprocessing, size: tuple[int, int], which: int | str | None) -> Preprocessing:
     """For a network that nobody chose a resolution for: its labels' size, brought up to what it divides."""
     source = re.sub(r", \d+(x\d+)? px", "", p.source)  # the size that is not used
     for unit in (1, 8, 16, 32, 64):
@@ -315,7 +322,7 @@ def _at_label_size(model: Model, p: Preprocessing, size: tuple[int, int]) -> Pre
         said = f"{source}; used at the labels' size" + (f", to multiples of {unit}" if hw != size else "")
         found = dataclasses.replace(p, resolution=hw, source=said, any_size=False)
         try:
-            find_answer(model.module, (len(p.mean), *hw))
+            find_answer(model.module, (len(p.mean), *hw), which)
         except DownresError:
             continue
         return found
