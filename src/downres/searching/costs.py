@@ -156,6 +156,8 @@ class _Measuring:
         size = self.batch_size, self.channels, *(candidate.hw or self.native)
         if candidate == Candidate(self.model.preprocessing.resolution):
             return measure_cost(self.answering(made_for(self.model.module, self.native)), size, fuse=self.fuse)
+        if self.fuse:  # what the network's own code makes of its weights
+            return measure_cost(self._reduced(self.model.module, candidate), size)
         try:
             # A convnet is the same network at every resolution: `reduce` would copy it and change nothing.
             as_it_is = self.convnet and candidate == Candidate(candidate.resolution)
