@@ -76,8 +76,7 @@ class Segmenter(nn.Module):
         self.network, self.dense, self.which = network, dense, which
 
     def forward(self, x: Tensor) -> Tensor:
-        d, output = self.dense, self.network(x)
-        logits = _answer(output) if self.which is None else logits_of(output, self.which)
+        d, logits = self.dense, self._logits(self.network(x))  # what else there is shall not stay in memory
         if logits.ndim != 4:
             raise DownresError(
                 f"A segmentation network returns logits (batch, classes, height, width), this one returns "
@@ -89,6 +88,9 @@ class Segmenter(nn.Module):
         if d.output == CLASSES:
             return class_map(logits, d.size, d.interpolation, d.align_corners, d.threshold)
         return upsample(logits, d.size, d.interpolation, d.align_corners)
+
+    def _logits(self, output: Any) -> Tensor:
+        return _answer(output) if self.which is None else logits_of(output, self.which)
 
 
 def check_size(size: Size, have: Size) -> None:
