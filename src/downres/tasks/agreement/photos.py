@@ -39,10 +39,10 @@ def open_photos(
     """Every picture in a folder and the folders in it, whatever they are called, divided at random as `open_folder` does."""
     root = user_path(folder)
     if not root.is_dir():
-        raise DownresError(f"There is no folder {root}: point --data to a folder of photographs.")
+        raise DownresError(f"There is no folder {root}: point `data` to a folder of photographs.")
     paths = sorted(p for p in root.rglob("*") if is_image(p) and not is_hidden(p.relative_to(root)))
     if len(paths) < 2:
-        raise DownresError(f"{root} holds {len(paths)} pictures, agreement needs at least 2: point --data to photographs.")
+        raise DownresError(f"{root} holds {len(paths)} pictures, agreement needs at least 2: point `data` to photographs.")
     names = [path.relative_to(root).as_posix() for path in paths]
     alike = np.zeros(len(names), np.int64)
     listed = divide(alike, parts, val_fraction, folds, seed)

@@ -105,8 +105,8 @@ def open_folder(
     sources = _sources(root)
     if folds is not None and len(sources) > 1:
         raise DownresError(
-            f"--folds needs one folder of classes, {root} has both {' and '.join(s.name for s in sources.values())}: "
-            "leave --folds out, or point --data to one of the two."
+            f"`folds` needs one folder of classes, {root} has both {' and '.join(s.name for s in sources.values())}: "
+            "leave `folds` out, or point `data` to one of the two."
         )
     names = _class_folders(sources)
     output_of, classes = _map_classes(names, outputs)
@@ -173,11 +173,11 @@ def _sources(root: Path) -> dict[str, Path]:
     """The folders that hold class folders: train, val or both, or else the root itself as WHOLE."""
     if not root.exists():
         raise DownresError(
-            f"There is no folder {root}: point --data to a folder that holds one folder of images for each class."
+            f"There is no folder {root}: point `data` to a folder that holds one folder of images for each class."
         )
     if not root.is_dir():
         raise DownresError(
-            f"{root} is a file and --data needs a folder: give one that holds one folder of images for each class."
+            f"{root} is a file and `data` needs a folder: give one that holds one folder of images for each class."
         )
     folders = subfolders(root)
     found = {}
@@ -193,7 +193,7 @@ def _sources(root: Path) -> dict[str, Path]:
             f"The images in {root} are in no class folders: put those of each class into a folder named after it."
         )
     if not folders:
-        raise DownresError(f"{root} holds no class folders and no images: point --data to one folder of images for each class.")
+        raise DownresError(f"{root} holds no class folders and no images: point `data` to one folder of images for each class.")
     if set(folders) <= {name for candidates in PARTS.values() for name in candidates}:
         raise DownresError(
             f"{root / folders[0]} holds no class folders: put the images of each class into a folder named after it."
@@ -238,7 +238,7 @@ def _map_classes(names: list[str], outputs: int | None) -> tuple[list[int], tupl
     if outputs is not None and len(names) != outputs:
         raise DownresError(
             f"The weights have {outputs} outputs and the data {len(names)} class folders ({listed_names(names)}): "
-            f"pass --fit-head to fit a new linear head for them, or point --data to a folder with {outputs} class folders."
+            f"pass `fit_head=True` to fit a new linear head for them, or point `data` to a folder with {outputs} class folders."
         )
     return list(range(len(names))), tuple(names)
 

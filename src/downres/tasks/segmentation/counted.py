@@ -27,8 +27,8 @@ def counted(model: Model, answer: Answer, question: Question) -> Callable[[nn.Mo
 def refuse_options(question: Question) -> None:
     """DownresError for options that are of answers to every pixel."""
     if question.label_size is not None:
-        raise DownresError("Only a segmentation network's answer has a size, this one is none: leave --label-size out.")
+        raise DownresError("Only a segmentation network's answer has a size, this one is none: leave `label_size` out.")
     if question.output != LOGITS or question.upsampling != "bilinear":
         raise DownresError(
-            "Only a segmentation network's answer is upsampled, this one is none: leave --output and --upsampling out."
+            "Only a segmentation network's answer is upsampled, this one is none: leave `output` and `upsampling` out."
         )
