@@ -6,6 +6,7 @@ import errno
 import importlib.metadata
 import inspect
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -532,7 +533,7 @@ def check(
         for finding in findings:
             mark = {True: "[green]ok[/]", False: "[red]WRONG[/]", None: "[yellow]not checked[/]"}[finding.ok]
             out.print(f"{mark} {finding.what}: ", end="")
-            out.print(finding.detail, markup=False, soft_wrap=True)
+            out.print(as_options(finding.detail), markup=False, soft_wrap=True)
     if any(f.ok is False for f in findings):
         raise typer.Exit(1)
 
@@ -563,7 +564,7 @@ def predict(
 def main() -> None:
     """Entry point: exit codes 0 good, 1 a check failed, 2 bad input, 130 interrupted; never a traceback for those."""
     warnings.simplefilter("ignore")
-    warnings.showwarning = lambda message, *_: err.print(f"Note: {message}", markup=False)  # type: ignore[assignment]
+    warnings.showwarning = lambda message, *_: err.print(f"Note: {as_options(str(message))}", markup=False)  # type: ignore[assignment]
     warnings.filterwarnings("default", module="downres")
     # Nobody reads the libraries' own chatter between a progress bar and a table.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -613,8 +614,25 @@ def _usage(error: Any) -> str:
     return f"{message}: see {where} --help." if not message.endswith("?") else message
 
 
+def as_options(text: str) -> str:
+    """A sentence of the library's with its arguments, which stand in backticks as in Python (`fit_head=True`), as options."""
+    if "`" not in text:
+        return text
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    options = {o[2:].replace("-", "_"): o for c in commands for p in c.params for o in p.opts if o.startswith("--")}
+    options |= {t.keyword: t.option for t in techniques()}
+
+    def option(found: re.Match[str]) -> str:
+        name, _, value = found[1].partition("=")
+        if name not in options:
+            return found[0]
+        return options[name] if value in ("", "True") else f"{options[name]} {value.strip(chr(39))}"
+
+    return re.sub(r"`(\w+(?:=[^`]*)?)`", option, text)
+
+
 def _stop(message: str, code: int) -> None:
-    err.print(message, style="red", markup=False, soft_wrap=True)
+    err.print(as_options(message), style="red", markup=False, soft_wrap=True)
     sys.exit(code)
 
 
@@ -719,7 +737,7 @@ def _print_run(run: Any, as_json: bool) -> None:
 
 def _print_notes(notes: Any) -> None:
     for note in notes:
-        err.print(f"Note: {note}.", markup=False)
+        err.print(f"Note: {as_options(note)}.", markup=False)
 
 
 def _preprocessing_words(p: Any) -> str:

@@ -384,5 +384,5 @@ def test_bad_answers_get_their_sentence(given, what):
 
 
 def test_a_classifier_has_no_label_size(vit):
-    with pytest.raises(DownresError, match="this one is none: leave --label-size out"):
+    with pytest.raises(DownresError, match="this one is none: leave `label_size` out"):
         costs(vit, [32], label_size=64)

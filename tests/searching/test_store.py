@@ -69,7 +69,7 @@ def test_a_line_cut_inside_a_character_is_tolerated(store):
 @pytest.mark.parametrize(("key", "value"), [("model", "other"), ("seed", 1), ("budget", {"max_drop": 2.0})])
 def test_other_settings_are_refused_by_name(store, key, value):
     store.close()
-    with pytest.raises(DownresError, match=f"another {key} .*--out"):
+    with pytest.raises(DownresError, match=f"another {key} .*`out`"):
         Store.open(store.folder, {**SETTINGS, key: value})
     assert Store.read(store.folder).settings == SETTINGS
 

@@ -166,7 +166,7 @@ def _quality(
                 ready = _with_weights(task, folder, manifest, network, own, threads)
                 if ready is None:
                     return Finding(
-                        "quality", None, "the folds' BatchNorm statistics need the torch network: name it with --model"
+                        "quality", None, "the folds' BatchNorm statistics need the torch network: name it with `model`"
                     )
                 one = ready
         parts.append(task.judge(_in_batches(one, task, fold.test, how), fold.test, how))
@@ -215,11 +215,11 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
         return None, "the manifest does not say where the network came from: it was exported without that"
     if model is None:
         if not source["spec"] or ".py:" in source["spec"]:
-            return None, "the network is from the user's own code: name it with --model path/to/file.py:function"
+            return None, "the network is from the user's own code: name it with `model='path/to/file.py:function'`"
         try:
             model = load_model(source["spec"], pretrained=False, num_classes=source["num_classes"])
         except DownresError as error:
-            return None, f"the network cannot be made again ({str(error).rstrip('.')}): name it with --model"
+            return None, f"the network cannot be made again ({str(error).rstrip('.')}): name it with `model`"
     elif isinstance(model, str):
         model = load_model(model, pretrained=False)
     module = copied(model.module if isinstance(model, Model) else model)  # the caller's keeps its weights
@@ -248,7 +248,7 @@ def _dataset(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -> t
     if not where and isinstance(where, str):
         return None, "the search was given its images in Python: give them as data"
     if data is None and not where.startswith("demo:") and not Path(where).exists():
-        return None, f"the images are not at {where} any more: name their folder with --data"
+        return None, f"the images are not at {where} any more: name their folder with `data`"
     how = {name: source[name] for name in ("val_fraction", "folds", "seed")}
     question = Question.from_json(source["question"])
     for name in ("labels", "classes"):  # a file that was beside the images has moved with them
@@ -257,14 +257,14 @@ def _dataset(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -> t
             if not moved.exists():
                 return (
                     None,
-                    f"the file {file} is not there any more: put it beside the images and name their folder with --data",
+                    f"the file {file} is not there any more: put it beside the images and name their folder with `data`",
                 )
             question = dataclasses.replace(question, **{name: str(moved)})  # type: ignore[arg-type]
     task.begin(task.open(where, question, **how), source["seed"])
     if task.data.fingerprint() != source["sha256"]:
         raise DownresError(
             "The images are not those that the quality was measured on (names, pixels, labels or split differ): "
-            "name the same folder with --data."
+            "name the same folder with `data`."
         )
     if (kept := folder / "targets.npz").exists():
         with np.load(kept, allow_pickle=False) as targets:

@@ -143,7 +143,7 @@ def _fetching(spec: str) -> Iterator[None]:
     except Exception as error:  # the hubs raise many kinds: no network, no such weights, a broken download
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise DownresError(
-            f"The pretrained weights of {spec} could not be fetched ({reason}): give a file with --weights."
+            f"The pretrained weights of {spec} could not be fetched ({reason}): give a file with `weights`."
         ) from None
 
 

@@ -23,7 +23,7 @@ def create(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
     module = regseg(design, **options)  # type: ignore[arg-type]
     if pretrained:
         raise DownresError(
-            f"The published weights of regseg:{name} are not fetched: give the checkpoint with --weights, in Python "
+            f"The published weights of regseg:{name} are not fetched: give the checkpoint with `weights`, in Python "
             "pretrained=False for weights drawn anew."
         )
     return module

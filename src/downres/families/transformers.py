@@ -77,7 +77,7 @@ def create(
         return _built(name, config, torch.float32), "as the module came"
     if name in names() or Path(name).is_file():
         raise DownresError(
-            f"transformers:{name} is a configuration without weights: give a folder that has both, or a file with --weights."
+            f"transformers:{name} is a configuration without weights: give a folder that has both, or a file with `weights`."
         )
     if is_local(name) and (file := next((Path(name) / w for w in _WEIGHTS if (Path(name) / w).exists()), None)):
         module, headless = _loaded(name, None, config, read_checkpoint(file), follow=False)

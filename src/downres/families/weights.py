@@ -47,7 +47,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DownresError(f"There is no weights file {path}: give a .safetensors or .pth file to --weights.")
+        raise DownresError(f"There is no weights file {path}: give a .safetensors or .pth file to `weights`.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -205,7 +205,7 @@ def from_files(
         warnings.warn(
             f"{len(kept)} decoded images need {format_quantity(total, 'B')} and the cache for them has "
             f"{format_quantity(limit, 'B')}: {again} of them are decoded again each time they are looked at, which costs "
-            "time and changes no number; give more with --cache-gb, or point TMPDIR to a larger disk.",
+            "time and changes no number; give more with `cache_gb`, or point TMPDIR to a larger disk.",
             stacklevel=2,
         )
     files = _Decoded([found[i] for i in kept], pixels, read)

@@ -100,7 +100,7 @@ def search(
     notes += fused_notes(subject.model)
     check_planned(subject, planned)
     if not planned:
-        raise DownresError("There is no candidate to try: give resolutions below the original's with --resolution.")
+        raise DownresError("There is no candidate to try: give resolutions below the original's with `resolutions`.")
 
     settings = {
         "format": FORMAT,

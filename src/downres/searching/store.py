@@ -43,7 +43,7 @@ class Store:
         except (OSError, ValueError):
             raise DownresError(
                 f"{self.folder} is not a run that this version can read (its run.json is broken or older): "
-                "give another folder with --out."
+                "give another folder with `out`."
             ) from None
         if self._log.is_file():
             for line in self._log.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -59,7 +59,7 @@ class Store:
         """An existing run, to look at. Raises DownresError when there is none."""
         if not (Path(folder) / "run.json").is_file():
             raise DownresError(
-                f"{folder} is not a run of downres (it has no run.json): give the folder that search wrote with --out."
+                f"{folder} is not a run of downres (it has no run.json): give the folder that search wrote with `out`."
             )
         return cls(folder)
 
@@ -68,10 +68,10 @@ class Store:
         """A run to write to: new, or one with the same settings that goes on. One process at a time."""
         path = Path(folder)
         if path.exists() and not path.is_dir():
-            raise DownresError(f"{path} is a file: give a folder with --out.")
+            raise DownresError(f"{path} is a file: give a folder with `out`.")
         others = [p for p in path.iterdir() if p.name != ".lock" and p.suffix != ".partial"] if path.is_dir() else []
         if others and not (path / "run.json").exists():
-            raise DownresError(f"{path} holds other files and no run: give a new or empty folder with --out.")
+            raise DownresError(f"{path} holds other files and no run: give a new or empty folder with `out`.")
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")
         try:
@@ -79,7 +79,7 @@ class Store:
         except OSError:
             lock.close()
             raise DownresError(
-                f"Another downres is writing to {path}: wait for it, or give another folder with --out."
+                f"Another downres is writing to {path}: wait for it, or give another folder with `out`."
             ) from None
         try:
             store = cls(path)  # read under the lock: another process may just have finished
@@ -174,7 +174,7 @@ def _refuse_other(folder: Path, stored: dict[str, Any], now: dict[str, Any], wha
             return _refuse_other(folder, stored[k], now[k], f"{what}{k} ")
         raise DownresError(
             f"{folder} holds a run with another {what}{k} ({_short(stored.get(k))}, now {_short(now[k])}): "
-            "give another folder with --out, or delete that one."
+            "give another folder with `out`, or delete that one."
         )
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from ..errors import DownresError
 from ..families import Model
 from ..probe import Answer, chosen_answer, find_answers
@@ -41,6 +43,11 @@ def find_task(model: Model, data: Any, question: Question, task: "str | type[Tas
     Of the data only folders, and of masks their headers, are looked at: a wrong folder is said at once, not after the costs.
     """
     _own()
+    if isinstance(data, DataLoader):
+        raise DownresError(
+            "A DataLoader gives batches that are resized and normalised already: give its dataset, whose items are pictures as "
+            "they are with their labels, or a folder."
+        )
     p = model.preprocessing
     kind = known_task(task or question.task)
     answers = find_answers(made_for(model.module, p.hw), (len(p.mean), *p.hw))

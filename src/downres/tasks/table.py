@@ -127,17 +127,17 @@ def open_rows(
     folder. strata: an integer a row that the division keeps the shares of. Pictures of the folder without a row are left out
     and counted.
     """
-    root = user_path(folder)
+    root = _folder(folder)
     if not root.is_dir():
-        raise DownresError(f"There is no folder {root}: point --data to the folder that the files of {table.path} are in.")
+        raise DownresError(f"There is no folder {root}: point `data` to the folder that the files of {table.path} are in.")
     missing = [name for name in table.files if not (root / name).is_file()]
     if missing:
         raise DownresError(
             f"{len(missing)} of {len(table.files)} pictures of {table.path} are not in {root} (the first is {missing[0]}): "
-            "point --data to their folder, or correct the table."
+            "point `data` to their folder, or correct the table."
         )
     if folds is not None and table.parts:
-        raise DownresError(f"--folds needs pictures that are not divided, {table.path} divides them: leave one of the two out.")
+        raise DownresError(f"`folds` needs pictures that are not divided, {table.path} divides them: leave one of the two out.")
     if table.parts:
         whole = as_found(table.parts)[0]
         none = np.zeros(0, np.int64)
@@ -163,6 +163,15 @@ def open_rows(
     return images, kept, divided, skipped, how
 
 
+def _folder(data: Any) -> Path:
+    if isinstance(data, (str, Path)):
+        return user_path(data)
+    raise DownresError(
+        f"These labels are in a file beside the pictures, a {type(data).__name__} has none: give `data` as their folder, and "
+        "the file as `labels='FILE.csv'`."
+    )
+
+
 def numbers(table: Table, read: Callable[[str], float] = float) -> np.ndarray:
     """The cells as float64 (rows, columns). Raises DownresError for one that is no finite number."""
     found = np.empty((len(table.files), len(table.names)))
@@ -182,11 +191,11 @@ def numbers(table: Table, read: Callable[[str], float] = float) -> np.ndarray:
 
 def labels_beside(folder: Any, given: str | None, what: str) -> Path:
     """The file of labels: the one given, else the only CSV or JSON file in the folder."""
+    root = _folder(folder)
     if given is not None:
         return Path(given)
-    root = user_path(folder)
     found = sorted(p for p in root.glob("*") if p.suffix.lower() in (".csv", ".json")) if root.is_dir() else []
     if len(found) != 1:
         have = "holds none" if not found else f"holds {listed_names([p.name for p in found])}"
-        raise DownresError(f"{what} needs a file of labels, and {root} {have}: name it with --labels FILE.csv.")
+        raise DownresError(f"{what} needs a file of labels, and {root} {have}: name it with `labels='FILE.csv'`.")
     return found[0]

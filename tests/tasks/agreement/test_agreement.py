@@ -102,7 +102,7 @@ def test_a_broken_artifact_is_noticed(painted: tuple[Path, np.ndarray], tmp_path
 
 def test_numbers_that_may_be_either_are_asked_about(painted: tuple[Path, np.ndarray]) -> None:
     folder, _ = painted
-    with pytest.raises(DownresError, match="--compare classes or --compare embeddings"):
+    with pytest.raises(DownresError, match="`compare='classes'` or `compare='embeddings'`"):
         curve(model_of(Colours()), folder, [16], task="agreement", snap=False)
     found = curve(model_of(Colours()), folder, [16], task="agreement", compare="embeddings", snap=False)
     assert found.original.quality.metric == "cosine similarity"

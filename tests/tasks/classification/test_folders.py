@@ -183,7 +183,7 @@ def test_class_names_are_listed_and_nothing_is_decoded(tmp_path, monkeypatch):
     assert class_names(make(tmp_path / "a", TRAIN_AND_VAL)) == ("cat", "dog")
     assert data_classes(make(tmp_path / "b", {"x": 1, "10": 1, "2": 1})) == ("10", "2", "x")
     assert not calls
-    with pytest.raises(DownresError, match="There is no folder .*nowhere: point --data"):
+    with pytest.raises(DownresError, match="There is no folder .*nowhere: point `data`"):
         data_classes(tmp_path / "nowhere")
 
 
@@ -364,13 +364,13 @@ def test_catdog(shared_data):
             {"outputs": 1000},
             r"The weights have 1000 outputs and the data 2 class folders \(cat, dog\): pass",
         ),
-        ({str(i): 1 for i in range(7)}, {"outputs": 2}, r"7 class folders \(0, 1, 2, 3, 4 and 2 more\): pass --fit-head"),
+        ({str(i): 1 for i in range(7)}, {"outputs": 2}, r"7 class folders \(0, 1, 2, 3, 4 and 2 more\): pass `fit_head=True`"),
         ({"cat": 1, "dog": 0}, {"outputs": 2}, r"The class folder .*dog holds no images \(.jpg, "),
         ({"cat": 1}, {"outputs": 1}, r"at least 2 class folders, .* has 1 \(cat\): add"),
-        ({}, {"outputs": 2}, "holds no class folders and no images: point --data"),
+        ({}, {"outputs": 2}, "holds no class folders and no images: point `data`"),
         ({".": 2}, {"outputs": 2}, "are in no class folders: put those of each class"),
         ({"train": 2, "val": 1}, {"outputs": 2}, ".*train holds no class folders: put the images"),
-        (TRAIN_AND_VAL, {"outputs": 2, "folds": 5}, "--folds needs one folder of classes, .* has both train and val: leave"),
+        (TRAIN_AND_VAL, {"outputs": 2, "folds": 5}, "`folds` needs one folder of classes, .* has both train and val: leave"),
         (
             {"train/cat": 1, "train/dog": 1, "test/dog": 1, "test/cow": 1},
             {"outputs": 2, "parts": ("val",)},
@@ -392,10 +392,10 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path, tree, options, sentence):
 
 
 def test_no_folder_and_a_file(tmp_path):
-    with pytest.raises(DownresError, match="There is no folder .*nowhere: point --data"):
+    with pytest.raises(DownresError, match="There is no folder .*nowhere: point `data`"):
         open_folder(tmp_path / "nowhere", outputs=2)
     (tmp_path / "file.zip").touch()
-    with pytest.raises(DownresError, match="file.zip is a file and --data needs a folder: give"):
+    with pytest.raises(DownresError, match="file.zip is a file and `data` needs a folder: give"):
         open_folder(tmp_path / "file.zip", outputs=2)
 
 

@@ -102,7 +102,7 @@ def test_a_head_is_fitted_for_the_labels(painted: tuple[Path, np.ndarray], tmp_p
 
 def test_outputs_that_are_not_the_columns_are_refused(painted: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     folder, colours = painted
-    with pytest.raises(DownresError, match="--fit-head"):
+    with pytest.raises(DownresError, match="`fit_head=True`"):
         curve(model_of(Colours(5)), folder, [16], task="multilabel", labels=labels(folder, colours, tmp_path / "l.csv"))
-    with pytest.raises(DownresError, match="name it with --labels"):
+    with pytest.raises(DownresError, match="name it with `labels="):
         curve(model_of(Colours()), folder, [16], task="multilabel")

@@ -455,7 +455,7 @@ def test_a_finished_run_runs_no_network_again(segmenter, scenes, tmp_path, monke
 def test_another_answer_needs_another_folder(segmenter, scenes, tmp_path, uninterrupted, options):
     folder = shutil.copytree(uninterrupted[2], tmp_path / "r")
     before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-    with pytest.raises(DownresError, match="another task .*--out"):
+    with pytest.raises(DownresError, match="another task .*`out`"):
         run_search(segmenter("rough"), scenes, folder, **GOING_ON, **options)
     assert before == {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 

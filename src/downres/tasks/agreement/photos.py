@@ -39,10 +39,10 @@ def open_photos(
     """Every picture in a folder and the folders in it, whatever they are called, divided at random as `open_folder` does."""
     root = user_path(folder)
     if not root.is_dir():
-        raise DownresError(f"There is no folder {root}: point --data to a folder of photographs.")
+        raise DownresError(f"There is no folder {root}: point `data` to a folder of photographs.")
     names, others = list_images(root)
     if len(names) < 2:
-        raise DownresError(f"{root} holds {len(names)} pictures, agreement needs at least 2: point --data to photographs.")
+        raise DownresError(f"{root} holds {len(names)} pictures, agreement needs at least 2: point `data` to photographs.")
     alike = np.zeros(len(names), np.int64)
     listed = divide(alike, parts, val_fraction, folds, seed)
     images, _, divided, skipped, limited = open_listed(root, names, listed, alike, seed, cache_gb, progress)

@@ -115,7 +115,7 @@ class Agreement(Task):
     @classmethod
     def make(cls, model: Model, answer: Answer, data: Any, question: Question) -> Task:  # type: ignore[override]
         if question.fit_head:
-            raise DownresError("A head is fitted on labels, agreement has none: leave --fit-head out.")
+            raise DownresError("A head is fitted on labels, agreement has none: leave `fit_head` out.")
         of = question.compare or cls.told(model, answer)
         if of not in KINDS_OF_ANSWER:
             raise DownresError(f"Agreement is of {', '.join(KINDS_OF_ANSWER)}, {of!r} is none of them.")
@@ -146,7 +146,7 @@ class Agreement(Task):
             return "classes"
         raise DownresError(
             f"Whether the {answer.outputs} numbers that this network returns are classes or an embedding cannot be told: "
-            "say it with --compare classes or --compare embeddings."
+            "say it with `compare='classes'` or `compare='embeddings'`."
         )
 
     @classmethod

@@ -111,8 +111,8 @@ def open_folder(
     called = {part: source.relative_to(root) for part, source in sources.items()}
     if folds is not None and len(sources) > 1:
         raise DownresError(
-            f"--folds needs one folder of classes, {root} has both {' and '.join(map(str, called.values()))}: "
-            "leave --folds out, or point --data to one of the two."
+            f"`folds` needs one folder of classes, {root} has both {' and '.join(map(str, called.values()))}: "
+            "leave `folds` out, or point `data` to one of the two."
         )
     names = _class_folders(sources)
     output_of, classes = _map_classes(names, outputs)
@@ -184,11 +184,11 @@ def _sources(root: Path) -> tuple[dict[str, Path], list[str]]:
     """(the folders that hold class folders: train, val or both, or else one as WHOLE; names of folders beside them)."""
     if not root.exists():
         raise DownresError(
-            f"There is no folder {root}: point --data to a folder that holds one folder of images for each class."
+            f"There is no folder {root}: point `data` to a folder that holds one folder of images for each class."
         )
     if not root.is_dir():
         raise DownresError(
-            f"{root} is a file and --data needs a folder: give one that holds one folder of images for each class."
+            f"{root} is a file and `data` needs a folder: give one that holds one folder of images for each class."
         )
     root = unwrapped(root)
     folders = subfolders(root)
@@ -207,7 +207,7 @@ def _sources(root: Path) -> tuple[dict[str, Path], list[str]]:
             raise DownresError(
                 f"The images in {root} are in no class folders: put those of each class into a folder named after it."
             )
-        raise DownresError(f"{root} holds no class folders and no images: point --data to one folder of images for each class.")
+        raise DownresError(f"{root} holds no class folders and no images: point `data` to one folder of images for each class.")
     parts = [name for names in parts_among(folders).values() for name in names]
     if len(parts) > 1 or parts == folders:
         more = f", in {listed_names(parts[1:])} likewise" if parts[1:] else ""
@@ -267,7 +267,7 @@ def _map_classes(names: list[str], outputs: int | None) -> tuple[list[int], tupl
     if outputs is not None and len(names) != outputs:
         raise DownresError(
             f"The weights have {outputs} outputs and the data {len(names)} class folders ({listed_names(names)}): "
-            f"pass --fit-head to fit a new linear head for them, or point --data to a folder with {outputs} class folders."
+            f"pass `fit_head=True` to fit a new linear head for them, or point `data` to a folder with {outputs} class folders."
         )
     return list(range(len(names))), tuple(names)
 

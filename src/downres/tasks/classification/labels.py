@@ -29,7 +29,7 @@ class Labels:
         if len(table.names) != 1:
             raise DownresError(
                 f"A classifier has one label a picture, {table.path} has {len(table.names)} columns of them "
-                f"({listed_names(table.names)}): give file,label, or --task multilabel or regression."
+                f"({listed_names(table.names)}): give file,label, or `task='multilabel'` or `task='regression'`."
             )
         cells = tuple((re.sub(r"^(\d+)\.0+$", r"\1", row[0]),) for row in table.cells)  # as pandas writes whole numbers
         named = zip(table.files, cells, strict=True)
@@ -46,14 +46,14 @@ class Labels:
             if max(map(int, values)) >= count:
                 raise DownresError(
                     f"{self.table.path} has labels up to {max(map(int, values))}, the network {count} outputs: "
-                    "number the classes from 0, or pass --fit-head."
+                    "number the classes from 0, or pass `fit_head=True`."
                 )
             return tuple(str(i) for i in range(count))
         found = tuple(sorted(set(values)))
         if outputs is not None and len(found) != outputs:
             raise DownresError(
                 f"The weights have {outputs} outputs and {self.table.path} {len(found)} labels ({listed_names(found)}): "
-                "pass --fit-head to fit a new linear head for them, or number them as the outputs are."
+                "pass `fit_head=True` to fit a new linear head for them, or number them as the outputs are."
             )
         if len(found) < 2:
             raise DownresError(f"A classifier needs at least 2 classes, {self.table.path} has 1 ({found[0]}): add the others.")
@@ -172,6 +172,8 @@ def _labels_in(dataset: Any) -> np.ndarray:
         else:
             values = [dataset[i][1] for i in range(len(dataset))]
         found = np.asarray(values)
+        if not len(found):
+            raise DownresError(f"The {type(dataset).__name__} given as `data` is empty: give one with pictures.")
     except (LookupError, TypeError, ValueError):
         raise DownresError(
             f"A {type(dataset).__name__} does not give (image, target) by index: give the dataset itself, whose items are "
@@ -179,8 +181,8 @@ def _labels_in(dataset: Any) -> np.ndarray:
         ) from None
     if found.ndim != 1 or found.dtype.kind not in "iuf" or (found != np.floor(found)).any():
         raise DownresError(
-            "A classifier's targets are whole numbers, one an image, these are not: give --task regression or multilabel a "
-            "file of labels."
+            "A classifier's targets are whole numbers, one an image, these are not: give `task='regression'` or "
+            "`task='multilabel'` a file of labels."
         )
     return found.astype(np.int64)
 

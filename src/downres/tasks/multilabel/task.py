@@ -47,7 +47,7 @@ def targets_of(table: Table) -> tuple[tuple[str, ...], np.ndarray]:
             i, j = wrong[0]
             raise DownresError(
                 f"A multi-label table has 0 or 1 in each class's column, {table.path} has {table.cells[i][j]!r} under "
-                f"{table.names[j]} for {table.files[i]}: correct it, or give --task regression."
+                f"{table.names[j]} for {table.files[i]}: correct it, or give `task='regression'`."
             )
         return table.names, values.astype(bool)
     separator = next((s for s in SEPARATORS if any(s in row[0] for row in table.cells)), "|")
@@ -73,7 +73,7 @@ class Multilabel(VectorTask):
         if outputs is not None and len(classes) != outputs:
             raise DownresError(
                 f"The weights have {outputs} outputs and the labels {len(classes)} classes ({listed_names(classes)}): "
-                "pass --fit-head to fit a new linear head for them, or give a column for each output, in their order."
+                "pass `fit_head=True` to fit a new linear head for them, or give a column for each output, in their order."
             )
         return classes
 

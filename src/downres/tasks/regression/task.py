@@ -108,7 +108,7 @@ class Regression(VectorTask):
         if outputs is not None and len(names) != outputs:
             raise DownresError(
                 f"The network has {outputs} outputs and the labels {len(names)} columns ({listed_names(names)}): "
-                "pass --fit-head to fit a new linear head for them, or give a column for each output, in their order."
+                "pass `fit_head=True` to fit a new linear head for them, or give a column for each output, in their order."
             )
         return names
 

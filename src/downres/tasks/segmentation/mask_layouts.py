@@ -203,7 +203,7 @@ def locate(root: Path, layout: str | None) -> Layout:
         raise DownresError(f"The layouts are {', '.join(LAYOUTS)}, {layout!r} is not: name one of them or none.")
     if not root.is_dir():
         what = "is a file" if root.exists() else "is not there"
-        raise DownresError(f"Masks need a folder and {root} {what}: point --data to a folder of images and masks.")
+        raise DownresError(f"Masks need a folder and {root} {what}: point `data` to a folder of images and masks.")
     candidates = (
         (folder, find(folder, layout is not None))
         for folder in dict.fromkeys((root, unwrapped(root)))
@@ -213,7 +213,7 @@ def locate(root: Path, layout: str | None) -> Layout:
     found = next((layout._replace(root=folder) for folder, layout in candidates if layout is not None and layout.pairs), None)
     if found is None:
         kind = f"the layout {layout}" if layout else "a known layout of images and masks"
-        raise DownresError(f"{root} does not have {kind}: point --data to a folder that holds {_EXPECTED}.")
+        raise DownresError(f"{root} does not have {kind}: point `data` to a folder that holds {_EXPECTED}.")
     for part, pairs in found.pairs.items():
         if not pairs:
             raise DownresError(

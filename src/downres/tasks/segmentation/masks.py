@@ -290,8 +290,8 @@ def open_masks(
     found = mask_classes(source, outputs, layout=layout, classes=classes)
     if folds is not None and len(found.pairs) > 1:
         raise DownresError(
-            f"--folds needs data that are not divided, {found.root} has both {' and '.join(found.pairs)}: "
-            "leave --folds out, or point --data to a folder with one set of images and masks."
+            f"`folds` needs data that are not divided, {found.root} has both {' and '.join(found.pairs)}: "
+            "leave `folds` out, or point `data` to a folder with one set of images and masks."
         )
     whole = len(found.pairs) == 1
     used = {part: pairs for part, pairs in found.pairs.items() if whole or part in parts}

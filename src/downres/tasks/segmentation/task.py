@@ -93,7 +93,7 @@ class Segmentation(Task):
             raise DownresError("Segmentation needs a network that answers for every pixel, this one answers once an image.")
         if question.fit_head:
             raise DownresError(
-                "A head is fitted for classes of whole images, this network answers for every pixel: leave --fit-head out."
+                "A head is fitted for classes of whole images, this network answers for every pixel: leave `fit_head` out."
             )
         if not isinstance(data, (MaskDataset, MaskFolder, str, Path)):
             raise DownresError("A segmentation network needs a mask for every image, these data have labels: give masks.")
