@@ -8,6 +8,7 @@ are, vit_tokens.png here (which patches were merged). Needs the package playwrig
 
 import argparse
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def table(measured: dict) -> str:
             "" if original else f"{row['naive_top1']:.1f} %",
             f"{row['top1']:.1f} %",
             "" if original or row["rung"] == "none" else words.RUNGS[row["rung"]],
-            "" if original else f"{words.points(row['drop'])}, {words.bound(row['drop_upper'])}",
+            "" if original else f"{words.points(row['drop'])}, {words.points(math.ceil(row['drop_upper'] * 100 - 1e-9) / 100)}",
             "" if original else row["verdict"],
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -136,7 +136,7 @@ def test_check_proves_it(request, which, segmenter):
 
 def test_check_without_the_users_code(run):
     findings = check(run.artifact, threads=1)
-    assert found(findings) == {**ALL, "torch = onnxruntime": None} and "--model" in findings[2].detail
+    assert found(findings) == {**ALL, "torch = onnxruntime": None} and "`model" in findings[2].detail
 
 
 def test_check_after_cross_fitting_uses_the_statistics_of_each_fold(padded, segmenter):
@@ -147,7 +147,7 @@ def test_check_after_cross_fitting_uses_the_statistics_of_each_fold(padded, segm
     assert f"mIoU {run.best.quality.miou:.2f} % on 60 images" in findings[3].detail
     # In the graph the statistics are part of the convolutions: without the network they cannot be put back.
     without = check(run.artifact, threads=1)
-    assert found(without) == {**ALL, "torch = onnxruntime": None, "quality": None} and "--model" in without[3].detail
+    assert found(without) == {**ALL, "torch = onnxruntime": None, "quality": None} and "`model" in without[3].detail
 
 
 def test_masks_that_moved_and_masks_that_changed(run, scenes, shapes, folder, segmenter, tmp_path):
@@ -172,7 +172,7 @@ def test_a_file_of_classes_that_is_gone(folder, segmenter):
 def test_masks_that_are_gone(run, folder):
     rewritten(folder, lambda m: m["source"]["data"].update(path="/nowhere/at/all"))
     findings = check(folder, threads=1)
-    assert found(findings) == {**{what: None for what in ALL}, "files": True} and "--data" in findings[1].detail
+    assert found(findings) == {**{what: None for what in ALL}, "files": True} and "`data`" in findings[1].detail
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.safetensors", "manifest.json"])

@@ -542,10 +542,7 @@ def test_numbers_out_of_range_are_said_at_once(cli, model, data, tmp_path, optio
     assert not (tmp_path / "r").exists() and time.monotonic() - start < 20
 
 
-@pytest.mark.parametrize(
-    "spec",
-    ["regseg:exp48_decoder26,num_classes=1000000000", "regseg:exp48_decoder26,width=1e30", "regseg:exp48_decoder26,width=nan"],
-)
+@pytest.mark.parametrize("options", ["num_classes=1000000000", "width=1e30", "width=nan"])
 def test_networks_of_absurd_size_are_said_at_once(cli, options):
     refused(cli("cost", f"regseg:exp48_decoder26,{options}"), "up to")
     with pytest.raises(downres.DownresError, match="from 1 to 1000000 classes"):

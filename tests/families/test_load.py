@@ -137,7 +137,7 @@ def test_no_network(monkeypatch, family, error):
     assert time.perf_counter() - start < 5
     text = str(caught.value)
     assert text.startswith(f"The pretrained weights of {family}:resnet18 could not be fetched (")
-    assert text.endswith("): give a file with --weights.") and "\n" not in text and len(text) < 250
+    assert text.endswith("): give a file with `weights`.") and "\n" not in text and len(text) < 250
 
 
 def test_pretrained(monkeypatch):

@@ -100,7 +100,7 @@ def test_regseg_that_is_none(name, says):
 
 
 def test_regseg_has_no_weights_to_be_fetched():
-    fails("weights of regseg:exp48_decoder26 are not fetched: give the checkpoint with --weights", "regseg:exp48_decoder26")
+    fails("weights of regseg:exp48_decoder26 are not fetched: give the checkpoint with `weights`", "regseg:exp48_decoder26")
 
 
 def test_a_checkpoint_brings_its_number_of_classes(tmp_path):

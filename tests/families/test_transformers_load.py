@@ -178,7 +178,7 @@ def test_no_network(monkeypatch, error):
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *a, **k: ViTConfig(**TINY))
     monkeypatch.setattr(ViTForImageClassification, "from_pretrained", no)
     fails(
-        r"^The pretrained weights of transformers:org/net could not be fetched \(.*\): give a file with --weights\.$",
+        r"^The pretrained weights of transformers:org/net could not be fetched \(.*\): give a file with `weights`\.$",
         "transformers:org/net",
     )
 

@@ -790,7 +790,7 @@ def test_folders_without_a_layout(tmp_path):
     (tmp_path / "things").mkdir()
     sentence = error(find_masks, tmp_path)
     assert sentence.startswith(
-        f"{tmp_path} does not have a known layout of images and masks: point --data to a folder that holds"
+        f"{tmp_path} does not have a known layout of images and masks: point `data` to a folder that holds"
     )
     assert all(name in sentence for name in ("(cityscapes)", "(ade20k)", "(voc)", "(camvid)", "(folders)"))
     assert error(find_masks, tmp_path, layout="voc").startswith(f"{tmp_path} does not have the layout voc: ")
@@ -798,7 +798,7 @@ def test_folders_without_a_layout(tmp_path):
         "The layouts are cityscapes, ade20k, voc, camvid, folders, 'coco' is not: name one of them or none."
     )
     assert error(find_masks, tmp_path / "gone") == (
-        f"Masks need a folder and {tmp_path / 'gone'} is not there: point --data to a folder of images and masks."
+        f"Masks need a folder and {tmp_path / 'gone'} is not there: point `data` to a folder of images and masks."
     )
 
 
@@ -814,7 +814,7 @@ def test_empty_part(tmp_path):
 def test_folds_of_data_that_are_divided(tmp_path):
     folders(tmp_path)
     assert error(open_masks, tmp_path, outputs=3, folds=2) == (
-        f"--folds needs data that are not divided, {tmp_path} has both train and val: leave --folds out, or point --data to a "
+        f"`folds` needs data that are not divided, {tmp_path} has both train and val: leave `folds` out, or point `data` to a "
         "folder with one set of images and masks."
     )
 

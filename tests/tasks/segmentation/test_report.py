@@ -185,7 +185,7 @@ def test_headline_without_a_best_speaks_of_miou(view):
     few = Drop(3.0, 1.0, 6.0, 2.0, TOO_FEW, 12, more_images=40)
     near = dataclasses.replace(view.results[0], drop=few)
     left = dataclasses.replace(view, results=(near,), best=None, budget=Budget(2.0))
-    assert "it lost 3.00 points, which may be up to 6.0; about 40 more images" in plain(page_of(left))
+    assert "it lost 3.00 points, which may be up to 6.00; about 40 more images" in plain(page_of(left))
     slow = dataclasses.replace(view, best=None, budget=Budget(20.0, max_latency_ms=1.0))
     assert "its drop in mIoU is proven to be at most" in page_of(slow)
 

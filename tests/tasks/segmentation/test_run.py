@@ -482,7 +482,7 @@ def test_other_masks_need_another_folder(segmenter, shapes, scenes, tmp_path, un
         ({"label_size": (47, 63)}, "below the 48x64"),
         ({"output": "colours"}, "logits or classes"),
         ({"upsampling": "nearest"}, "bilinear or bicubic"),
-        ({"fit_head": True}, "leave --fit-head out"),
+        ({"fit_head": True}, "leave `fit_head` out"),
         ({"ragged": "pad", "resolutions": [(35, 47)]}, "whole inputs"),
         ({"candidates": ["48x64 width×0.5"]}, "trained first"),
         ({"classes": "no.txt"}, "is not there"),
