@@ -171,7 +171,7 @@ def test_headline_and_budget_speak_of_miou(view):
     assert drop.verdict == WITHIN
     assert plain(re.search(r"<h1>(.*?)</h1>", page)[1]) == (
         "At 48 × 64 px instead of 96 × 128 px this network needs 4.0× fewer MACs and 2.0× less time, "
-        f"and its drop in mIoU is proven to be at most {np.ceil(10 * drop.upper) / 10:.1f} points (allowed: 20.0) "
+        f"and its drop in mIoU is proven to be at most {np.ceil(100 * drop.upper) / 100:.2f} points (allowed: 20.0) "
         "with 95 % confidence."
     )
     assert "20.0 points of mIoU with 95 % confidence" in page
