@@ -154,14 +154,25 @@ def real_run(large_cells: Cells, tmp_path_factory: pytest.TempPathFactory) -> tu
     return run, dataset
 
 
-@pytest.fixture(scope="session")
-def shapes() -> ModuleType:
-    """tests/shapes.py: scenes with masks and networks that find them."""
-    spec = importlib.util.spec_from_file_location("shapes", Path(__file__).with_name("shapes.py"))
+def _beside(name: str) -> ModuleType:
+    """A module in this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def shapes() -> ModuleType:
+    """tests/shapes.py: scenes with masks and networks that find them."""
+    return _beside("shapes")
+
+
+@pytest.fixture(scope="session")
+def damage() -> ModuleType:
+    """tests/damage.py: JSON documents with one value changed."""
+    return _beside("damage")
 
 
 @pytest.fixture(scope="session")

@@ -174,35 +174,13 @@ def test_names_that_leave_the_folder_are_not_opened(shipped, folder, name):
         predict(folder, [shipped[3]])
 
 
-def paths(value, at=()):
-    yield at
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, child in children:
-        yield from paths(child, (*at, name))
-
-
-def changed(manifest, at, value):
-    """A copy with another value at a path; `...` deletes it."""
-    copied = json.loads(json.dumps(manifest))
-    if not at:
-        return value
-    owner = copied
-    for name in at[:-1]:
-        owner = owner[name]
-    if value is ...:
-        del owner[at[-1]]
-    else:
-        owner[at[-1]] = value
-    return copied
-
-
-def test_any_field_changed_is_used_or_refused_in_a_sentence(shipped, folder):
+def test_any_field_changed_is_used_or_refused_in_a_sentence(shipped, folder, damage):
     """Every field of the manifest, deleted and of every other type, the digests made right: nothing but DownresError."""
     manifest = read_manifest(folder)
     refused = 0
-    for at in [p for p in paths(manifest) if p and p[0] != "versions" and "skipped" not in p and len(p) < 4]:
+    for at in [p for p in damage.paths(manifest) if p and p[0] != "versions" and "skipped" not in p and len(p) < 4]:
         for value in (..., None, "x", -1, 10**30, [], {"a": 1}, [[1]]):
-            sign(folder, changed(manifest, at, value))
+            sign(folder, damage.changed(manifest, at, value))
             try:
                 predict(folder, [shipped[3]], threads=1)
             except DownresError as error:
@@ -211,14 +189,16 @@ def test_any_field_changed_is_used_or_refused_in_a_sentence(shipped, folder):
     assert refused > 500
 
 
-def test_check_of_any_field_changed(shipped, folder):
+def test_check_of_any_field_changed(shipped, folder, damage):
     _, dataset, model, _ = shipped
     manifest = read_manifest(folder)
     for at in [(name,) for name in ("folds", "task", "classes", "result", "state")] + [
-        p for p in paths(manifest) if p[:1] == ("source",) and len(p) == 3 or p[:2] == ("result", "quality") and len(p) == 3
+        p
+        for p in damage.paths(manifest)
+        if p[:1] == ("source",) and len(p) == 3 or p[:2] == ("result", "quality") and len(p) == 3
     ]:
         for value in (..., [], 10**30):
-            sign(folder, changed(manifest, at, value))
+            sign(folder, damage.changed(manifest, at, value))
             try:
                 check(folder, model=model, data=dataset, threads=1)
             except DownresError as error:

@@ -12,6 +12,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,14 +38,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# The headed groups of `--help`.
-ALLOWED, TRY, MODEL, DATA, MEASURE = (
-    "What is allowed",
-    "What to try",
-    "Model and preprocessing",
-    "Task and data",
-    "How to measure",
-)
+# An option under each headed group of `--help`.
+_allowed = partial(typer.Option, rich_help_panel="What is allowed")
+_try = partial(typer.Option, rich_help_panel="What to try")
+_model = partial(typer.Option, rich_help_panel="Model and preprocessing")
+_data = partial(typer.Option, rich_help_panel="Task and data")
+_measure = partial(typer.Option, rich_help_panel="How to measure")
 
 ModelArgument = Annotated[
     str,
@@ -55,157 +54,93 @@ ModelArgument = Annotated[
 ]
 DataOption = Annotated[
     str,
-    typer.Option(
+    _data(
         "--data",
         metavar="DIR",
         help="Folder of class folders, with train/ and val/ or one to be split, ImageNet's layout; images and masks "
         "(Cityscapes, CamVid, Pascal VOC, ADE20K, pairs of folders); images beside --labels; or only images, for agreement.",
-        rich_help_panel=DATA,
     ),
 ]
-WeightsOption = Annotated[
-    Path | None,
-    typer.Option("--weights", help="A .safetensors or .pth file (read with weights_only=True).", rich_help_panel=MODEL),
-]
+WeightsOption = Annotated[Path | None, _model("--weights", help="A .safetensors or .pth file (read with weights_only=True).")]
 NativeOption = Annotated[
     str | None,
-    typer.Option(
-        "--native-resolution",
-        metavar="N|HxW",
-        help="Resolution the original is used at; default: its own configuration.",
-        rich_help_panel=MODEL,
-    ),
+    _model("--native-resolution", metavar="N|HxW", help="Resolution the original is used at; default: its own configuration."),
 ]
-MeanOption = Annotated[
-    str | None, typer.Option("--mean", help="Per channel, on 0…1: 0.485,0.456,0.406.", rich_help_panel=MODEL)
-]
-StdOption = Annotated[str | None, typer.Option("--std", help="Per channel, on 0…1: 0.229,0.224,0.225.", rich_help_panel=MODEL)]
-InterpolationOption = Annotated[str | None, typer.Option("--interpolation", help="bilinear or bicubic.", rich_help_panel=MODEL)]
+MeanOption = Annotated[str | None, _model("--mean", help="Per channel, on 0…1: 0.485,0.456,0.406.")]
+StdOption = Annotated[str | None, _model("--std", help="Per channel, on 0…1: 0.229,0.224,0.225.")]
+InterpolationOption = Annotated[str | None, _model("--interpolation", help="bilinear or bicubic.")]
 CropOption = Annotated[
-    float | None,
-    typer.Option(
-        "--crop-ratio", help="Side of the centre crop over the resized short side, above 0 to 1.", rich_help_panel=MODEL
-    ),
+    float | None, _model("--crop-ratio", help="Side of the centre crop over the resized short side, above 0 to 1.")
 ]
 CandidateOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--candidate",
-        metavar="TEXT",
-        help="One more, in any combination: '168 merge4', '224 patch28'. Repeat it.",
-        rich_help_panel=TRY,
-    ),
+    _try("--candidate", metavar="TEXT", help="One more, in any combination: '168 merge4', '224 patch28'. Repeat it."),
 ]
 RaggedOption = Annotated[
-    str,
-    typer.Option(
-        "--ragged", help="Where patches do not divide the input: error, floor (cut) or pad (zeros).", rich_help_panel=TRY
-    ),
+    str, _try("--ragged", help="Where patches do not divide the input: error, floor (cut) or pad (zeros).")
 ]
 FitOption = Annotated[
     str | None,
-    typer.Option(
-        "--fit",
-        help="Of a whole picture: crop, stretch or pad; default: as the model has it, never crop for segmentation.",
-        rich_help_panel=MODEL,
+    _model(
+        "--fit", help="Of a whole picture: crop, stretch or pad; default: as the model has it, never crop for segmentation."
     ),
 ]
 TaskOption = Annotated[
     str | None,
-    typer.Option(
+    _data(
         "--task",
         metavar="NAME",
         help="classification, segmentation, multilabel, regression, agreement or path/to/file.py:Class; default: by network.",
-        rich_help_panel=DATA,
     ),
 ]
 LabelsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--labels",
-        metavar="FILE",
-        help="CSV or JSON of labels beside a folder of images, a row an image.",
-        rich_help_panel=DATA,
-    ),
+    Path | None, _data("--labels", metavar="FILE", help="CSV or JSON of labels beside a folder of images, a row an image.")
 ]
 CompareOption = Annotated[
-    str | None,
-    typer.Option(
-        "--compare", help="Of agreement: classes, embeddings or masks; default: as the network tells.", rich_help_panel=DATA
-    ),
+    str | None, _data("--compare", help="Of agreement: classes, embeddings or masks; default: as the network tells.")
 ]
 OutputIndexOption = Annotated[
     str | None,
-    typer.Option(
+    _data(
         "--output-index",
         metavar="I|NAME",
         help="Which of several outputs of the network is judged; default: the one that fits the data, if only one does.",
-        rich_help_panel=DATA,
     ),
 ]
 IgnoreOutputOption = Annotated[
     int | None,
-    typer.Option(
-        "--ignore-output",
-        metavar="I",
-        help="Output of a segmentation network for pixels without a class, left out.",
-        rich_help_panel=DATA,
-    ),
+    _data("--ignore-output", metavar="I", help="Output of a segmentation network for pixels without a class, left out."),
 ]
 ClassesOption = Annotated[
     Path | None,
-    typer.Option(
-        "--classes",
-        metavar="FILE",
-        help="Names of the masks' classes, one a line, with their colours: sky 128 128 128.",
-        rich_help_panel=DATA,
-    ),
+    _data("--classes", metavar="FILE", help="Names of the masks' classes, one a line, with their colours: sky 128 128 128."),
 ]
 LabelSizeOption = Annotated[
     str | None,
-    typer.Option(
+    _data(
         "--label-size",
         metavar="HxW",
         help="Size of a segmentation network's answer; default: the masks', for cost the input's.",
-        rich_help_panel=DATA,
     ),
 ]
 OutputOption = Annotated[
-    str,
-    typer.Option(
-        "--output",
-        help="What a segmentation network hands out at that size: logits, or classes (least memory).",
-        rich_help_panel=DATA,
-    ),
+    str, _data("--output", help="What a segmentation network hands out at that size: logits, or classes (least memory).")
 ]
-UpsamplingOption = Annotated[
-    str, typer.Option("--upsampling", help="Of a segmentation network's logits: bilinear or bicubic.", rich_help_panel=DATA)
-]
-SnapOption = Annotated[
-    bool, typer.Option("--snap/--no-snap", help="Take resolutions to multiples of the network's stride.", rich_help_panel=TRY)
-]
+UpsamplingOption = Annotated[str, _data("--upsampling", help="Of a segmentation network's logits: bilinear or bicubic.")]
+SnapOption = Annotated[bool, _try("--snap/--no-snap", help="Take resolutions to multiples of the network's stride.")]
 ValFractionOption = Annotated[
     float | None,
-    typer.Option(
-        "--val-fraction",
-        help="Part of one undivided folder that is kept for the proof; default: half, for curve all of it.",
-        rich_help_panel=MEASURE,
+    _measure(
+        "--val-fraction", help="Part of one undivided folder that is kept for the proof; default: half, for curve all of it."
     ),
 ]
-RuntimeOption = Annotated[str, typer.Option("--runtime", help="onnxruntime or torch.", rich_help_panel=MEASURE)]
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", help="Threads of the runtime; default: all cores available.", rich_help_panel=MEASURE)
-]
+RuntimeOption = Annotated[str, _measure("--runtime", help="onnxruntime or torch.")]
+ThreadsOption = Annotated[int | None, _measure("--threads", help="Threads of the runtime; default: all cores available.")]
 CacheOption = Annotated[
     float | None,
-    typer.Option(
-        "--cache-gb",
-        metavar="GB",
-        help="Of decoded images kept on disk, at most; default: half of what is free there.",
-        rich_help_panel=MEASURE,
-    ),
+    _measure("--cache-gb", metavar="GB", help="Of decoded images kept on disk, at most; default: half of what is free there."),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of splits and folds.", rich_help_panel=MEASURE)]
+SeedOption = Annotated[int, _measure("--seed", help="Of splits and folds.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
 
 
@@ -246,7 +181,7 @@ class _Trying:
 def _option(t: Technique) -> inspect.Parameter:
     """One technique as an option: a text, or a flag where it has nothing to choose from."""
     kind, default, shown = (str | None, None, t.metavar) if t.metavar else (bool, False, None)
-    told = Annotated[kind, typer.Option(t.option, metavar=shown, help=t.help, rich_help_panel=TRY)]  # type: ignore[valid-type]
+    told = Annotated[kind, _try(t.option, metavar=shown, help=t.help)]  # type: ignore[valid-type]
     return inspect.Parameter(t.keyword, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=told)
 
 
@@ -272,9 +207,7 @@ def options(
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("demo"),
-    max_drop: Annotated[
-        float, typer.Option("--max-drop", help="Points of top-1 that may be lost.", rich_help_panel=ALLOWED)
-    ] = 2.0,
+    max_drop: Annotated[float, _allowed("--max-drop", help="Points of top-1 that may be lost.")] = 2.0,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -295,49 +228,28 @@ def search(
         Path, typer.Option("--out", metavar="RUN", help="Folder of the run; the same command goes on where it was.")
     ] = Path("run"),
     max_drop: Annotated[
-        float,
-        typer.Option(
-            "--max-drop",
-            help="That may be lost, proven: points of top-1 or mIoU, or in the unit of a regression.",
-            rich_help_panel=ALLOWED,
-        ),
+        float, _allowed("--max-drop", help="That may be lost, proven: points of top-1 or mIoU, or in the unit of a regression.")
     ] = 1.0,
-    max_latency_ms: Annotated[
-        float | None, typer.Option("--max-latency-ms", help="Median of one image, milliseconds.", rich_help_panel=ALLOWED)
-    ] = None,
-    max_macs: Annotated[str | None, typer.Option("--max-macs", metavar="500M", rich_help_panel=ALLOWED)] = None,
+    max_latency_ms: Annotated[float | None, _allowed("--max-latency-ms", help="Median of one image, milliseconds.")] = None,
+    max_macs: Annotated[str | None, _allowed("--max-macs", metavar="500M")] = None,
     max_memory: Annotated[
-        str | None,
-        typer.Option("--max-memory", metavar="20MB", help="Peak activation memory of one image.", rich_help_panel=ALLOWED),
+        str | None, _allowed("--max-memory", metavar="20MB", help="Peak activation memory of one image.")
     ] = None,
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
     rungs: Annotated[
-        str,
-        typer.Option(
-            "--rungs", help="Of the recovery ladder, from crop,batchnorm,head; 'none' only lowers.", rich_help_panel=TRY
-        ),
+        str, _try("--rungs", help="Of the recovery ladder, from crop,batchnorm,head; 'none' only lowers.")
     ] = "crop,batchnorm,head",
-    minimize: Annotated[
-        str, typer.Option("--minimize", help="What cheapest means: macs, memory or latency.", rich_help_panel=ALLOWED)
-    ] = "macs",
+    minimize: Annotated[str, _allowed("--minimize", help="What cheapest means: macs, memory or latency.")] = "macs",
     task: TaskOption = None,
     labels: LabelsOption = None,
     compare: CompareOption = None,
     output_index: OutputIndexOption = None,
     ignore_output: IgnoreOutputOption = None,
-    fit_head: Annotated[
-        bool,
-        typer.Option("--fit-head", help="Replace the classifier by one fitted for the data's classes.", rich_help_panel=TRY),
-    ] = False,
-    folds: Annotated[
-        int | None,
-        typer.Option("--folds", help="Cross-fit one folder: every image is a proof image once.", rich_help_panel=MEASURE),
-    ] = None,
+    fit_head: Annotated[bool, _try("--fit-head", help="Replace the classifier by one fitted for the data's classes.")] = False,
+    folds: Annotated[int | None, _measure("--folds", help="Cross-fit one folder: every image is a proof image once.")] = None,
     val_fraction: ValFractionOption = None,
-    confidence: Annotated[
-        float, typer.Option("--confidence", help="Of the proof, for all candidates together.", rich_help_panel=MEASURE)
-    ] = 0.95,
+    confidence: Annotated[float, _measure("--confidence", help="Of the proof, for all candidates together.")] = 0.95,
     weights: WeightsOption = None,
     native_resolution: NativeOption = None,
     mean: MeanOption = None,
@@ -385,9 +297,7 @@ def curve(
     data: DataOption,
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
-    max_drop: Annotated[
-        float, typer.Option("--max-drop", help="Points, for the verdict of each resolution alone.", rich_help_panel=ALLOWED)
-    ] = 1.0,
+    max_drop: Annotated[float, _allowed("--max-drop", help="Points, for the verdict of each resolution alone.")] = 1.0,
     task: TaskOption = None,
     labels: LabelsOption = None,
     compare: CompareOption = None,
@@ -442,7 +352,7 @@ def cost(
     model: ModelArgument,
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images in one pass.", rich_help_panel=MEASURE)] = 1,
+    batch_size: Annotated[int, _measure("--batch-size", help="Images in one pass.")] = 1,
     label_size: LabelSizeOption = None,
     output: OutputOption = "logits",
     upsampling: UpsamplingOption = "bilinear",
@@ -510,9 +420,7 @@ def check(
     model: Annotated[
         str | None, typer.Option("--model", help="path/to/file.py:function, where the network came from one.")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="DIR", help="Where the proof images are now.", rich_help_panel=DATA)
-    ] = None,
+    data: Annotated[str | None, _data("--data", metavar="DIR", help="Where the proof images are now.")] = None,
     task: TaskOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,

@@ -16,7 +16,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
-from .errors import DownresError
+from .errors import DownresError, first_line
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 """They hold the network as `module`, and whoever looks inside looks at that."""
@@ -197,7 +197,7 @@ def _attribute(module: nn.Module, name: str, value: Any, known: dict[int, Any]) 
     try:
         return _copied(value, known)
     except (TypeError, RuntimeError, NotImplementedError) as error:  # locks, files, generators, …
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise DownresError(
             f"The attribute {name!r} of {type(module).__name__} cannot be copied ({reason}): delete it from the network first."
         ) from error

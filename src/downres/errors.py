@@ -1,4 +1,6 @@
-"""The one error a user is meant to read."""
+"""The one error a user is meant to read, and what another error says in one line."""
+
+import re
 
 
 class DownresError(Exception):
@@ -8,3 +10,12 @@ class DownresError(Exception):
     """
 
     exit_code = 2
+
+
+def first_line(error: BaseException, otherwise: str = "") -> str:
+    """The first line of what was raised, without colours and the full stop, to stand in a sentence of ours.
+
+    otherwise: for an error without words; else the name of its class.
+    """
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return (text.splitlines() or [otherwise or type(error).__name__])[0].rstrip(".")

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .copying import children, copied, first_float, is_lazy, modules, named_modules, tensors_of, unwrapped
 from .engines.torch import plain_attention, uncompiled
-from .errors import DownresError
+from .errors import DownresError, first_line
 from .lazy import no_collector
 
 Seen = TypeVar("Seen")
@@ -126,8 +126,8 @@ def failed(model: nn.Module, error: BaseException) -> str:
 
 def said(error: BaseException) -> str:
     """The first line of what was raised; of an assertion without words, the line of code that made it."""
-    if lines := str(error).strip().splitlines():
-        return lines[0].rstrip(".")
+    if str(error).strip():
+        return first_line(error)
     code = [frame.line for frame in traceback.extract_tb(error.__traceback__) if frame.line and "/torch/" not in frame.filename]
     return code[-1] if code else type(error).__name__
 
@@ -145,7 +145,7 @@ def materialised(model: nn.Module, input_size: tuple[int, ...] | None = None) ->
         with torch.random.fork_rng(devices=[]):
             _forward(made, size, lambda _model, _x: nullcontext())
     except Exception as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        text = first_line(error)
         raise DownresError(
             f"The lazy layers of {type(made).__name__} have no weights, and it does not run at {'x'.join(map(str, size))} to "
             f"get them ({text}): run it once on an image of its own size first."
@@ -254,7 +254,7 @@ def required_inputs(model: nn.Module) -> list[inspect.Parameter]:
     except (TypeError, ValueError):  # of a kind that Python cannot look into
         return []
     variadic = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    inside = list(model.children())
+    inside = children(model)
     if parameters and len(variadic) == len(parameters) and len(inside) == 1:
         return required_inputs(inside[0])
     return [p for p in parameters if p not in variadic and p.default is p.empty]
@@ -437,11 +437,11 @@ _AFTER_SIGMOID = (
     "clone",
     "slice",
     "clamp",
-    "_to_copy",
+    "to_copy",
     "alias",
     "select",
 )
-"""Beginnings of the names of operators that leave a probability what it is."""
+"""Beginnings of the names of operators, an underscore in front left out, that leave a probability what it is."""
 
 
 class _Operators(TorchDispatchMode):
@@ -461,11 +461,7 @@ class _Operators(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::").removeprefix("_")
         if isinstance(out, Tensor) and (
             name in ("sigmoid", "hardsigmoid")
-            or (
-                args
-                and id(args[0]) in self.probabilities
-                and name.startswith(tuple(n.removeprefix("_") for n in _AFTER_SIGMOID))
-            )
+            or (args and id(args[0]) in self.probabilities and name.startswith(_AFTER_SIGMOID))
         ):
             self.probabilities[id(out)] = out
         return out

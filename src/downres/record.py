@@ -4,6 +4,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -108,6 +109,12 @@ def _unnamed(path: Path) -> tuple[int, Path]:
         if Path("/proc/self/fd").is_dir():
             return os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o644), partial
     return os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), partial
+
+
+def sha256(file: Path) -> str:
+    """Of what is in a file, in hex."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def settled(file: Path) -> None:

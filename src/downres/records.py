@@ -259,10 +259,8 @@ class Score(Record):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        if cls is not Score:
-            return super().from_json(values)
-        if not isinstance(values, dict):
-            return super().from_json(values)  # which refuses it
+        if cls is not Score or not isinstance(values, dict):
+            return super().from_json(values)  # which refuses what is no object
         # Of all kinds the one whose fields these are.
         nearest = min(_kinds(Score), key=lambda kind: len({f.name for f in dataclasses.fields(kind)} ^ values.keys()))
         return nearest.from_json(values)  # type: ignore[return-value]

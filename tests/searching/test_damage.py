@@ -108,31 +108,12 @@ def test_a_finished_run_is_not_appended_to(finished, folder, cells):
     assert (folder / "measurements.jsonl").read_bytes() == before
 
 
-def paths(value, at=()):
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, child in children:
-        yield (*at, name)
-        yield from paths(child, (*at, name))
-
-
-def changed(document, at, value):
-    copied = json.loads(json.dumps(document))
-    owner = copied
-    for name in at[:-1]:
-        owner = owner[name]
-    if value is ...:
-        del owner[at[-1]]
-    else:
-        owner[at[-1]] = value
-    return copied
-
-
-def test_any_field_of_the_settings_changed_is_read_or_refused_in_a_sentence(folder):
+def test_any_field_of_the_settings_changed_is_read_or_refused_in_a_sentence(folder, damage):
     file = folder / "run.json"
     settings, refused = json.loads(file.read_text()), 0
-    for at in paths(settings):
+    for at in [p for p in damage.paths(settings) if p]:
         for value in (..., None, "x", -1, [], {"a": 1}):
-            file.write_text(json.dumps(changed(settings, at, value)))
+            file.write_text(json.dumps(damage.changed(settings, at, value)))
             try:
                 load_run(folder).to_json()
             except DownresError as error:
@@ -141,15 +122,15 @@ def test_any_field_of_the_settings_changed_is_read_or_refused_in_a_sentence(fold
     assert refused > 200
 
 
-def test_any_field_of_the_measurements_changed_is_read_or_refused_in_a_sentence(folder):
+def test_any_field_of_the_measurements_changed_is_read_or_refused_in_a_sentence(folder, damage):
     """With a right checksum, as whoever edits the file by hand may write one."""
     store = Store.read(folder)
     log = (folder / "measurements.jsonl").read_bytes()
     for key in [k for k in store._values if not k.startswith("arrays/")]:
         value = store.get(key)
-        for at in [(), *(p for p in paths(value) if len(p) < 3)]:
+        for at in [p for p in damage.paths(value) if len(p) < 3]:
             for wrong in (..., None, "x", -1, [], {"a": 1}):
-                store.put(key, (wrong if wrong is not ... else 3) if not at else changed(value, at, wrong))
+                store.put(key, (wrong if wrong is not ... else 3) if not at else damage.changed(value, at, wrong))
                 try:
                     load_run(folder).to_json()
                 except DownresError as error:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import DownresError
-from ..record import Misfit, read_json
+from ..errors import DownresError, first_line
+from ..record import Misfit, read_json, sha256
 from ..records import Candidate, Cost, Drop, Latency, Preprocessing, Record, Recovery
 from ..recovery.state import State
 from ..tasks import Question
@@ -108,8 +108,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{folder} is not a shipped model (it has no manifest.json): give the folder RUN/best of a search."
         ) from None
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise DownresError(f"{file} is broken or of another format than {FORMAT} ({reason}): export the model again.") from None
+        raise DownresError(
+            f"{file} is broken or of another format than {FORMAT} ({first_line(error)[:100]}): export the model again."
+        ) from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DownresError(f"{file} is broken or of another format than {FORMAT}: export the model again.")
     try:
@@ -156,8 +157,3 @@ def _manifest_as_written(file: Path, digest: Any) -> bool:
     """Whether the bytes of the manifest, its own digest left blank, have that digest."""
     blank = file.read_bytes().replace(f'"{digest}"'.encode(), b'""', 1)
     return hashlib.sha256(blank).hexdigest() == digest
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

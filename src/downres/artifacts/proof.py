@@ -21,7 +21,7 @@ from ..copying import copied
 from ..engines import Runtime
 from ..engines.onnxruntime import OnnxRuntime, export_onnx
 from ..engines.torch import TorchRuntime
-from ..errors import DownresError
+from ..errors import DownresError, first_line
 from ..families import Model, load_model
 from ..images import Images, batches, preprocess, resize_and_crop
 from ..images.preprocess import shown_size
@@ -74,7 +74,7 @@ def check(
     try:
         return [*findings, *_looked_at(folder, manifest, model, data, threads)]
     except (TypeError, ValueError, LookupError, EOFError, SafetensorError, BadZipFile) as error:
-        why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        why = first_line(error)[:100]
         raise DownresError(f"The files in {folder} do not fit their manifest ({why}): export the model again.") from error
 
 

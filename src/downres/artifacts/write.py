@@ -14,11 +14,11 @@ from safetensors.torch import save
 from torch import nn
 
 from ..engines.onnxruntime import export_onnx
-from ..record import settled, write_json
+from ..record import settled, sha256, write_json
 from ..records import Preprocessing, Recovery, Result
 from ..recovery.state import State
 from ..tasks import Task
-from .manifest import FORMAT, sha256
+from .manifest import FORMAT
 
 
 def export(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..copying import copied, single
-from ..errors import DownresError
+from ..errors import DownresError, first_line
 from . import check_threads
 from .fuse import fused, noise
 from .torch import TorchRuntime, plain_attention, uncompiled
@@ -54,7 +54,7 @@ class OnnxRuntime:
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            reason = _first_line(error).rpartition(" : ")[2]
+            reason = first_line(error).rpartition(" : ")[2]
             raise DownresError(f"{self._told} is not an ONNX model that can run ({reason}): export it again.") from error
         self.inputs = [(one.name, list(one.shape)) for one in self._session.get_inputs()]
         self.outputs = [one.name for one in self._session.get_outputs()]
@@ -67,7 +67,7 @@ class OnnxRuntime:
         except DownresError:
             raise
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            reason = _first_line(error).rpartition(" : ")[2]
+            reason = first_line(error).rpartition(" : ")[2]
             raise DownresError(f"{self._told} cannot run on {list(batch.shape)} values ({reason}): export it again.") from error
 
     def _in_time(self, given: dict[str, np.ndarray], limit_s: float) -> list[np.ndarray]:
@@ -176,21 +176,12 @@ def _silence() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _first_line(error: BaseException) -> str:
-    return (_plain(str(error)).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _plain(text: str) -> str:
-    """Without the colours that the exporter writes into its messages."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
-
-
 def _why(error: BaseException) -> str:
     """The operator that ONNX lacks, the line of the network that cannot be traced, or what the exporter found at the bottom."""
-    deepest, chain = error, _plain(str(error))
+    deepest, chain = error, str(error)
     while (below := deepest.__cause__ or deepest.__context__) is not None:
         deepest = below
-        chain += "\n" + _plain(str(below))
+        chain += f"\n{below}"
     if lacking := re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", chain):
         return f"ONNX has no operator for {lacking[1].replace('.', '::', 1)}"
     raised = [(frame.filename, str(frame.lineno)) for frame in traceback.extract_tb(deepest.__traceback__)]
@@ -200,7 +191,7 @@ def _why(error: BaseException) -> str:
         return "what it computes depends on the values of a tensor" + where
     if re.search(r"Constraints violated.*size\(\)\[0\]", chain):
         return "the number of images is a constant in it" + where
-    reason = _first_line(deepest)
+    reason = first_line(deepest)
     return (f"{type(deepest).__name__} {reason}" if isinstance(deepest, LookupError) else reason) + where
 
 

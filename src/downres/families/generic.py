@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..copying import copied, is_lazy, modules, refuse_sealed, single, tensors_of, unwrapped
-from ..errors import DownresError
+from ..errors import DownresError, first_line
 from ..parse import format_resolution
 from ..probe import input_size_of, materialised
 from ..records import Preprocessing
@@ -60,7 +60,7 @@ def _running(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        text = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+        text = first_line(error, "no message")
         then = "install it" if isinstance(error, ModuleNotFoundError) else "correct the file"
         raise DownresError(f"{what} failed ({type(error).__name__}: {text}): {then}.") from error
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import DownresError
+from ..errors import DownresError, first_line
 from ..models.regseg import RegSeg
 from ..records import Preprocessing
 from . import generic
@@ -141,7 +141,7 @@ def _fetching(spec: str) -> Iterator[None]:
     except DownresError:
         raise
     except Exception as error:  # the hubs raise many kinds: no network, no such weights, a broken download
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        reason = first_line(error)[:120]
         raise DownresError(
             f"The pretrained weights of {spec} could not be fetched ({reason}): give a file with `weights`."
         ) from None

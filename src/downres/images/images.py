@@ -39,11 +39,14 @@ class Skip(Record):
     reason: str
 
 
-def fingerprint(images: "Images", targets: bytes, indices: Sequence[np.ndarray]) -> str:
-    """SHA-256, in hex, of names and checksums of the pixels, of what is asked of them, and of arrays of indices."""
+def fingerprint(images: "Images", targets: bytes, indices: Sequence[np.ndarray], masks: "Images | None" = None) -> str:
+    """SHA-256, in hex, of names and checksums of the pixels (and those of masks), of what is asked of them, and of arrays of
+    indices.
+    """
     digest = hashlib.sha256()
-    for name, checksum in zip(images.names, images.checksums, strict=True):
-        digest.update(f"{name}\0{checksum}\n".encode(errors="surrogateescape"))
+    checksums = (images.checksums,) if masks is None else (images.checksums, masks.checksums)
+    for name, *of in zip(images.names, *checksums, strict=True):
+        digest.update("\0".join([name, *map(str, of)]).encode(errors="surrogateescape") + b"\n")
     digest.update(targets)
     for array in indices:
         digest.update(f"\n{len(array)}\n".encode() + array.astype("<i8").tobytes())

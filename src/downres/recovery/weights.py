@@ -12,7 +12,7 @@ from torch import nn
 
 from ..copying import copied
 from ..errors import DownresError
-from ..record import settled
+from ..record import write_whole
 
 Tensors = Mapping[str, np.ndarray]
 """Name in the network's state dict → values."""
@@ -31,11 +31,7 @@ class Weights:
             self._known[key] = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
             if self.folder is not None:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                file = self.folder / f"{key}.safetensors"
-                partial = file.with_suffix(".partial")
-                partial.write_bytes(save(self._known[key]))  # whose errors of a full disk are the system's own
-                settled(partial)
-                partial.replace(file)
+                write_whole(self.folder / f"{key}.safetensors", save(self._known[key]))
         return key
 
     def has(self, key: str) -> bool:

@@ -108,9 +108,9 @@ def count(number: int, noun: str) -> str:
     return f"{number:,}".replace(",", "\u2009") + f" {noun}" + ("" if number == 1 else "s")
 
 
-def points(value: float) -> str:
+def points(value: float, decimals: int = 2) -> str:
     """Percentage points with a sign that reads well: `0.40`, `−1.30`."""
-    return f"{value:.2f}".replace("-", "−")
+    return f"{value:.{decimals}f}".replace("-", "−")
 
 
 def signed(value: float) -> str:
@@ -126,7 +126,7 @@ def bound(drop: Drop) -> str:
 
 def compared(drop: Drop) -> str:
     """The drop and the bound that decides: `0.50 ≤ 1.98`, `5.10 ≥ 4.20`."""
-    measured = f"{drop.drop:.{_decimals(drop)}f}".replace("-", "−")
+    measured = points(drop.drop, _decimals(drop))
     return f"{measured} ≥ {_lower(drop)}" if drop.verdict == OUTSIDE else f"{measured} ≤ {_upper(drop)}"
 
 
@@ -144,12 +144,12 @@ def _upper(drop: Drop) -> str:
         rounded = math.ceil(drop.upper * 10**decimals - 1e-9) / 10**decimals
         if rounded <= drop.allowed or drop.upper > drop.allowed:
             break
-    return f"{rounded:.{decimals}f}".replace("-", "−")
+    return points(rounded, decimals)
 
 
 def _lower(drop: Drop) -> str:
     decimals = _decimals(drop)
-    return f"{math.floor(drop.lower * 10**decimals + 1e-9) / 10**decimals:.{decimals}f}".replace("-", "−")
+    return points(math.floor(drop.lower * 10**decimals + 1e-9) / 10**decimals, decimals)
 
 
 def faster(before: Latency, after: Latency) -> str:

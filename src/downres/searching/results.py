@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DownresError
+from ..errors import DownresError, first_line
 from ..images import Skip
 from ..record import Misfit, Record, plain
 from ..records import OUTSIDE, Budget, Candidate, Cost, Drop, Latency, Preprocessing, Recovery, Result
@@ -83,7 +83,7 @@ def readable(folder: Path) -> Iterator[None]:
     except Misfit as misfit:
         why = f"{misfit.path} {misfit.why}"
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
-        why = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else 'no reason given'}"
+        why = f"{type(error).__name__}: {first_line(error, 'no reason given')[:100]}"
     else:
         return
     raise DownresError(f"What is in {folder} is not as it was written ({why}): search again with another folder.")

@@ -1,7 +1,6 @@
 """The folder of a run: every measurement is in it the moment it exists, so a run can be stopped, moved and resumed."""
 
 import fcntl
-import hashlib
 import json
 import os
 import zipfile
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DownresError
-from ..record import plain, read_json, settled, write_json, write_whole
+from ..record import plain, read_json, settled, sha256, write_json, write_whole
 
 FORMAT = 4
 """Of run.json and measurements.jsonl; a run of another format is refused."""
@@ -137,13 +136,13 @@ class Store:
         settled(partial)
         partial.replace(file)
         settled(file.parent)
-        if self.get(f"arrays/{name}") != (digest := _sha256(file)):
+        if self.get(f"arrays/{name}") != (digest := sha256(file)):
             self.put(f"arrays/{name}", digest)
 
     def has_arrays(self, name: str) -> bool:
         """Whether they are there as they were put."""
         file = self.folder / f"{name}.npz"
-        return file.is_file() and _sha256(file) == self.get(f"arrays/{name}")
+        return file.is_file() and sha256(file) == self.get(f"arrays/{name}")
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
         """Raises DownresError for what is missing or damaged."""
@@ -159,11 +158,6 @@ class Store:
 
 def _crc(key: str, value: Any) -> int:
     return zlib.crc32(json.dumps([key, value], sort_keys=True).encode())
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _refuse_other(folder: Path, stored: dict[str, Any], now: dict[str, Any], what: str = "") -> None:

@@ -28,12 +28,12 @@ def classes_at(answer: np.ndarray, size: tuple[int, int], dense: Dense, part: tu
     cut = torch.from_numpy(np.ascontiguousarray(answer[..., :rows, :columns]))
     same = tuple(cut.shape[-2:]) == tuple(size)
     if answer.ndim == 2:
-        found = cut if same else F.interpolate(cut[None, None].float(), size=size, mode="nearest-exact")[0, 0]
+        found = (cut if same else F.interpolate(cut[None, None].float(), size=size, mode="nearest-exact")[0, 0]).numpy()
     else:
         options = {} if same else {"mode": dense.interpolation, "align_corners": dense.align_corners}
         whole = cut if same else F.interpolate(cut[None], size=size, **options)[0]  # type: ignore[arg-type]
-        found = torch.from_numpy(largest(whole.numpy(), dense))
-    return found.numpy().astype(answer.dtype if answer.ndim == 2 else np.uint8 if len(answer) <= 255 else np.int16)
+        found = largest(whole.numpy(), dense)
+    return found.astype(answer.dtype if answer.ndim == 2 else np.uint8 if len(answer) <= 255 else np.int16)
 
 
 def largest(logits: np.ndarray, dense: Dense) -> np.ndarray:

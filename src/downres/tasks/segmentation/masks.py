@@ -1,6 +1,5 @@
 """Pictures with a class for every pixel: finding pairs of image and mask, reading masks as class indices, the data set."""
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import numpy as np
 
 from ...errors import DownresError
 from ...images.decode import Unreadable
-from ...images.images import Images, Progress, Skip, cache_bytes, from_files
+from ...images.images import Images, Progress, Skip, cache_bytes, fingerprint, from_files
 from ...images.parts import (
     WHOLE,
     as_found,
@@ -256,13 +255,8 @@ class MaskDataset:
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, of names, checksums of the pixels and of the masks, classes and folds."""
-        digest = hashlib.sha256()
-        for name, image, mask in zip(self.images.names, self.images.checksums, self.masks.checksums, strict=True):
-            digest.update(f"{name}\0{image}\0{mask}\n".encode(errors="surrogateescape"))
-        digest.update("\0".join(self.classes).encode())
-        for indices in (side for fold in self.folds for side in (fold.train, fold.test)):
-            digest.update(f"\n{len(indices)}\n".encode() + indices.astype("<i8").tobytes())
-        return digest.hexdigest()
+        sides = [side for fold in self.folds for side in (fold.train, fold.test)]
+        return fingerprint(self.images, "\0".join(self.classes).encode(), sides, self.masks)
 
 
 def open_masks(
