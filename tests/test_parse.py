@@ -8,8 +8,11 @@ from downres.parse import (
     check_resolution,
     format_quantity,
     format_resolution,
+    like,
+    name_of,
     parse_quantity,
     parse_resolutions,
+    short_form,
 )
 
 GOOD = {
@@ -23,8 +26,8 @@ GOOD = {
     "192x384": [(192, 384)],
     "192×384": [(192, 384)],
     "192 x 384, 96 : 160 : 64": [(192, 384), 96, 160],
-    "96x96": [96],
-    "128,96:160:32,192x384,128x128": [128, 96, 160, (192, 384)],
+    "96x96": [(96, 96)],
+    "128,96:160:32,192x384,128x128": [128, 96, 160, (192, 384), (128, 128)],
     "1": [1],
     "8192": [8192],
 }
@@ -36,8 +39,9 @@ def test_resolutions(text):
 
 
 def test_resolutions_back_and_forth():
-    for resolution in (1, 96, (192, 384), (384, 192), 8192):
-        assert parse_resolutions(format_resolution(resolution)) == [resolution]
+    for resolution in (1, 96, (96, 96), (192, 384), (384, 192), 8192):
+        assert parse_resolutions(name_of(resolution)) == [resolution]
+    assert format_resolution((96, 96)) == format_resolution(96) == "96"  # of a size there is no more to say
 
 
 @pytest.mark.parametrize(
@@ -70,11 +74,31 @@ def test_bad_resolutions(text, says):
 def test_as_hw():
     assert as_hw(96) == (96, 96) and as_hw((1, 2)) == (1, 2) and as_hw([3, 4]) == (3, 4)
     assert as_hw(np.int64(96)) == (96, 96) and type(as_hw(np.int64(96))[0]) is int
-    assert as_resolution([96, 96]) == 96 and as_resolution((1, 2)) == (1, 2) and as_resolution(7) == 7
-    assert check_resolution((160, 160)) == 160
+    assert as_resolution([96, 96]) == (96, 96) and as_resolution((1, 2)) == (1, 2) and as_resolution(np.int64(7)) == 7
+    assert check_resolution((160, 160)) == (160, 160) and short_form((160, 160)) == short_form(160) == 160
     for wrong in (96.0, (96.5, 128), "96", (96,), (1, 2, 3), None, ("96", "128")):
         with pytest.raises(DownresError, match=r"whole number of pixels or \(height, width\), .* is neither: give 160"):
             as_hw(wrong)
+
+
+@pytest.mark.parametrize(
+    ("native", "given", "meant"),
+    [
+        ((360, 480), 240, (240, 320)),
+        ((480, 360), 240, (320, 240)),
+        ((1024, 2048), 512, (512, 1024)),
+        ((360, 480), 100, (100, 133)),
+        ((360, 480), (90, 480), (90, 480)),
+        ((360, 480), (240, 240), (240, 240)),  # a pair is a pair
+        ((32, 128), np.int64(64), (64, 256)),
+        (224, 112, 112),
+        (224, (112, 224), (112, 224)),
+        (224, (112, 112), 112),  # of squares both ways to say it are one
+        ((224, 224), [112, 112], 112),
+    ],
+)
+def test_one_number_is_the_short_side_of_what_is_not_square(native, given, meant):
+    assert like(native, given) == meant
 
 
 QUANTITIES = {

@@ -165,7 +165,9 @@ def test_candidate_text_round_trip():
 def test_candidate_text():
     assert str(Candidate(128)) == "128"
     assert str(Candidate((192, 384))) == "192x384"
-    assert str(Candidate((160, 160))) == "160" and Candidate((160, 160)) == Candidate(160)
+    assert str(Candidate((160, 160))) == "160x160" and Candidate.parse("160x160") == Candidate((160, 160)) != Candidate(160)
+    assert Candidate((160, 160)).to_json()["resolution"] == [160, 160]
+    assert Candidate.from_json(Candidate((160, 160)).to_json()) == Candidate((160, 160))
     assert str(Candidate(300, 0.5)) == "300 stem×0.5"
     assert str(Candidate(None, 0.5, "layer1")) == "as is stem×0.5@layer1"
     assert str(Candidate()) == "as is"

@@ -18,7 +18,8 @@ class Axes:
     resolutions: of the input. stem_scales: resample after the embedding. patch_sizes: in pixels. merges: `Merge`, or
     what it is made of (8, 0.5, '8-decreasing'). candidates: as they are or as text, in any combination. ragged: what patches
     do where they do not divide the input. depths, widths: model scaling, for costs. extra: of techniques registered from
-    outside, by their keywords: `{"grey": (True,)}`. snap: take resolutions to multiples of the network's stride.
+    outside, by their keywords: `{"grey": (True,)}`. snap: take `resolutions` to multiples of the network's stride; the
+    defaults are such.
     """
 
     resolutions: Sequence[Resolution] | None = None
@@ -30,7 +31,7 @@ class Axes:
     depths: Sequence[int] | None = None
     widths: Sequence[float] | None = None
     extra: tuple[tuple[str, Any], ...] | Mapping[str, Any] = ()
-    snap: bool = True
+    snap: bool = False
 
     def __post_init__(self) -> None:
         extra = dict(self.extra)

@@ -127,7 +127,7 @@ OutputOption = Annotated[
     str, _data("--output", help="What a segmentation network hands out at that size: logits, or classes (least memory).")
 ]
 UpsamplingOption = Annotated[str, _data("--upsampling", help="Of a segmentation network's logits: bilinear or bicubic.")]
-SnapOption = Annotated[bool, _try("--snap/--no-snap", help="Take resolutions to multiples of the network's stride.")]
+SnapOption = Annotated[bool, _try("--snap/--no-snap", help="Take --resolution to multiples of the network's stride.")]
 ValFractionOption = Annotated[
     float | None,
     _measure(
@@ -261,7 +261,7 @@ def search(
     output: OutputOption = "logits",
     upsampling: UpsamplingOption = "bilinear",
     fit: FitOption = None,
-    snap: SnapOption = True,
+    snap: SnapOption = False,
     runtime: RuntimeOption = "onnxruntime",
     threads: ThreadsOption = None,
     cache_gb: CacheOption = None,
@@ -315,7 +315,7 @@ def curve(
     output: OutputOption = "logits",
     upsampling: UpsamplingOption = "bilinear",
     fit: FitOption = None,
-    snap: SnapOption = True,
+    snap: SnapOption = False,
     runtime: RuntimeOption = "torch",
     threads: ThreadsOption = None,
     cache_gb: CacheOption = None,

@@ -12,11 +12,13 @@ MAX_RESOLUTION = 8192
 """Largest side accepted, in pixels: above it a typing error is likelier than a wish."""
 
 Resolution = int | tuple[int, int]
-"""One side of a square, or (height, width), in pixels."""
+"""The short side, the aspect ratio kept, or (height, width), in pixels. A square pair is no number: of a street scene 64 is
+64x128, and (64, 64) a square.
+"""
 
 
 def as_hw(resolution: Resolution) -> tuple[int, int]:
-    """(height, width) in pixels of a resolution given either way; DownresError for what is no resolution."""
+    """(height, width) in pixels of a resolution given either way, of one number a square; DownresError for what is none."""
     try:
         sides = tuple(map(index, resolution)) if isinstance(resolution, (tuple, list)) else (index(resolution),) * 2
         height, width = sides
@@ -27,26 +29,52 @@ def as_hw(resolution: Resolution) -> tuple[int, int]:
     return height, width
 
 
-def as_resolution(hw: tuple[int, int] | list[int] | int) -> Resolution:
-    """The short form: one number for a square, else (height, width)."""
-    height, width = as_hw(hw)  # type: ignore[arg-type]
+def as_resolution(given: Resolution | list[int]) -> Resolution:
+    """One number as one, a pair as a pair, of Python's own integers; DownresError for anything else."""
+    height, width = as_hw(given)  # type: ignore[arg-type]
+    return (height, width) if isinstance(given, (tuple, list)) else height
+
+
+def short_form(size: Resolution) -> Resolution:
+    """Of a size, in which nothing is left to be kept: one number for a square, else (height, width)."""
+    height, width = as_hw(size)
     return height if height == width else (height, width)
 
 
-def format_resolution(resolution: Resolution) -> str:
-    height, width = as_hw(resolution)
+def like(native: Resolution, resolution: Resolution) -> Resolution:
+    """The size that a resolution means for a network used at the size `native`: of one number, the short side, the other one
+    follows the aspect ratio; in short form where the network is used on squares, so that 160 and (160, 160) are the same.
+    """
+    (height, width), resolution = as_hw(native), as_resolution(resolution)
+    if not isinstance(resolution, int):
+        return short_form(resolution) if height == width else resolution
+    if height == width:
+        return resolution
+    short = min(height, width)
+    return round(height * resolution / short), round(width * resolution / short)
+
+
+def format_resolution(size: Resolution) -> str:
+    """Of a size: `160`, `192x384`."""
+    height, width = as_hw(size)
     return str(height) if height == width else f"{height}x{width}"
 
 
+def name_of(resolution: Resolution) -> str:
+    """As `parse_resolutions` reads it: `160`, `160x160`, `192x384`."""
+    return str(resolution) if isinstance(resolution, int) else f"{resolution[0]}x{resolution[1]}"
+
+
 def check_resolution(resolution: Resolution) -> Resolution:
-    """The resolution itself, or an error when a side is not in 1…MAX_RESOLUTION."""
+    """The resolution as it is given, or an error when a side is not in 1…MAX_RESOLUTION."""
+    resolution = as_resolution(resolution)
     for side in as_hw(resolution):
         if not 1 <= side <= MAX_RESOLUTION:
             raise DownresError(
                 f"A resolution is between 1 and {MAX_RESOLUTION} pixels, {side} is not: "
                 "give for example 96:256:32, 96,128,160 or 192x384."
             )
-    return as_resolution(resolution)  # type: ignore[arg-type]
+    return resolution
 
 
 def parse_resolutions(text: str) -> list[Resolution]:

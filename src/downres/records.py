@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from .errors import DownresError
-from .parse import Resolution, as_hw, as_resolution, check_resolution
+from .parse import Resolution, as_hw, check_resolution, like, short_form
 from .record import Record
 from .techniques import Technique, techniques
 from .techniques.resolution import RAGGED as RAGGED
@@ -26,7 +26,8 @@ from .techniques.tokens import Merge as Merge
 class Candidate(Record):
     """How small: input resolution, resample after the embedding, patch size, tokens, and for cost families depth and width.
 
-    resolution: side of the (square) input in pixels, or (height, width); None leaves the input alone.
+    resolution: short side of the input in pixels, its aspect ratio kept, or (height, width), which is kept as a pair even where
+        it is a square; None leaves the input alone.
     ragged: what a network with patches does with a side that its patch does not divide: 'error', 'floor' (the rest at
         the right and bottom is cut off), 'pad' (with zeros there).
     stem_scale: factor on height and width of the activations after `stem` (1.0: none); of a transformer, of its grid of
@@ -98,6 +99,13 @@ class Candidate(Record):
     def at(self, resolution: Resolution | None) -> "Candidate":
         """The same at another resolution."""
         return dataclasses.replace(self, resolution=resolution)
+
+    def on(self, native: Resolution) -> "Candidate":
+        """The same for a network used at the size `native`: at that where it names no resolution, else see `parse.like`.
+
+        What means the same of that network is then equal.
+        """
+        return self.at(native if self.resolution is None else like(native, self.resolution))
 
     def to_json(self) -> dict[str, Any]:
         values = super().to_json()
@@ -343,6 +351,7 @@ FITS = ("crop", "stretch", "pad")
 class Preprocessing(Record):
     """From a decoded picture to the network's input; see `downres.images.preprocess`.
 
+    resolution: of the input: side of a square, or (height, width), both in pixels.
     fit: 'crop' resizes the short side to floor(side / crop_ratio), antialiased, and crops the centre to `resolution`. For
     answers to every pixel nothing may be cut off: 'stretch' resizes the whole picture to `resolution`, 'pad' the whole picture
     with its aspect ratio to the largest size inside it, the rest, at the right and the bottom, being filled with `mean`.
@@ -359,7 +368,7 @@ class Preprocessing(Record):
     any_size: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "resolution", check_resolution(as_resolution(self.resolution)))  # type: ignore[arg-type]
+        object.__setattr__(self, "resolution", short_form(check_resolution(self.resolution)))
         if self.fit not in FITS:
             raise DownresError(f"A picture is fitted by {', '.join(FITS)}; {self.fit!r} is none of them.")
         if self.interpolation not in ("bilinear", "bicubic"):
@@ -381,10 +390,10 @@ class Preprocessing(Record):
         return as_hw(self.resolution)
 
     def at(self, resolution: Resolution | None = None, crop_ratio: float | None = None) -> "Preprocessing":
-        """The same at another resolution or crop ratio."""
+        """The same at another resolution, of one number as its short side, or crop ratio."""
         return dataclasses.replace(
             self,
-            resolution=self.resolution if resolution is None else resolution,
+            resolution=self.resolution if resolution is None else like(self.resolution, resolution),
             crop_ratio=self.crop_ratio if crop_ratio is None else crop_ratio,
         )
 
@@ -411,7 +420,7 @@ class Dense(Record):
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", as_hw(check_resolution(as_resolution(self.size))))  # type: ignore[arg-type]
+        object.__setattr__(self, "size", as_hw(check_resolution(self.size)))
         if self.output not in (LOGITS, CLASSES):
             raise DownresError(f"A segmentation network hands out {LOGITS} or {CLASSES}, {self.output!r} is neither.")
         if self.interpolation not in ("bilinear", "bicubic"):

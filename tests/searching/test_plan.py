@@ -7,16 +7,19 @@ from downres.errors import DownresError
 from downres.records import Candidate, Merge
 from downres.searching.plan import plan
 from downres.techniques import Design
-from downres.techniques.resolution import default_resolutions, like, snap
+from downres.techniques.resolution import default_resolutions, snap
 from downres.techniques.stem import SCALES as STEM_SCALES
 from downres.techniques.tokens import KEPT
 
 
 @pytest.mark.parametrize(
     ("given", "stride", "snapped"),
-    [(128, 32, 128), (100, 32, 96), (120, 32, 128), (33, 32, 32), (224, 16, 224), ((100, 250), 32, (96, 256)), (7, 1, 7)],
-)
-def test_snapping_goes_to_the_nearest_multiple(given, stride, snapped):
+    [
+        (128, 32, 128), (100, 32, 96), (120, 32, 128), (33, 32, 32), (224, 16, 224), ((100, 250), 32, (96, 256)), (7, 1, 7),
+        (176, 32, 192), (208, 32, 224), (240, 32, 256), (175, 32, 160), (5, 3, 6), ((64, 70), 32, (64, 64)),
+    ],
+)  # fmt: skip
+def test_snapping_goes_to_the_nearest_multiple_and_of_two_to_the_larger(given, stride, snapped):
     assert snap(given, stride) == snapped
 
 
@@ -24,27 +27,47 @@ def test_snapping_goes_to_the_nearest_multiple(given, stride, snapped):
 def test_below_the_stride_nothing_would_be_left(given):
     with pytest.raises(DownresError, match="below the network's total stride of 32"):
         snap(given, 32)
-    for do_snap in (True, False):
+    for snapped in (True, False):
         with pytest.raises(DownresError, match="start at 32 or above"):
-            plan(Design(224, 32), Axes(tuple([128, given])), do_snap)
+            plan(Design(224, 32), Axes(tuple([128, given]), snap=snapped))
 
 
-def test_every_snapped_resolution_is_noted():
-    candidates, notes = plan(Design(224, 32), Axes(tuple([100, 128, 200])))
-    assert candidates == [Candidate(96), Candidate(128), Candidate(192)]
-    assert len(notes) == 2 and "100 px snapped to 96" in notes[0] and "200 px snapped to 192" in notes[1]
+def test_what_is_named_is_tried_as_it_is_named():
+    """176, 208 and 240 lie halfway between two multiples of 32; the ragged ones are told, once."""
+    named = [176, 208, 240, 100, 128, (96, 130)]
+    candidates, notes = plan(Design(256, 32), Axes(tuple(named), candidates=["97 stem×0.5", "64", "176 stem×0.5"]))
+    assert [str(c) for c in candidates] == [
+        "176", "208", "240", "100", "128", "96x130", "97 stem×0.5", "64", "176 stem×0.5",
+    ]  # fmt: skip
+    assert notes == [
+        "not multiples of the network's stride 32, so its feature maps have ragged edges: 176, 208, 240, 100, 96x130, 97"
+    ]
+    assert plan(Design(224, 32), Axes(tuple([96, 128])))[1] == []
 
 
-def test_two_that_snap_to_the_same_are_one():
-    candidates, notes = plan(Design(224, 32), Axes(tuple([97, 96, 100])))
+def test_only_who_asks_for_it_has_them_snapped_and_every_one_is_noted():
+    candidates, notes = plan(Design(224, 32), Axes(tuple([100, 128, 200, 208]), snap=True))
+    assert candidates == [Candidate(96), Candidate(128), Candidate(192)]  # 208 is the original's 224
+    assert "100 px snapped to 96" in notes[0] and "200 px snapped to 192" in notes[1] and "208 px snapped to 224" in notes[2]
+    candidates, notes = plan(Design(224, 32), Axes(tuple([97, 96, 100]), snap=True))
     assert candidates == [Candidate(96)] and len(notes) == 2
 
 
-def test_without_snapping_they_stay_and_the_ragged_ones_are_named():
-    candidates, notes = plan(Design(224, 32), Axes(tuple([100, 128, (96, 130)])), do_snap=False)
-    assert candidates == [Candidate(100), Candidate(128), Candidate((96, 130))]
-    assert len(notes) == 1 and "100, 96x130" in notes[0] and "128" not in notes[0] and "stride 32" in notes[0]
-    assert plan(Design(224, 32), Axes(tuple([96, 128])), do_snap=False)[1] == []
+def test_a_side_that_only_follows_goes_to_the_stride_where_the_one_named_is_on_it():
+    """Of 360x480, 320 would be 320x426.7, which a network in steps of 32 cannot take; of 180 nothing is on the stride."""
+    candidates, notes = plan(Design((360, 480), 32), Axes((320, 180, (180, 200))))
+    assert [c.hw for c in candidates] == [(320, 416), (180, 240), (180, 200)]
+    assert len(notes) == 1 and notes[0].endswith(": 180x240, 180x200")
+
+
+def test_a_pair_is_height_and_width_and_what_means_the_same_is_tried_once():
+    """One number is the short side, a square pair a square; of a network used on squares they are the same."""
+    same = Axes((160, (160, 160)), candidates=["160x160", Candidate((160, 160)), "160", "160x160 stem×0.5", "160 stem×0.5"])
+    assert [str(c) for c in plan(Design(224, 32), same)[0]] == ["160", "160 stem×0.5"]
+    lines = Design((32, 128), 16)
+    axes = Axes((64, (64, 64), (64, 256)), candidates=["64x64", "64x256 stem×0.5", "64 stem×0.5"])
+    assert [str(c) for c in plan(lines, axes)[0]] == ["64x256", "64x64", "64x256 stem×0.5"]
+    assert plan(Design(224, 32), Axes(((224, 224),)))[0] == []  # the original itself
 
 
 def test_the_original_is_left_alone_even_off_the_stride():
@@ -113,14 +136,14 @@ def test_what_the_caller_chose_is_kept_and_an_empty_axis_left_out():
 
 
 def test_candidates_given_whole_are_taken_as_they_are():
-    axes = Axes((), (), (), (), ["168 merge4", Candidate(merge=Merge(keep=0.5)), "100"])
+    axes = Axes((), (), (), (), ["168 merge4", Candidate(merge=Merge(keep=0.5)), "100"])  # patches refuse 168 and 100 later
     candidates, notes = plan(VIT, axes)
     assert [str(c) for c in candidates] == ["168 merge4", "224 merge50%", "100"] and notes == []
 
 
 def test_ragged_goes_to_those_that_need_it_only():
     axes = Axes([96, 100], (), [20, 28], (), ragged="pad")
-    candidates, _ = plan(VIT, axes, do_snap=False)
+    candidates, _ = plan(VIT, axes)
     assert [str(c) for c in candidates] == ["96", "100 pad", "224 pad patch20", "224 patch28"]
 
 
@@ -136,8 +159,8 @@ def test_a_patch_larger_than_the_image_is_refused():
 
 
 def test_who_says_how_to_treat_ragged_sizes_gets_them():
-    axes = Axes([100], (), [24], (), ragged="pad")
-    candidates, _ = plan(VIT, axes)  # snapping is on, and would leave nothing to pad
+    axes = Axes([100], (), [24], (), ragged="pad", snap=True)  # which would leave nothing to pad
+    candidates, _ = plan(VIT, axes)
     assert [str(c) for c in candidates] == ["100 pad", "224 pad patch24"]
     with pytest.raises(DownresError, match="'sideways' is none of them"):
         Axes([96], ragged="sideways")
@@ -149,24 +172,8 @@ def test_ragged_is_what_the_network_divides_by_not_its_total_stride():
     assert [str(c) for c in candidates] == ["208", "210 floor"]
 
 
-@pytest.mark.parametrize(
-    ("native", "given", "meant"),
-    [
-        ((360, 480), 240, (240, 320)),
-        ((480, 360), 240, (320, 240)),
-        ((1024, 2048), 512, (512, 1024)),
-        ((360, 480), 100, (100, 133)),
-        ((360, 480), (90, 480), (90, 480)),
-        (224, 112, 112),
-        (224, (112, 224), (112, 224)),
-    ],
-)
-def test_one_number_is_the_short_side_of_what_is_not_square(native, given, meant):
-    assert like(native, given) == meant
-
-
 def test_the_short_side_counts_in_axes_and_in_candidates():
     axes = Axes([240, (90, 480)], candidates=["180", "360 stem×0.5"])
     candidates, notes = plan(Design((360, 480), 16), axes)
-    assert [c.hw for c in candidates] == [(240, 320), (96, 480), (180, 240), (360, 480)]
-    assert candidates[-1].stem_scale == 0.5 and len(notes) == 1
+    assert [c.hw for c in candidates] == [(240, 320), (90, 480), (180, 240), (360, 480)]
+    assert candidates[-1].stem_scale == 0.5 and len(notes) == 1 and "90x480, 180x240" in notes[0]

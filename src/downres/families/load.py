@@ -107,7 +107,7 @@ def with_preprocessing(
         return model
     source = f"{model.preprocessing.source}; {', '.join(given)} given"
     if resolution is not None:
-        given["any_size"] = False
+        given |= {"any_size": False, "resolution": model.preprocessing.at(resolution).resolution}
     return dataclasses.replace(model, preprocessing=dataclasses.replace(model.preprocessing, source=source, **given))  # type: ignore[arg-type]
 
 

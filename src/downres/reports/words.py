@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ..parse import as_hw, format_quantity, format_resolution
+from ..parse import format_quantity, format_resolution, name_of
 from ..records import (
     OUTSIDE,
     TOO_FEW,
@@ -52,8 +52,7 @@ def size(candidate: Candidate) -> str:
     """`128 px`, `192 × 384 px` (height × width)."""
     if candidate.resolution is None:
         return "original size"
-    height, width = as_hw(candidate.resolution)
-    return f"{height} px" if height == width else f"{height} × {width} px"
+    return f"{name_of(candidate.resolution).replace('x', ' × ')} px"
 
 
 def details(candidate: Candidate) -> list[str]:

@@ -83,7 +83,7 @@ def costs(
     """Cost at the model's own resolution and of families of candidates, each along its own axis; no weights are needed.
 
     Args:
-        resolutions: taken as given, not snapped; None: from the model's own down; () leaves them out.
+        resolutions: as in `search`; None: from the model's own down; () leaves them out.
         stem_scales, patch_sizes, merges: as in `search`, at the model's own resolution (of patches, at their nearest
             multiple to it); None and () leave them out.
         depths, widths: model scaling, numbers of blocks and factors on the channels; see `Candidate`.
@@ -105,31 +105,26 @@ def costs(
         model, batch_size, Question(label_size=label_size, output=output, upsampling=upsampling, output_index=output_index)
     )
     axes = axes_of(tries, given, Axes(None, (), (), (), depths=(), widths=()))
-    chosen = RESOLUTION.defaults(design) if axes.given(RESOLUTION) is None else axes.given(RESOLUTION)
-    inputs, notes = plan(design, Axes(chosen, ragged=axes.ragged), do_snap=False)
-    inside = dataclasses.replace(axes.replaced({RESOLUTION.keyword: ()}), candidates=())
-    others, more = plan(design, inside, do_snap=axes.ragged == "error")
-    planned = {candidate: RESOLUTION.family(candidate, design) for candidate in inputs}
-    planned |= {c: _family(c, design) for c in others}
-    for c in axes.candidates:
-        assert isinstance(c, Candidate)
-        planned.setdefault(c if c.resolution is not None else c.at(native.resolution), GIVEN)
-    planned.pop(native, None)
+    if axes.given(RESOLUTION) is None:
+        axes = axes.replaced({RESOLUTION.keyword: RESOLUTION.defaults(design)})
+    along, _ = plan(design, dataclasses.replace(axes, candidates=()))
+    planned, notes = plan(design, axes)
     rows, refused = [Row(ORIGINAL, native, measure(native))], []
-    for candidate, family in planned.items():
+    for candidate in planned:
         try:
-            rows.append(Row(family, candidate, measure(candidate)))
+            rows.append(Row(_family(candidate, design) if candidate in along else GIVEN, candidate, measure(candidate)))
         except DownresError as error:
             refused.append((candidate, error))
     if refused and len(rows) == 1:
         raise refused[0][1]
-    notes += [*measure.notes, *more, *(f"{candidate} left out: {str(error).rstrip('.')}" for candidate, error in refused)]
+    notes += [*measure.notes, *(f"{candidate} left out: {str(error).rstrip('.')}" for candidate, error in refused)]
     return Costs(model.spec, tuple(rows), batch_size, CONVENTION, tuple(notes))
 
 
 def _family(candidate: Candidate, design: Design) -> str:
     """What a candidate of one axis changes."""
-    return next(t for t in techniques() if t is not RESOLUTION and t.is_on(candidate)).family(candidate, design)
+    inside = (t for t in techniques() if t is not RESOLUTION and t.is_on(candidate))
+    return next(inside, RESOLUTION).family(candidate, design)
 
 
 class _Measuring:

@@ -74,7 +74,7 @@ def curve(
     groups = gather({"tries": tries, "question": question, "measuring": measuring}, flat)
     tries, question, measuring = groups["tries"], groups["question"], groups["measuring"]
     subject = prepare_task(model, data, question, task, preprocessing)
-    planned, notes = plan(design_of(subject.model), tries, tries.snap)
+    planned, notes = plan(design_of(subject.model), tries)
     notes += fused_notes(subject.model)
     check_planned(subject, planned)
     if not planned:

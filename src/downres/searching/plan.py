@@ -1,4 +1,4 @@
-"""Which candidates to try: one family for each way to look at fewer pixels or tokens, sizes snapped to the network."""
+"""Which candidates to try: one family for each way to look at fewer pixels or tokens; what is named is tried as it is named."""
 
 import dataclasses
 
@@ -7,21 +7,20 @@ from ..errors import DownresError
 from ..parse import Resolution, as_hw
 from ..records import Candidate
 from ..techniques import RESOLUTION, Design
-from ..techniques.resolution import like
 
 
-def plan(design: Design, axes: Axes, do_snap: bool = True) -> tuple[list[Candidate], list[str]]:
+def plan(design: Design, axes: Axes) -> tuple[list[Candidate], list[str]]:
     """(candidates, notes): input variants from large to small, then the others at the native resolution, then those given."""
     notes: list[str] = []
-    do_snap = do_snap and axes.ragged == "error"  # who says how to treat ragged sizes wants them
-    inputs = RESOLUTION.chosen(axes.given(RESOLUTION) or (), design, do_snap, notes)
+    whole = axes.ragged == "error"  # who says how to treat ragged sizes wants them
+    inputs = RESOLUTION.chosen(axes.given(RESOLUTION) or (), design, axes.snap and whole, notes)
     candidates = [Candidate(r, ragged=_ragged(axes, r, design.divided_by)) for r in inputs]
     for technique, variant in axes.free():
-        resolution, unit = technique.place(variant, design, do_snap, notes)
+        resolution, unit = technique.place(variant, design, whole, notes)
         candidates.append(dataclasses.replace(variant, resolution=resolution, ragged=_ragged(axes, resolution, unit)))
-    # What is given whole is taken as it is; without a resolution it is meant at the original's.
     given = [Candidate.parse(c) if isinstance(c, str) else c for c in axes.candidates]
-    candidates += [c.at(design.native if c.resolution is None else like(design.native, c.resolution)) for c in given]
+    candidates += [c.on(design.native) for c in given]
+    notes += RESOLUTION.ragged_notes(candidates, design)
     return [c for c in dict.fromkeys(candidates) if c != Candidate(design.native)], notes
 
 

@@ -93,7 +93,7 @@ def search(
     subject.check_budget(budget)
     wanted, rungs = rungs, tuple(rung for rung in rungs if rung in subject.rungs)
     design = design_of(subject.model)
-    planned, notes = plan(design, default_axes(design, tries), tries.snap)
+    planned, notes = plan(design, default_axes(design, tries))
     if wanted and not rungs:
         have = f"has {', '.join(subject.rungs)} alone" if subject.rungs else "has no rung"
         notes.append(f"of the recovery ladder a {subject.name} network {have}: nothing is recovered")

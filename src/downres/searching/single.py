@@ -6,12 +6,11 @@ from torch import nn
 
 from ..errors import DownresError
 from ..families import Model
-from ..parse import Resolution, as_resolution
+from ..parse import Resolution
 from ..records import Budget, Candidate, Preprocessing, Recovery, Score
 from ..recovery.ladder import RUNGS, climb
 from ..recovery.state import State
 from ..tasks import Question, Task
-from ..techniques.resolution import like
 from .prepare import Measuring, Progress, Source, check_planned, gather, open_data, prepare_task
 
 
@@ -35,11 +34,12 @@ def evaluate(
     question, measuring = groups["question"], groups["measuring"]
     subject = prepare_task(model, data, question, task, preprocessing)
     open_data(subject, data, measuring, question, parts=("val",), progress=progress)
-    p = subject.model.preprocessing
-    p = p.at(None if resolution is None else like(p.resolution, as_resolution(resolution)), crop_ratio)  # type: ignore[arg-type]
+    native = subject.native_state
+    candidate = Candidate(resolution).on(subject.model.preprocessing.resolution)
+    state = State(candidate, native.crop_ratio if crop_ratio is None else crop_ratio)
     bank = subject.bank(None, progress=progress, **measuring.options())
     subject.fill(bank)
-    return subject.quality(subject.evidence(bank, State(Candidate(p.resolution), p.crop_ratio), subject.proof))
+    return subject.quality(subject.evidence(bank, state, subject.proof))
 
 
 def recover(
@@ -68,9 +68,7 @@ def recover(
     question, measuring = groups["question"], groups["measuring"]
     subject = prepare_task(model, data, question, task, preprocessing)
     open_data(subject, data, measuring, question, progress=progress)
-    candidate = candidate or Candidate(like(subject.native.resolution, as_resolution(resolution)))  # type: ignore[arg-type]
-    if candidate.resolution is None:
-        candidate = candidate.at(subject.native.resolution)
+    candidate = (candidate or Candidate(resolution)).on(subject.model.preprocessing.resolution)
     check_planned(subject, [candidate])
     bank = subject.bank(None, progress=progress, **measuring.options())
     subject.fill(bank)

@@ -12,8 +12,9 @@ class Question(Record):
 
     task: name of the task; None finds it from what the network answers. labels: a CSV or JSON file of labels beside a folder
     of images. classes: a file with the names and colours of the masks' classes. fit_head: replace the final linear layer by
-    one fitted for the data's classes. label_size: (height, width) that a segmentation network's logits are brought to; None:
-    that of the masks. output: what it hands out there, 'logits' or 'classes'; upsampling: 'bilinear' or 'bicubic'.
+    one fitted for the data's classes. label_size: (height, width), or the short side, that a segmentation network's logits are
+    brought to; None: that of the masks. output: what it hands out there, 'logits' or 'classes'; upsampling: 'bilinear' or
+    'bicubic'.
     output_index: index or name of the output that is judged, of a network that returns several; None where only one fits the
     data. ignore_output: index of an output of a segmentation network for pixels without a class, which is left out.
     compare: what agreement is of, 'classes', 'embeddings' or 'masks'; None where the network tells.

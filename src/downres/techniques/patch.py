@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DownresError
-from ..parse import Resolution, as_hw, as_resolution, format_resolution, integers
+from ..parse import Resolution, as_hw, format_resolution, integers, like
 from .technique import Design, Style, Technique, whole
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Patch(Technique):
         sides = (round(design.patch * factor) for factor in FACTORS)
         return tuple(s for s in sides if s <= min(as_hw(design.native)) // 2)
 
-    def place(self, c: "Candidate", design: Design, snap: bool, notes: list[str]) -> tuple[Resolution, tuple[int, int]]:
+    def place(self, c: "Candidate", design: Design, whole: bool, notes: list[str]) -> tuple[Resolution, tuple[int, int]]:
         """The same image, as nearly as whole patches allow."""
         resolution, patch = design.native, c.patch_size
         assert patch is not None
@@ -48,8 +48,8 @@ class Patch(Technique):
             raise DownresError(
                 f"A patch of {patch} px is larger than the image of {format_resolution(resolution)} px: give a smaller patch."
             )
-        if (height % patch or width % patch) and snap:
-            resolution = as_resolution((height // patch * patch, width // patch * patch))
+        if (height % patch or width % patch) and whole:
+            resolution = like(resolution, (height // patch * patch, width // patch * patch))
             notes.append(f"patches of {patch} px look at {format_resolution(resolution)} px, a multiple of them")
         return resolution, (patch, patch)
 

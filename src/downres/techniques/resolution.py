@@ -4,7 +4,16 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DownresError
-from ..parse import Resolution, as_hw, as_resolution, check_resolution, format_resolution, parse_resolutions
+from ..parse import (
+    Resolution,
+    as_hw,
+    as_resolution,
+    check_resolution,
+    format_resolution,
+    like,
+    name_of,
+    parse_resolutions,
+)
 from .technique import Design, Style, Technique
 
 if TYPE_CHECKING:
@@ -31,7 +40,7 @@ class InputResolution(Technique):
     def check(self, values: dict[str, Any]) -> dict[str, Any]:
         resolution, ragged = values["resolution"], values["ragged"]
         if resolution is not None:
-            resolution = check_resolution(as_resolution(resolution))
+            resolution = check_resolution(resolution)
         if ragged not in RAGGED:
             raise DownresError(
                 f"A side that patches do not divide is handled by {', '.join(RAGGED)}; {ragged!r} is none of them."
@@ -39,14 +48,14 @@ class InputResolution(Technique):
         return {"resolution": resolution, "ragged": ragged}
 
     def word(self, c: "Candidate") -> str:
-        """`as is`, `128`, `192x384`, `220 pad`."""
-        text = "as is" if c.resolution is None else format_resolution(c.resolution)
+        """`as is`, `128`, `128x128`, `192x384`, `220 pad`."""
+        text = "as is" if c.resolution is None else name_of(c.resolution)
         return text if c.ragged == "error" else f"{text} {c.ragged}"
 
     def read(self, word: str) -> dict[str, Any]:
         """Of a word without blanks: `as_is`, `128`, `192x384`, `pad`."""
         if match := re.fullmatch(r"(\d+)(?:x(\d+))?", word):
-            return {"resolution": (int(match[1]), int(match[2] or match[1]))}
+            return {"resolution": (int(match[1]), int(match[2])) if match[2] else int(match[1])}
         return {"resolution": None} if word == "as_is" else {"ragged": word} if word in RAGGED else {}
 
     def columns(self, c: "Candidate") -> dict[str, Any]:
@@ -56,27 +65,32 @@ class InputResolution(Technique):
         return tuple(default_resolutions(design.native, design.stride))
 
     def chosen(self, values: tuple[Resolution, ...], design: Design, do_snap: bool, notes: list[str]) -> list[Resolution]:
-        """The resolutions to try, snapped to the network's stride or not; notes: to be added to where that tells something."""
-        given, stride = [like(design.native, r) for r in values], design.stride
-        if not do_snap:
-            for r in given:
-                snap(r, stride)  # only for its error
-            ragged = [format_resolution(r) for r in given if any(side % stride for side in as_hw(r))]
-            if ragged:
-                edges = f"so its feature maps have ragged edges: {', '.join(ragged)}"
-                notes.append(f"not multiples of the network's stride {stride}, {edges}")
-            return given
+        """The resolutions to try, as they are named; do_snap: at the nearest multiples of the network's stride, with a note."""
         found = []
-        for r in given:
-            # The original's own resolution is a reference point: it stays as it is.
-            snapped = r if r == design.native else snap(r, stride)
-            if snapped != r:
-                notes.append(
-                    f"{format_resolution(r)} px snapped to {format_resolution(snapped)}, "
-                    f"a multiple of the network's stride {stride}"
-                )
-            found.append(snapped)
+        for named in map(as_resolution, values):
+            size = placed(named, design)
+            snapped = snap(size, design.stride)  # without `do_snap` only for its error
+            if do_snap and size not in (snapped, design.native):
+                stride = f"a multiple of the network's stride {design.stride}"
+                notes.append(f"{name_of(size)} px snapped to {name_of(snapped)}, {stride}")
+                size = snapped
+            found.append(size)
         return found
+
+    def ragged_notes(self, candidates: list["Candidate"], design: Design) -> list[str]:
+        """What is said of those whose input the network's stride does not divide, though what it must divide does."""
+
+        def divides(c: "Candidate", *by: int) -> bool:
+            return not any(side % unit for side, unit in zip(as_hw(c.resolution or design.native), by, strict=True))
+
+        stride, unit = design.stride, design.divided_by
+        # With patches, what their unit does not divide is refused, cut or padded, and with other patches the stride differs.
+        whole = [c for c in candidates if not any(t.refits and not t.always for t in c.techniques)]
+        found = [c for c in whole if not divides(c, stride, stride) and (design.patch is None or divides(c, *unit))]
+        names = dict.fromkeys(name_of(c.resolution) for c in found if c.resolution not in (None, design.native))
+        if not names:
+            return []
+        return [f"not multiples of the network's stride {stride}, so its feature maps have ragged edges: {', '.join(names)}"]
 
     def parse_option(self, text: str) -> tuple[Resolution, ...]:
         return tuple(parse_resolutions(text))
@@ -102,7 +116,7 @@ class InputResolution(Technique):
             step = adapter.unit if adapter is not None and not exact else (1, 1)
             work.small.register_forward_pre_hook(ResizeInput(size, work.interpolation, step), with_kwargs=True)
             side = "short side" if isinstance(size, int) else "height x width"
-            work.note("input resize", "", f"{side} {format_resolution(size)} px, {work.interpolation}, antialiased")
+            work.note("input resize", "", f"{side} {name_of(size)} px, {work.interpolation}, antialiased")
         work.image = _fit_input(work, target, unit, exact)
         if work.one_grid and work.image == target and adapter is not None and adapter.image is None:
             work.small.register_forward_pre_hook(FitInput((1, 1), False, target), with_kwargs=True)
@@ -157,15 +171,24 @@ def snap(resolution: Resolution, stride: int) -> Resolution:
             f"The resolution {format_resolution(resolution)} is below the network's total stride of {stride}: "
             f"nothing would be left of the feature map; start at {stride} or above."
         )
-    return as_resolution((round(height / stride) * stride, round(width / stride) * stride))
+    snapped = _nearest(height, stride), _nearest(width, stride)
+    return snapped[0] if isinstance(resolution, int) else snapped
 
 
-def like(native: Resolution, resolution: Resolution) -> Resolution:
-    """The resolution; one number, for a network that is not used on squares, as the short side with its aspect ratio kept."""
-    if isinstance(native, int) or not isinstance(resolution, int):
-        return resolution
-    short = min(native)
-    return as_resolution((round(native[0] * resolution / short), round(native[1] * resolution / short)))
+def placed(resolution: Resolution, design: Design) -> Resolution:
+    """`like`, but that the side that only follows goes to the nearest multiple of the stride where the one named is one: of
+    360x480 and a stride of 32, 320 is 320x416 and not 320x427.
+    """
+    size = like(design.native, resolution)
+    if not isinstance(resolution, int) or isinstance(size, int) or resolution % design.stride:
+        return size
+    height, width = (_nearest(side, design.stride) for side in size)
+    return height, width
+
+
+def _nearest(side: int, stride: int) -> int:
+    """The nearest multiple, of two the larger."""
+    return (2 * side + stride) // (2 * stride) * stride
 
 
 def default_resolutions(native: Resolution, stride: int) -> list[Resolution]:
@@ -177,7 +200,8 @@ def default_resolutions(native: Resolution, stride: int) -> list[Resolution]:
     while len(sides) > 8:
         # Every second one, the smallest kept: costs fall with the square, so a geometric feel is enough.
         sides = sides[::-2][::-1]
-    return list(dict.fromkeys(snap((round(height * s / short), round(width * s / short)), stride) for s in sides))
+    sizes = (snap((round(height * s / short), round(width * s / short)), stride) for s in sides)
+    return list(dict.fromkeys(like(native, size) for size in sizes))
 
 
 RESOLUTION = InputResolution()

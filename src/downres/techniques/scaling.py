@@ -17,7 +17,7 @@ class Scaling(Technique):
 
     order, measurable = 10, False
 
-    def place(self, c: "Candidate", design: Design, snap: bool, notes: list[str]) -> tuple[Resolution, tuple[int, int]]:
+    def place(self, c: "Candidate", design: Design, whole: bool, notes: list[str]) -> tuple[Resolution, tuple[int, int]]:
         return design.native, (1, 1)  # nothing of it is cut or padded
 
     def how(self, c: "Candidate") -> str:

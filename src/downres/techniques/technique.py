@@ -124,8 +124,12 @@ class Technique:
         """One value to try, as values of a candidate."""
         return {self.name: value}
 
-    def place(self, c: "Candidate", design: Design, snap: bool, notes: list[str]) -> tuple[Resolution, tuple[int, int]]:
-        """(resolution that a variant is tried at, what its sides are divided by); notes: to be added to where that differs."""
+    def place(self, c: "Candidate", design: Design, whole: bool, notes: list[str]) -> tuple[Resolution, tuple[int, int]]:
+        """(resolution that a variant is tried at, what its sides are divided by).
+
+        whole: the sides shall be divided without rest; notes: to be added to where another resolution than the original's
+        does that.
+        """
         return design.native, design.divided_by
 
     def parse_option(self, text: str) -> tuple:

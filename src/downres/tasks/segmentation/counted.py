@@ -6,7 +6,7 @@ from torch import nn
 
 from ...errors import DownresError
 from ...families import Model
-from ...parse import as_hw
+from ...parse import as_hw, like
 from ...probe import Answer
 from ...records import LOGITS, Dense
 from ...reductions.dense import Segmenter, check_size
@@ -16,7 +16,8 @@ from ..question import Question
 def counted(model: Model, answer: Answer, question: Question) -> Callable[[nn.Module], nn.Module]:
     """What makes of a network the one whose costs are counted; it changes nothing but networks that answer for every pixel."""
     if answer.size is not None:
-        size = model.preprocessing.hw if question.label_size is None else as_hw(question.label_size)
+        p = model.preprocessing
+        size = p.hw if question.label_size is None else as_hw(like(p.resolution, question.label_size))
         check_size(size, answer.size)
         dense = dense_of(size, answer, question)
         return lambda network: Segmenter(network, dense, answer.which)

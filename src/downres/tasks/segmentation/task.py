@@ -14,7 +14,7 @@ from torch import nn
 
 from ...errors import DownresError
 from ...families import Model
-from ...parse import as_hw, format_resolution, user_path
+from ...parse import as_hw, format_resolution, like, user_path
 from ...probe import Answer, find_answer
 from ...records import CLASSES, LOGITS, OUTSIDE, Budget, Candidate, Dense, Drop, Preprocessing, Record, Recovery, Result
 from ...recovery.bank import CALIBRATION_IMAGES
@@ -122,7 +122,7 @@ class Segmentation(Task):
             answer = find_answer(made_for(model.module, p.hw), (len(p.mean), *p.hw), answer.which)
         assert answer.size is not None
         if question.label_size is not None:
-            size = as_hw(question.label_size)
+            size = as_hw(like(p.resolution, question.label_size))
             check_size(size, answer.size)
         else:
             wanted = masks or p.hw  # smaller than the logits: each image's are resized to its own mask
