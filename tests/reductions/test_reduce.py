@@ -403,3 +403,17 @@ def test_a_pooled_grid_is_compared_as_a_grid_not_as_a_count():
         run(small, images(1, 3, 112, 448))  # as many tokens, another grid
     merged = reduce(model, merge=4)
     assert token_map(merged, images(1, 3, 112, 448)).shape == (1, 7, 28)
+
+
+def test_a_square_pair_is_a_square_whatever_the_network_is_made_for():
+    """One number is the short side: of lines of text 64 is 64x256, and (64, 64) has a quarter of its tokens."""
+    lines = timm.create_model("vit_tiny_patch16_224", img_size=(32, 128), depth=1, num_classes=2).eval()
+    for given, expected in ((64, (64, 256)), ((64, 64), (64, 64)), ([64, 64], (64, 64))):
+        small = reduce(lines, resolution=given)
+        assert small.patch_embed.img_size == expected and small(torch.rand(1, 3, 32, 128)).shape == (1, 2)
+        assert reduce(lines, small.downres.candidate).patch_embed.img_size == expected
+    for given, expected in ((64, (64, 85)), ((64, 64), (64, 64))):
+        small, seen = reduce(Net(), resolution=given), []
+        small.first.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(tuple(args[0].shape[-2:])))
+        small(torch.rand(1, 3, 120, 160))
+        assert seen == [expected]

@@ -1,5 +1,7 @@
 """One resolution without a search: evaluate, recover, curve; the model given is never touched."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,19 @@ def test_evaluate_is_the_plain_loop(trained, cells, resolution, crop):
     found = evaluate(trained, dataset, resolution=resolution, crop_ratio=crop, threads=1)
     assert found.n == len(dataset.folds[0].test)
     assert abs(found.correct - correct_by_hand(trained.module, trained.preprocessing.at(resolution, crop), dataset)) <= 1
+
+
+def test_one_number_is_the_short_side_and_a_pair_height_and_width(trained, cells):
+    """Of a network used at 24x48 16 is 16x32 and (16, 16) a square: in evaluate, curve, recover and by a candidate's text."""
+    dataset, wide = cells.dataset(), dataclasses.replace(trained, preprocessing=trained.preprocessing.at((24, 48)))
+    found = curve(wide, dataset, [16, (16, 16), (16, 32)], candidates=["16x16", "16"], threads=1)
+    assert [str(r.candidate) for r in found.results] == ["16x32", "16x16"]
+    assert [r.cost.input_size[2:] for r in found.results] == [(16, 32), (16, 16)]
+    for given, size, result in ((16, (16, 32), found.results[0]), ((16, 16), (16, 16), found.results[1])):
+        assert evaluate(wide, dataset, resolution=given, threads=1) == result.quality
+        assert abs(result.quality.correct - correct_by_hand(wide.module, wide.preprocessing.at(size), dataset)) <= 1
+        assert recover(wide, dataset, resolution=given, rungs=(), threads=1)[1].hw == size
+        assert recover(wide, dataset, Candidate(given), rungs=(), threads=1)[1].hw == size
 
 
 def test_recover_gives_a_network_that_is_what_its_record_says(trained, cells):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def _csv_rows(text: str) -> list[list[str]]:
 
 def _json_rows(values: Any) -> list[list[Any]]:
     def text(value: Any) -> str:
-        return "|".join(map(str, value)) if isinstance(value, list) else str(value)
+        return "|".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
     if isinstance(values, dict):
         first = next(iter(values.values()))
@@ -94,7 +95,7 @@ def _part(path: Path, word: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class TableData:
-    """Pictures with a row of numbers each. targets: float64 (n, K), names: of the K columns."""
+    """Pictures with a row of finite numbers each. targets: float64 (n, K), names: of the K columns."""
 
     images: Images
     targets: np.ndarray
@@ -104,6 +105,14 @@ class TableData:
     description: str
     licence: str = ""
     found_in: Path | str = ""
+
+    def __post_init__(self) -> None:
+        shape = (len(self.images), len(self.names))
+        if self.targets.shape != shape or not np.isfinite(self.targets).all():
+            raise DownresError(
+                f"{shape[0]} pictures and {shape[1]} columns need finite targets {shape}, an array {self.targets.shape} is "
+                "given, or one with NaN or infinity in it: give a number for each."
+            )
 
     def fingerprint(self) -> str:
         targets = "\0".join(self.names).encode() + np.ascontiguousarray(self.targets, "<f8").tobytes()
@@ -179,7 +188,7 @@ def numbers(table: Table, read: Callable[[str], float] = float) -> np.ndarray:
         for j, cell in enumerate(row):
             try:
                 found[i, j] = read(cell)
-                if not math.isfinite(found[i, j]):
+                if not math.isfinite(found[i, j]) or "_" in cell:  # which Python reads over: 1_7 is 17
                     raise ValueError
             except ValueError:
                 raise DownresError(
@@ -187,6 +196,22 @@ def numbers(table: Table, read: Callable[[str], float] = float) -> np.ndarray:
                     "correct it, or leave the row out."
                 ) from None
     return found
+
+
+def number_in(cell: str) -> float | None:
+    """The number that a cell is, as spreadsheets and pandas write one; None for a text."""
+    return float(cell) if _NUMBER.fullmatch(cell) else None
+
+
+_NUMBER = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|inf(?:inity)?|nan)", re.ASCII | re.IGNORECASE)
+
+
+def no_class(what: str) -> DownresError:
+    """Of a label that is a number and no class; what: the label, and whose it is."""
+    return DownresError(
+        f"{what} is no class, which is a name or a whole number from 0 on: for measurements give `task='regression'` and a CSV "
+        "file of them beside a folder of the pictures, else name the classes in words."
+    )
 
 
 def labels_beside(folder: Any, given: str | None, what: str) -> Path:

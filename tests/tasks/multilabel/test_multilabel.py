@@ -65,6 +65,27 @@ def test_labels_as_columns_names_and_json(tmp_path: Path) -> None:
         targets_of(read_table(wrong))
 
 
+def test_truths_as_pandas_writes_them(tmp_path: Path) -> None:
+    columns = write_csv(tmp_path / "a.csv", ["file", "red", "blue"], [["0.png", True, False], ["1.png", "true", 1.0]])
+    assert targets_of(read_table(columns))[1].tolist() == [[True, False], [True, True]]
+    one = write_csv(tmp_path / "b.csv", ["file", "red"], [["0.png", True], ["1.png", False]])
+    assert targets_of(read_table(one))[0] == ("red",) and targets_of(read_table(one))[1].tolist() == [[True], [False]]
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (["1.7", "0"], r"The label 1\.7 of 0\.png in .* is no class, .* `task='regression'`"),
+        (["red|0.5", "red"], r"The label 0\.5 of 0\.png"),
+        ([[0, 1, 1], [1, 0, 0]], "names '1' twice for 0.png: name each class once, or give a column of 0 and 1 for each"),
+    ],
+)
+def test_numbers_that_are_no_names_are_refused(tmp_path: Path, values: list, says: str) -> None:
+    (tmp_path / "l.json").write_text(json.dumps({f"{i}.png": value for i, value in enumerate(values)}))
+    with pytest.raises(DownresError, match=says):
+        targets_of(read_table(tmp_path / "l.json"))
+
+
 def labels(folder: Path, colours: np.ndarray, path: Path, columns: int = 3) -> str:
     rows = [[f"{i:02d}.png", *(colour > 0.5).astype(int)[:columns]] for i, colour in enumerate(colours)]
     return str(write_csv(path, ["file", "red", "green", "blue"][: columns + 1], rows))

@@ -43,6 +43,8 @@ def test_the_error_is_that_of_the_labels(painted: tuple[Path, np.ndarray], tmp_p
     far = curve(
         model_of(reading_red()), folder, [16], task="regression", labels=labels(colours, tmp_path / "b.csv", 7.0), snap=False
     )
+    with pytest.raises(DownresError, match=r"The label .* of 00\.png .* is no class, .* give `task='regression'`"):
+        curve(model_of(reading_red()), folder, [16], labels=str(tmp_path / "a.csv"))  # what that advice gives stands above
     assert near.original.quality.mae < 1.0 and near.original.quality.n == 80
     assert far.original.quality.mae == pytest.approx(7.0, abs=1.0)
     assert near.original.quality.r2 > 0.99 and near.original.quality.unit == "%"

@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from ...images.parts import (
 )  # fmt: skip
 from ...images.split import Fold
 from ...parse import user_path
+from ..table import no_class
 
 _WNID = re.compile(r"n\d{8}")
 _IMAGENET_CLASSES = 1000
@@ -52,10 +54,38 @@ class Dataset:
     description: str
     licence: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", whole(self.labels, lambda i: self.images.names[i]))
+
     def fingerprint(self) -> str:
         """SHA-256, in hex, of names, checksums of the pixels, labels, classes and folds."""
         sides = [side for fold in self.folds for side in (fold.train, fold.test)]
         return fingerprint(self.images, "\0".join(self.classes).encode(), [self.labels, *sides])
+
+
+def whole(labels: Any, name: Callable[[int], str]) -> np.ndarray:
+    """Labels as int64 (n,): integers, truth values, and numbers without a fraction in whatever type; name: of the picture i.
+
+    Raises DownresError that names the first that is no whole number.
+    """
+    given = np.asarray(labels)
+    if given.ndim != 1:
+        raise DownresError(
+            f"A classifier has one label an image, an array {given.shape} is not that: give one for each, or for several "
+            "`task='multilabel'` and a file of them beside a folder of the pictures."
+        )
+    if given.dtype.kind in "iub":
+        return given.astype(np.int64)
+    for i, value in enumerate(given.tolist()):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise DownresError(
+                f"Labels in Python are whole numbers from 0 on, {str(value)[:40]!r} of {name(i)} is none: number the classes."
+            ) from None
+        if not number.is_integer() or abs(number) > 2**53:
+            raise no_class(f"The label {number:g} of {name(i)}")
+    return given.astype(np.float64).astype(np.int64)
 
 
 def from_arrays(
@@ -67,7 +97,7 @@ def from_arrays(
     licence: str = "",
 ) -> Dataset:
     """A data set of pictures that are in memory. Raises DownresError where labels, images and classes do not agree."""
-    labels = np.asarray(labels, dtype=np.int64)
+    labels = whole(labels, lambda i: images.names[i])
     if labels.shape != (len(images),):
         raise DownresError(f"{len(images)} images need as many labels, not an array {labels.shape}: give one for each image.")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):

@@ -1,7 +1,7 @@
 """Labels of classes from elsewhere than folders' names: a CSV or JSON file, a Hugging Face dataset, any PyTorch dataset."""
 
 import dataclasses
-import re
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,11 @@ from PIL import Image
 from ...errors import DownresError
 from ...images import Images, Progress
 from ...images.parts import divide, listed_names
-from ..table import Table, open_rows, read_table
-from .folders import Dataset
+from ..table import Table, no_class, number_in, open_rows, read_table
+from .folders import Dataset, whole
+
+MOST_CLASSES = 1_000_000
+"""That a label may number; above it, it is a key of something else."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,24 @@ class Labels:
                 f"A classifier has one label a picture, {table.path} has {len(table.names)} columns of them "
                 f"({listed_names(table.names)}): give file,label, or `task='multilabel'` or `task='regression'`."
             )
-        cells = tuple((re.sub(r"^(\d+)\.0+$", r"\1", row[0]),) for row in table.cells)  # as pandas writes whole numbers
-        named = zip(table.files, cells, strict=True)
-        empty = next((file for file, (value,) in named if value in ("", "None", "nan")), None)
-        if empty is not None:
-            raise DownresError(f"{table.path} has no label for {empty}: give it one, or leave its row out.")
-        return cls(dataclasses.replace(table, cells=cells))
+        rows = [(file, row[0], number_in(row[0])) for file, row in zip(table.files, table.cells, strict=True)]
+        all_numbers = all(number is not None for _, _, number in rows)  # among words inf is one of them
+        for file, value, number in rows:
+            if value in ("", "None", "nan", "NaN"):
+                raise DownresError(f"{table.path} has no label for {file}: give it one, or leave its row out.")
+            if number is not None and (all_numbers or math.isfinite(number)) and not number.is_integer():
+                raise no_class(f"The label {value} of {file} in {table.path}")
+        return cls(dataclasses.replace(table, cells=tuple((_plain(value, number),) for _, value, number in rows)))
 
     def names(self, outputs: int | None) -> tuple[str, ...]:
         """The classes in the order of the outputs: numbers count from 0, names are sorted. Checked against the outputs."""
         values = [row[0] for row in self.table.cells]
         if all(value.isdecimal() for value in values):
+            if max(map(int, values)) >= MOST_CLASSES:
+                raise DownresError(
+                    f"{self.table.path} has labels up to {max(map(int, values)):.3g}, beyond {MOST_CLASSES} classes: "
+                    "number them from 0, or name them in words."
+                )
             count = 1 + max(map(int, values)) if outputs is None else outputs
             if max(map(int, values)) >= count:
                 raise DownresError(
@@ -64,6 +74,11 @@ class Labels:
         return np.array(
             [index[str(int(row[0])) if classes_are_numbers(classes) else row[0]] for row in self.table.cells], np.int64
         )
+
+
+def _plain(value: str, number: float | None) -> str:
+    """A whole number without what pandas writes it with beside missing ones: 2.0."""
+    return value if number is None or value.isdecimal() or not number.is_integer() else str(int(number))
 
 
 def classes_are_numbers(classes: Sequence[str]) -> bool:
@@ -167,8 +182,9 @@ def _labels_in(dataset: Any) -> np.ndarray:
         if hasattr(dataset, "column_names"):
             values = dataset[_label_column(dataset)]
         elif hasattr(dataset, "targets"):
-            transform = getattr(dataset, "target_transform", None)
-            values = [transform(int(v)) for v in dataset.targets] if transform is not None else dataset.targets
+            values, transform = dataset.targets, getattr(dataset, "target_transform", None)
+            if transform is not None:
+                values = [transform(v) for v in np.asarray(values).tolist()]
         else:
             values = [dataset[i][1] for i in range(len(dataset))]
         found = np.asarray(values)
@@ -179,12 +195,7 @@ def _labels_in(dataset: Any) -> np.ndarray:
             f"A {type(dataset).__name__} does not give (image, target) by index: give the dataset itself, whose items are "
             "pictures with a class number, or a folder."
         ) from None
-    if found.ndim != 1 or found.dtype.kind not in "iuf" or (found != np.floor(found)).any():
-        raise DownresError(
-            "A classifier's targets are whole numbers, one an image, these are not: give `task='regression'` or "
-            "`task='multilabel'` a file of labels."
-        )
-    return found.astype(np.int64)
+    return whole(found, lambda i: f"item {i}")
 
 
 def _label_column(dataset: Any) -> str:

@@ -18,12 +18,14 @@ from ...recovery.features import FeatureBank, Head
 from ...recovery.ladder import Option, best_of
 from ...reports import words
 from ..evidence import Arrays
-from ..table import Table, TableData, labels_beside, numbers, open_rows, read_table
+from ..table import Table, TableData, labels_beside, no_class, number_in, numbers, open_rows, read_table
 from ..task import Question, Section
 from ..vectors import VectorTask, folded, stacked, standardised
 from .quality import MultilabelQuality, class_precision, compare_scores, multilabel_quality, resampled_map
 
 SEPARATORS = "|;, "
+_TRUTHS = {"false": "0", "true": "1"}
+"""As pandas writes them."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class MultilabelPrediction(Record):
 
 def targets_of(table: Table) -> tuple[tuple[str, ...], np.ndarray]:
     """(classes, bool (rows, K)): from a column of 0 and 1 for each class, or one column of names with | between them."""
-    if len(table.names) > 1 or all(row[0] in ("0", "1", "0.0", "1.0") for row in table.cells):
-        values = numbers(table)
+    if len(table.names) > 1 or all(row[0].lower() in (*_TRUTHS, "0", "1", "0.0", "1.0") for row in table.cells):
+        values = numbers(table, lambda cell: _TRUTHS.get(cell.lower(), cell))  # type: ignore[arg-type, return-value]
         wrong = np.argwhere((values != 0) & (values != 1))
         if len(wrong):
             i, j = wrong[0]
@@ -51,7 +53,15 @@ def targets_of(table: Table) -> tuple[tuple[str, ...], np.ndarray]:
             )
         return table.names, values.astype(bool)
     separator = next((s for s in SEPARATORS if any(s in row[0] for row in table.cells)), "|")
-    named = [{part.strip() for part in row[0].split(separator) if part.strip()} for row in table.cells]
+    named = [[part.strip() for part in row[0].split(separator) if part.strip()] for row in table.cells]
+    for file, own in zip(table.files, named, strict=True):
+        for part in own:
+            if (number_in(part) or 0.0) % 1:
+                raise no_class(f"The label {part} of {file} in {table.path}")
+            if own.count(part) > 1:
+                raise DownresError(
+                    f"{table.path} names {part!r} twice for {file}: name each class once, or give a column of 0 and 1 for each."
+                )
     classes = tuple(sorted(set().union(*named)))
     return classes, np.array([[name in own for name in classes] for own in named])
 
@@ -90,6 +100,9 @@ class Multilabel(VectorTask):
     def begin(self, data: TableData, seed: int) -> None:  # type: ignore[override]
         super().begin(data, seed)
         self.classes = data.names
+        wrong = data.targets[(data.targets != 0) & (data.targets != 1)]
+        if len(wrong):
+            raise no_class(f"The target {wrong[0]:g}, where there is 0 or 1 for each class,")
 
     def split(self, fold: Fold) -> tuple[np.ndarray, np.ndarray]:
         """Without a positive among them, tuning images could say nothing: then none tunes."""
