@@ -58,6 +58,7 @@ EXAMPLES = [
     Dense((1024, 2048), "classes", "bicubic", True),
     Preprocessing((360, 480), fit="stretch"),
     Preprocessing((192, 384), fit="pad"),
+    Preprocessing(96, mean=(103.5, 116.0, 123.7), std=(1.0,) * 3, channel_order="bgr", scale=1.0, antialias=False),
     Result(Candidate((240, 320)), "measured", naive=MASKS, quality=MASKS, drop=DROP),
     Preprocessing(224, 0.875),
     Preprocessing((192, 384), 1.0, "bicubic", (0.5,), (0.25,), "given"),
@@ -248,6 +249,17 @@ def test_preprocessing():
             Preprocessing(96, mean=mean, std=std)
     with pytest.raises(DownresError, match="crop, stretch, pad; 'squeeze' is none"):
         Preprocessing(96, fit="squeeze")
+    with pytest.raises(DownresError, match="rgb or bgr, 'gbr' is neither"):
+        Preprocessing(96, channel_order="gbr")
+    with pytest.raises(DownresError, match="bgr is an order of three channels, mean and std are of 1"):
+        Preprocessing(96, mean=(0.5,), std=(0.5,), channel_order="bgr")
+    for scale in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(DownresError, match="multiplied by a number above 0, .* is not: give 1/255 or"):
+            Preprocessing(96, scale=scale)
+    with pytest.raises(DownresError, match="antialias is True or False, 'no' is neither"):
+        Preprocessing(96, antialias="no")
+    with pytest.raises(DownresError, match="A mean of 123.7 is above every pixel, which are 0 to 1 with this `scale`"):
+        Preprocessing(96, mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
     assert Preprocessing(96).fit == "crop" and Preprocessing(96, fit="pad").at(48).fit == "pad"
 
 

@@ -24,7 +24,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from .errors import DownresError
-from .parse import floats, format_quantity, format_resolution, parse_quantity, parse_resolutions
+from .parse import floats, format_quantity, format_resolution, fraction, parse_quantity, parse_resolutions
 from .record import plain, write_json
 from .techniques import RESOLUTION, Technique, techniques
 
@@ -66,8 +66,8 @@ NativeOption = Annotated[
     str | None,
     _model("--native-resolution", metavar="N|HxW", help="Resolution the original is used at; default: its own configuration."),
 ]
-MeanOption = Annotated[str | None, _model("--mean", help="Per channel, on 0…1: 0.485,0.456,0.406.")]
-StdOption = Annotated[str | None, _model("--std", help="Per channel, on 0…1: 0.229,0.224,0.225.")]
+MeanOption = Annotated[str | None, _model("--mean", help="Per channel, on 0…1 (see --scale): 0.485,0.456,0.406.")]
+StdOption = Annotated[str | None, _model("--std", help="Per channel, on 0…1 (see --scale): 0.229,0.224,0.225.")]
 InterpolationOption = Annotated[str | None, _model("--interpolation", help="bilinear or bicubic.")]
 CropOption = Annotated[
     float | None, _model("--crop-ratio", help="Side of the centre crop over the resized short side, above 0 to 1.")
@@ -84,6 +84,17 @@ FitOption = Annotated[
     _model(
         "--fit", help="Of a whole picture: crop, stretch or pad; default: as the model has it, never crop for segmentation."
     ),
+]
+OrderOption = Annotated[
+    str | None, _model("--channel-order", help="Of the network's input, and of mean and std: rgb or bgr (OpenCV's).")
+]
+ScaleOption = Annotated[
+    str | None,
+    _model("--scale", metavar="1|1/255", help="What pixels are multiplied by before mean and std; 1 leaves 0…255."),
+]
+AntialiasOption = Annotated[
+    bool | None,
+    _model("--antialias/--no-antialias", help="Whether pictures are filtered when they get smaller; OpenCV's are not."),
 ]
 TaskOption = Annotated[
     str | None,
@@ -261,6 +272,9 @@ def search(
     output: OutputOption = "logits",
     upsampling: UpsamplingOption = "bilinear",
     fit: FitOption = None,
+    channel_order: OrderOption = None,
+    scale: ScaleOption = None,
+    antialias: AntialiasOption = None,
     snap: SnapOption = False,
     runtime: RuntimeOption = "onnxruntime",
     threads: ThreadsOption = None,
@@ -275,7 +289,10 @@ def search(
     memory = parse_quantity(max_memory, "--max-memory") if max_memory else None
     from .searching.run import search as run_search
 
-    loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio, fit)
+    loaded = _load(
+        model, weights, native_resolution, mean, std, scale, interpolation=interpolation, crop_ratio=crop_ratio, fit=fit,
+        channel_order=channel_order, antialias=antialias,
+    )  # fmt: skip
     with _progress() as progress:
         run = run_search(
             loaded, data, max_drop=max_drop, max_macs=macs, max_memory_bytes=memory, max_latency_ms=max_latency_ms,
@@ -315,6 +332,9 @@ def curve(
     output: OutputOption = "logits",
     upsampling: UpsamplingOption = "bilinear",
     fit: FitOption = None,
+    channel_order: OrderOption = None,
+    scale: ScaleOption = None,
+    antialias: AntialiasOption = None,
     snap: SnapOption = False,
     runtime: RuntimeOption = "torch",
     threads: ThreadsOption = None,
@@ -329,7 +349,10 @@ def curve(
         tries = tries.replaced({RESOLUTION.keyword: None})  # nothing asked for: from the model's own down
     from .searching.curve import curve as run_curve
 
-    loaded = _load(model, weights, native_resolution, mean, std, interpolation, crop_ratio, fit)
+    loaded = _load(
+        model, weights, native_resolution, mean, std, scale, interpolation=interpolation, crop_ratio=crop_ratio, fit=fit,
+        channel_order=channel_order, antialias=antialias,
+    )  # fmt: skip
     with _progress() as progress:
         found = run_curve(
             loaded, data, tries=tries, snap=snap, max_drop=max_drop, val_fraction=val_fraction,
@@ -550,21 +573,21 @@ def _command() -> str:
 
 def _load(
     model: str, weights: Path | None, native: str | None, mean: str | None = None, std: str | None = None,
-    interpolation: str | None = None, crop_ratio: float | None = None, fit: str | None = None, pretrained: bool = True,
+    scale: str | None = None, pretrained: bool = True, **given: Any,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """The model as the options describe it. Options are read first: a typing error must not wait for weights."""
     natives = [None] if native is None else parse_resolutions(native)
     if len(natives) > 1:
         raise DownresError(f"--native-resolution is one resolution, {native!r} are {len(natives)}: give for example 224.")
-    given: dict[str, Any] = {
+    given |= {
         "mean": tuple(floats(mean, "--mean")) if mean else None,
         "std": tuple(floats(std, "--std")) if std else None,
-        "fit": fit,
+        "scale": fraction(scale, "--scale") if scale else None,
     }
     from .families import load_model, with_preprocessing
 
     loaded = load_model(model, weights, pretrained=pretrained)
-    return with_preprocessing(loaded, resolution=natives[0], interpolation=interpolation, crop_ratio=crop_ratio, **given)
+    return with_preprocessing(loaded, resolution=natives[0], **given)
 
 
 def _task(text: str | None) -> Any:
@@ -649,9 +672,13 @@ def _print_notes(notes: Any) -> None:
 
 
 def _preprocessing_words(p: Any) -> str:
+    from .reports import words
+
+    unusual = f"{words.pixels(p)}, " if words.pixels(p) else ""
     return (
         f"Preprocessing ({p.source}): {format_resolution(p.resolution)} px, "
         f"{f'crop ratio {p.crop_ratio:.3g}' if p.fit == 'crop' else f'whole picture, {p.fit}'}, {p.interpolation}, "
+        f"{'' if p.antialias else 'not antialiased, '}{unusual}"
         f"mean {', '.join(f'{m:.3f}' for m in p.mean)}, std {', '.join(f'{s:.3f}' for s in p.std)}"
     )
 

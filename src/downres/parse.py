@@ -129,6 +129,18 @@ def floats(text: str, option: str) -> list[float]:
         ) from None
 
 
+def fraction(text: str, option: str) -> float:
+    """`0.5`, `1/255`; option: whose text it is, for the error."""
+    try:
+        above, _, below = text.partition("/")
+        found = float(above) / float(below or 1)
+        if not math.isfinite(found):
+            raise ValueError
+        return found
+    except (ValueError, ZeroDivisionError):
+        raise DownresError(f"Cannot read {text!r} for {option}: give a number or a fraction, for example 1/255.") from None
+
+
 def user_path(path: str | os.PathLike[str]) -> Path:
     """The path with `~` made a home folder; DownresError where nobody has that name."""
     try:

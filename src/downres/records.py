@@ -341,10 +341,11 @@ class Drop(Record):
 
 LEAST_CROP_RATIO = 0.1
 """Below it a picture would be made more than ten times as large as what is looked at: a typing error is likelier."""
-LEAST_STD, MOST = 1e-6, 65535.0
+LEAST_STD, LEAST_SCALE, MOST = 1e-6, 1e-12, 65535.0
 """Of pixels; beyond, every picture would be one constant, or overflow."""
 FITS = ("crop", "stretch", "pad")
 """How a picture is brought to the network's input; see `Preprocessing`."""
+RGB, BGR = "rgb", "bgr"
 
 
 @dataclass(frozen=True)
@@ -352,9 +353,13 @@ class Preprocessing(Record):
     """From a decoded picture to the network's input; see `downres.images.preprocess`.
 
     resolution: of the input: side of a square, or (height, width), both in pixels.
-    fit: 'crop' resizes the short side to floor(side / crop_ratio), antialiased, and crops the centre to `resolution`. For
+    The network gets (pixels · scale - mean) / std, its channels in the order `channel_order` ('rgb' or 'bgr'), which is also
+    that of mean and std. scale: 1/255 brings 8 bits to 0…1, 1 leaves them as 0…255.
+    fit: 'crop' resizes the short side to floor(side / crop_ratio) and crops the centre to `resolution`. For
     answers to every pixel nothing may be cut off: 'stretch' resizes the whole picture to `resolution`, 'pad' the whole picture
     with its aspect ratio to the largest size inside it, the rest, at the right and the bottom, being filled with `mean`.
+    antialias: whether a picture that gets smaller is filtered as much (PIL, torchvision); False as OpenCV's resize, which reads
+    the nearest pixels alone.
     any_size: `resolution` is only what is usual, nobody chose it: a segmentation network is then used at its labels' size.
     """
 
@@ -366,6 +371,9 @@ class Preprocessing(Record):
     source: str = "given"
     fit: str = "crop"
     any_size: bool = False
+    channel_order: str = RGB
+    scale: float = 1 / 255
+    antialias: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "resolution", short_form(check_resolution(self.resolution)))
@@ -383,6 +391,21 @@ class Preprocessing(Record):
             raise DownresError(
                 f"mean and std are finite, one value a channel, std above 0; {self.mean} and {self.std} are not: "
                 "give for example 0.5,0.5,0.5."
+            )
+        if self.channel_order not in (RGB, BGR):
+            raise DownresError(f"The order of channels is {RGB} or {BGR}, {self.channel_order!r} is neither.")
+        if self.channel_order == BGR and len(self.mean) != 3:
+            raise DownresError(f"{BGR} is an order of three channels, mean and std are of {len(self.mean)}: leave it out.")
+        if not LEAST_SCALE <= self.scale <= MOST:
+            raise DownresError(
+                f"Pixels are multiplied by a number above 0, {self.scale} is not: give 1/255 or, for 0 to 255, 1."
+            )
+        if not isinstance(self.antialias, bool):
+            raise DownresError(f"antialias is True or False, {self.antialias!r} is neither.")
+        if max(self.mean) > 2 * 255 * self.scale:
+            raise DownresError(
+                f"A mean of {max(self.mean):g} is above every pixel, which are 0 to {255 * self.scale:g} with this `scale`: "
+                "give mean and std on that range, or `scale=1` where they are on 0 to 255."
             )
 
     @property

@@ -311,6 +311,27 @@ def test_with_preprocessing():
         with_preprocessing(model, crop_ratio=2.0)
 
 
+def test_mean_and_std_go_with_their_scale():
+    """Numbers of other pixels than the network gets would make a picture of nothing, and nobody would say so."""
+    model = Model(nn.Identity(), Preprocessing(224))
+    caffe = {"mean": (103.53, 116.28, 123.675), "std": (57.375, 57.12, 58.395)}
+    given = with_preprocessing(model, scale=1, channel_order="bgr", antialias=False, **caffe).preprocessing
+    assert (given.scale, given.channel_order, given.antialias, given.mean) == (1, "bgr", False, caffe["mean"])
+    assert given.source == "given; mean, std, channel_order, scale, antialias given"
+    with pytest.raises(DownresError, match="the model's are for another scale: give `mean` and `std` with `scale`"):
+        with_preprocessing(model, scale=1)
+    with pytest.raises(DownresError, match="A mean of 123.675 is above every pixel, which are 0 to 1"):
+        with_preprocessing(model, **caffe)
+    with pytest.raises(DownresError, match="A mean of 0.485 and a std of 0.229 are nothing beside pixels of 0 to 255"):
+        with_preprocessing(model, scale=1, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    assert with_preprocessing(model, scale=1, mean=(0.0,) * 3, std=(1.0,) * 3).preprocessing.scale == 1
+    other = Model(nn.Identity(), given)
+    with pytest.raises(DownresError, match="takes pixels of 0 to 255, .* give `scale` with them, 1 or 1/255"):
+        with_preprocessing(other, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert with_preprocessing(other, mean=(0.5,) * 3, std=(0.5,) * 3, scale=1 / 255).preprocessing.scale == 1 / 255
+    assert with_preprocessing(other, resolution=96).preprocessing.scale == 1
+
+
 def test_assumed_preprocessing():
     assert assumed(nn.Identity()).source.startswith("assumed: ImageNet's mean and std")
     assert assumed(timm.create_model("test_vit")).resolution == 160

@@ -5,6 +5,7 @@ import re
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
@@ -235,8 +236,10 @@ def test_smp_preprocessing_is_that_of_the_encoder(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored))
     monkeypatch.setattr(smp_family, "try_to_load_from_cache", lambda *a, **k: str(tmp_path / "config.json"))
     found = smp_family.preprocessing(net, "FPN/resnet18")
-    assert found.mean == pytest.approx((0.4, 0.452, 0.5)) and found.std == pytest.approx((1 / 255, 1.0, 0.2))
-    assert "channels in the order BGR not followed: RGB" in found.source
+    assert (found.channel_order, found.scale, found.mean) == ("bgr", 1.0, (102.0, 115.26, 127.5))
+    picture = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    theirs = smp.encoders.preprocess_input(picture, **stored)
+    np.testing.assert_allclose(preprocess(picture, found).permute(1, 2, 0), theirs, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(smp_family, "try_to_load_from_cache", lambda *a, **k: None)
     assumed = smp_family.preprocessing(net, "FPN/resnet18")
     said = "assumed: ImageNet's mean and std, 512x512 px"

@@ -355,7 +355,7 @@ IMAGENET = {"do_normalize": True, "image_mean": [0.485, 0.456, 0.406], "image_st
         (  # scaled to -1…1 without normalising
             {"image_processor_type": "ViTImageProcessor", "do_resize": False, "do_normalize": False, "resample": 2}
             | {"do_rescale": True, "rescale_factor": 1 / 127.5},
-            Preprocessing(32, 1.0, "bilinear", (0.0,) * 3, (0.5,) * 3, SAID),
+            Preprocessing(32, 1.0, "bilinear", (0.0,) * 3, (1.0,) * 3, SAID, scale=1 / 127.5),
         ),
         (
             {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}, "crop_pct": 0.8, "resample": 3}
@@ -396,15 +396,30 @@ def test_networks_of_any_size_follow_the_image_processor(tmp_path):
     assert load_model(f"transformers:{tmp_path / 'd'}").preprocessing.resolution == 64
 
 
-def test_preprocessed_pixels_are_those_of_the_image_processor(folder):
-    stored = {"image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"shortest_edge": 36}, "resample": 3}
-    stored |= {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}, "do_rescale": True, **IMAGENET}
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"image_processor_type": "BitImageProcessor", "do_rescale": True, **IMAGENET},
+        {"image_processor_type": "BitImageProcessor", "do_rescale": False, "do_normalize": False},
+        {"image_processor_type": "BitImageProcessor", "do_rescale": False, "do_normalize": True}
+        | {"image_mean": [123.675, 116.28, 103.53], "image_std": [58.395, 57.12, 57.375]},
+        {"image_processor_type": "MobileViTImageProcessor", "do_rescale": True, "do_flip_channel_order": True},
+        {"image_processor_type": "EfficientNetImageProcessor", "rescale_offset": True, "rescale_factor": 1 / 127.5, **IMAGENET},
+        {"image_processor_type": "EfficientNetImageProcessor", "include_top": False, **IMAGENET},
+    ],
+    ids=["usual", "as they are", "0 to 255", "BGR", "EfficientNet with its offset", "EfficientNet without its top"],
+)
+def test_preprocessed_pixels_are_those_of_the_image_processor(folder, more):
+    stored = {"do_resize": True, "size": {"shortest_edge": 36}, "resample": 3, **more}
+    stored |= {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
     (folder / "preprocessor_config.json").write_text(json.dumps(stored))
     picture = np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8)
     theirs = AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"][0]
-    ours = preprocess(picture, load_model(f"transformers:{folder}").preprocessing)
+    p = load_model(f"transformers:{folder}").preprocessing
+    ours = preprocess(picture, p)
     assert ours.shape == theirs.shape == (3, 32, 32)
-    assert (ours - theirs).abs().max() <= 2 / 255 / 0.224  # two levels
+    assert (ours - theirs).abs().max() <= 2.01 * p.scale / min(p.std)  # two levels
+    assert theirs.float().std() > 20 * p.scale / max(p.std)  # which are little
 
 
 def test_grey_images(tmp_path):

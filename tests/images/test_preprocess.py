@@ -136,6 +136,53 @@ def test_padding_of_grey_and_slivers():
         assert resize_and_crop(np.full((*size, 3), 9, np.uint8), p).shape == (1, 8, 16)
 
 
+@pytest.mark.parametrize("fit", ["crop", "stretch", "pad"])
+@pytest.mark.parametrize("image", NOISE, ids=lambda image: f"{image.shape[0]}x{image.shape[1]}")
+def test_without_antialiasing(image, fit):
+    """As OpenCV's resize: torch's float64 one but for rounding, and PIL's reading of single pixels within a level."""
+    for how in ("bilinear", "bicubic"):
+        p = Preprocessing((96, 128), fit=fit, interpolation=how, antialias=False)
+        height, width = shown_size(image.shape[:2], p)
+        if fit == "crop":
+            scale = max(96 / image.shape[0], 128 / image.shape[1])
+            height, width = (max(int(s * scale + 1e-9), least) for s, least in zip(image.shape[:2], p.hw, strict=True))
+        exact = torch.from_numpy(image).permute(2, 0, 1)[None].double()
+        exact = torch.nn.functional.interpolate(exact, (height, width), mode=how)[0].clamp(0, 255).permute(1, 2, 0).numpy()
+        top, left = round((height - min(96, height)) / 2), round((width - min(128, width)) / 2)
+        ours = resize_and_crop(image, p).permute(1, 2, 0).numpy().astype(int)
+        here = ours[: min(96, height), : min(128, width)]
+        box = slice(top, top + here.shape[0]), slice(left, left + here.shape[1])
+        assert np.abs(here - exact[box]).max() < 0.51
+        if how == "bilinear":
+            extent = (0, 0, image.shape[1], image.shape[0])
+            pils = Image.fromarray(image).transform((width, height), Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR)
+            assert np.abs(here - np.array(pils).astype(int)[box]).max() <= 1
+    if min(image.shape[:2]) > 300:  # made smaller: filtered it is another picture
+        assert np.abs(ours - resize_and_crop(image, Preprocessing((96, 128), fit=fit)).permute(1, 2, 0).numpy()).max() > 50
+
+
+def test_blue_green_red_on_0_to_255():
+    """What OpenCV and Caffe hand their networks: (pixels - mean) / std, both of blue, green and red."""
+    caffe = {"mean": (103.53, 116.28, 123.675), "std": (57.375, 57.12, 58.395), "channel_order": "bgr", "scale": 1.0}
+    p = Preprocessing((30, 40), fit="stretch", **caffe)
+    picture = NOISE[0][:30, :40]
+    expected = (picture[:, :, ::-1].astype(np.float64) - p.mean) / p.std
+    np.testing.assert_allclose(preprocess(picture, p).permute(1, 2, 0), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(resize_and_crop(picture, p).permute(1, 2, 0), picture)  # as it is seen
+    grey = preprocess(picture[:, :, 0], p).permute(1, 2, 0)
+    np.testing.assert_allclose(grey, (picture[:, :, :1] - np.array(p.mean)) / p.std, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_is_the_mean_in_every_order_and_scale():
+    for scale in (1.0, 1 / 255, 1 / 127.5):
+        mean = tuple(scale * level for level in (10.0, 120.0, 250.0))
+        p = Preprocessing((8, 16), mean=mean, std=(scale,) * 3, fit="pad", channel_order="bgr", scale=scale)
+        assert (resize_and_crop(NOISE[2], p)[:, :, 8:] == torch.tensor([250, 120, 10])[:, None, None]).all()
+        assert preprocess(NOISE[2], p)[:, :, 8:].abs().max() < 1e-4
+    below = Preprocessing((8, 16), mean=(-0.5, 0.5, 1.2), std=(1.0,) * 3, fit="pad")
+    assert resize_and_crop(NOISE[2], below)[:, 0, 15].tolist() == [0, 128, 255]
+
+
 def test_ratios_just_below_a_whole_size_round_up_to_it():
     # 224 / 0.7 is 320 in arithmetic; a crop ratio that went through JSON with fewer digits must not give 319.
     image = RNG.integers(0, 256, (320, 320, 3), dtype=np.uint8)

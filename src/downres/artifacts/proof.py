@@ -117,13 +117,19 @@ def _answers(runtime: Runtime, images: Images, indices: np.ndarray, p: Preproces
 
 def _pixels(dataset: Data, chosen: np.ndarray, p: Preprocessing) -> Finding:
     """The pixels that the network gets against PIL's own resize, box by box."""
+    if not p.antialias and p.interpolation != "bilinear":
+        return Finding("preprocessing = PIL", None, f"PIL has no {p.interpolation} resize without antialiasing")
     worst, differ, total = 0, 0, 0
     for i in chosen:
         pixels = dataset.images[int(i)]
         grey = pixels.ndim == 2 or pixels.shape[2] == 1 or len(p.mean) == 1
         picture = Image.fromarray(pixels.squeeze()).convert("L" if grey else "RGB")
         height, width = _covering(pixels.shape, p) if p.fit == "crop" else shown_size((pixels.shape[0], pixels.shape[1]), p)
-        resized = picture.resize((width, height), Image.Resampling[p.interpolation.upper()])
+        how = Image.Resampling[p.interpolation.upper()]
+        if p.antialias:
+            resized = picture.resize((width, height), how)
+        else:  # single pixels of the box that the whole picture is
+            resized = picture.transform((width, height), Image.Transform.EXTENT, (0, 0, *picture.size), how)
         shown = (min(height, p.hw[0]), min(width, p.hw[1]))  # without what is filled up
         top, left = (round((have - want) / 2) for have, want in zip((height, width), shown, strict=True))
         theirs = np.asarray(resized.crop((left, top, left + shown[1], top + shown[0]))).astype(int)

@@ -98,17 +98,44 @@ def with_preprocessing(
     interpolation: str | None = None,
     crop_ratio: float | None = None,
     fit: str | None = None,
+    channel_order: str | None = None,
+    scale: float | None = None,
+    antialias: bool | None = None,
 ) -> Model:
-    """The same model with some of its preprocessing given by the user."""
+    """The same model with some of its preprocessing given by the user, see `Preprocessing`.
+
+    Raises DownresError for values out of range, and for a scale without the mean and std that are counted in it.
+    """
     given = {"resolution": resolution, "mean": mean, "std": std, "interpolation": interpolation, "crop_ratio": crop_ratio}
-    given["fit"] = fit
+    given |= {"fit": fit, "channel_order": channel_order, "scale": scale, "antialias": antialias}
     given = {k: v for k, v in given.items() if v is not None}
     if not given:
         return model
+    _check_scale(model.preprocessing.scale, scale, mean, std)
     source = f"{model.preprocessing.source}; {', '.join(given)} given"
     if resolution is not None:
         given |= {"any_size": False, "resolution": model.preprocessing.at(resolution).resolution}
     return dataclasses.replace(model, preprocessing=dataclasses.replace(model.preprocessing, source=source, **given))  # type: ignore[arg-type]
+
+
+def _check_scale(models: float, scale: float | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
+    """Mean and std are of scaled pixels: DownresError where one is given without the other, or does not look like it."""
+    if scale not in (None, models) and (mean is None or std is None):
+        raise DownresError(
+            "Mean and std are those of pixels that are scaled already, the model's are for another scale: give `mean` and "
+            "`std` with `scale`, 0,0,0 and 1,1,1 for none."
+        )
+    if scale is None and (mean, std) != (None, None) and models != 1 / 255:
+        raise DownresError(
+            f"The model takes pixels of 0 to {255 * models:g}, and mean and std may be meant for 0 to 1: give `scale` with "
+            f"them, {models:g} or 1/255."
+        )
+    largest = 255 * (models if scale is None else scale)
+    if mean is not None and std is not None and 0 < max(map(abs, mean)) < largest / 100 and max(std) < largest / 100:
+        raise DownresError(
+            f"A mean of {max(mean):g} and a std of {max(std):g} are nothing beside pixels of 0 to {largest:g}: give them on "
+            "that range, or `scale=1/255` where they are on 0 to 1."
+        )
 
 
 def _library(spec: str) -> Any:

@@ -45,13 +45,16 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
     settings = _settings(encoder)
     if settings is None:
         return Preprocessing(size, source=f"assumed: ImageNet's mean and std, {size[0]}x{size[1]} px", fit="pad", any_size=True)
-    levels = settings.get("input_range", [0, 1])[-1]
-    notes = [f"{size[0]}x{size[1]} px assumed"]
-    if settings.get("input_space", "RGB") != "RGB":
-        notes.append(f"channels in the order {settings['input_space']} not followed: RGB")
-    mean, std = (tuple(value / levels for value in settings[key]) for key in ("mean", "std"))
-    source = f"segmentation_models_pytorch, of the encoder {encoder} ({'; '.join(notes)})"
-    return Preprocessing(size, mean=mean, std=std, source=source, fit="pad", any_size=True)
+    return Preprocessing(
+        size,
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        source=f"segmentation_models_pytorch, of the encoder {encoder} ({size[0]}x{size[1]} px assumed)",
+        fit="pad",
+        any_size=True,
+        channel_order=settings.get("input_space", "RGB").lower(),
+        scale=(settings.get("input_range") or [0, 1])[-1] / 255,
+    )
 
 
 def _settings(encoder: str) -> dict[str, Any] | None:

@@ -56,6 +56,7 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
             source=f"torchvision weight transforms ({side} px are the short side there, the longer one here)",
             fit="pad",
             any_size=True,
+            antialias=transform.antialias is not False,
         )
     crop, resize = transform.crop_size[0], transform.resize_size[0]
     return Preprocessing(
@@ -65,6 +66,7 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
         mean=tuple(transform.mean),
         std=tuple(transform.std),
         source="torchvision weight transforms",
+        antialias=transform.antialias is not False,  # None: as PIL does
     )
 
 

@@ -211,20 +211,22 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
     interpolation = _INTERPOLATIONS.get(int(processor.resample or 0), "")
     if not interpolation:
         notes.append(f"filter {processor.resample} not followed: bicubic")
-    if getattr(processor, "do_flip_channel_order", False):
-        notes.append("channels in the order BGR not followed: RGB")
-    # Ours divides by 255 and then normalises; theirs multiplies by a factor of its own.
-    factor = 255 * processor.rescale_factor if processor.do_rescale else 255.0
-    factor = 1.0 if abs(factor - 1) < 1e-6 else factor
+    scale = processor.rescale_factor if processor.do_rescale else 1.0
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+    if processor.do_rescale and getattr(processor, "rescale_offset", False):
+        mean = [m + 1 for m in mean]  # EfficientNet's subtracts 1 first
+    if getattr(processor, "include_top", False):
+        std = [s * again for s, again in zip(std, processor.image_std, strict=True)]  # and divides twice
     return Preprocessing(
         size,
         crop_ratio,
         interpolation or "bicubic",
-        tuple(m / factor for m in mean),
-        tuple(s / factor for s in std),
+        tuple(mean),
+        tuple(std),
         "transformers image processor" + (f" ({'; '.join(notes)})" if notes else ""),
         "stretch" if dense else "crop",
+        channel_order="bgr" if getattr(processor, "do_flip_channel_order", False) else "rgb",
+        scale=1 / 255 if abs(255 * scale - 1) < 1e-6 else scale,
     )
 
 

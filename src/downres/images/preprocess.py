@@ -6,12 +6,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from ..errors import DownresError
-from ..records import Preprocessing
+from ..records import BGR, Preprocessing
 from .decode import MAX_PIXELS
 from .images import Images
 
@@ -19,13 +20,14 @@ _FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode
 
 
 def resize_and_crop(image: np.ndarray, p: Preprocessing) -> torch.Tensor:
-    """The picture at the network's size, resized with antialiasing and fitted as `p.fit` says; 'crop': to cover
-    hw / crop_ratio, its centre cropped to hw.
+    """The picture at the network's size, resized and fitted as `p.fit` says; 'crop': to cover hw / crop_ratio, its centre
+    cropped to hw.
 
     image: uint8 (H, W), (H, W, 1) or (H, W, 3). Returns uint8 (C, h, w), C as in the picture, but 1 for a network of one
-    channel, for which colours become grey (ITU-R 601) before resizing. For square targets the geometry is that of
-    torchvision's Resize(int) and CenterCrop, and of timm's. The resize is torchvision's on uint8: six times as fast as
-    PIL's, of which it is at most 2 of 255 levels off (in about 0.3 % of the values with AVX2 or AVX-512).
+    channel, for which colours become grey (ITU-R 601) before resizing; colours are red, green, blue whatever
+    `p.channel_order` is. For square targets the geometry is that of torchvision's Resize(int) and CenterCrop, and of timm's.
+    The resize is torchvision's on uint8: six times as fast as PIL's, of which it is at most 2 of 255 levels off (in about 0.3 %
+    of the values with AVX2 or AVX-512); without antialiasing it is OpenCV's, but for rounding.
     """
     if len(p.mean) == 1 and image.shape[2:] == (3,):
         image = np.array(Image.fromarray(image).convert("L"))
@@ -45,8 +47,16 @@ def resize_and_crop(image: np.ndarray, p: Preprocessing) -> torch.Tensor:
         keep_width, keep_height = _needed_part((pixels.shape[2], pixels.shape[1]), (width, height))
         pixels = v2.center_crop(pixels, [keep_height, keep_width]).clone()
         size = _covering_size((keep_width, keep_height), (width, height))
-    resized = v2.resize(pixels, [size[1], size[0]], _FILTERS[p.interpolation], antialias=True)
-    return v2.center_crop(resized, list(p.hw))
+    return v2.center_crop(_resized(pixels, (size[1], size[0]), p), list(p.hw))
+
+
+def _resized(pixels: torch.Tensor, size: tuple[int, int], p: Preprocessing) -> torch.Tensor:
+    """uint8 (C, H, W) → uint8 (C, *size)."""
+    if p.antialias or tuple(pixels.shape[1:]) == size:
+        return v2.resize(pixels, list(size), _FILTERS[p.interpolation])
+    # On uint8 torch has another cubic than OpenCV, and than itself on floats. One channel at a time: a float is four bytes.
+    each = [F.interpolate(channel[None, None].float(), size, mode=p.interpolation)[0, 0] for channel in pixels]
+    return torch.stack([channel.round_().clamp_(0, 255).to(torch.uint8) for channel in each])
 
 
 def shown_size(image_size: tuple[int, int], p: Preprocessing) -> tuple[int, int]:
@@ -64,13 +74,15 @@ def shown_size(image_size: tuple[int, int], p: Preprocessing) -> tuple[int, int]
 def _whole(pixels: torch.Tensor, p: Preprocessing) -> torch.Tensor:
     """Nothing cut off: stretched to hw, or inside it and the rest filled."""
     height, width = shown_size((pixels.shape[1], pixels.shape[2]), p)
-    if height < pixels.shape[1] and width > pixels.shape[2]:
+    if p.antialias and height < pixels.shape[1] and width > pixels.shape[2]:
         # Less work, and PIL's order of the passes, between which bicubic overshoot is cut off.
-        pixels = v2.resize(pixels, [height, pixels.shape[2]], _FILTERS[p.interpolation], antialias=True)
-    resized = v2.resize(pixels, [height, width], _FILTERS[p.interpolation], antialias=True)
+        pixels = _resized(pixels, (height, pixels.shape[2]), p)
+    resized = _resized(pixels, (height, width), p)
     if (height, width) == p.hw:
         return resized
-    fill = [round(255 * m) for m in p.mean] if len(p.mean) == len(resized) else [round(255 * sum(p.mean) / len(p.mean))]
+    means = p.mean[::-1] if p.channel_order == BGR else p.mean
+    means = means if len(means) == len(resized) else (sum(means) / len(means),)
+    fill = [min(255, max(0, round(m * (1 / p.scale)))) for m in means]
     return v2.pad(resized, [0, 0, p.hw[1] - width, p.hw[0] - height], fill=fill)
 
 
@@ -140,7 +152,7 @@ def _empty_batch(n: int, p: Preprocessing) -> torch.Tensor:
 
 
 def _fill(batch: torch.Tensor, images: Sequence[np.ndarray], p: Preprocessing) -> None:
-    """Write (pixels / 255 - mean) / std of each picture into float32 (b, c, h, w)."""
+    """Write (pixels · scale - mean) / std of each picture into float32 (b, c, h, w)."""
     # NumPy's arithmetic, which is torch's bit for bit: torch would start threads for each operation, and these wait for
     # one another where the cores are busy with the network (30 ms an image instead of 1 were seen).
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (p.mean, p.std))
@@ -151,6 +163,7 @@ def _fill(batch: torch.Tensor, images: Sequence[np.ndarray], p: Preprocessing) -
                 f"The network takes {len(slot)} channels and an image has {len(pixels)}: "
                 "give mean and std with one value for each channel of the images."
             )
-        np.divide(pixels, np.float32(255), out=slot)  # grey is expanded only here, after resizing: a third of the work
+        # Divided, as torchvision does. Grey is expanded only here, after resizing: a third of the work.
+        np.divide(pixels[::-1] if p.channel_order == BGR else pixels, np.float32(1 / p.scale), out=slot)
         slot -= mean
         slot /= std

@@ -60,6 +60,7 @@ def _environment(folder: Path) -> jinja2.Environment:
         "shown_verdict": words.shown_verdict,
         "budget_words": words.budget_words,
         "fitting": words.fitting,
+        "pixels": words.pixels,
         "rgb": lambda colour: "rgb({}, {}, {})".format(*colour),
         "capital": lambda text: text if text != text.lower() else text[:1].upper() + text[1:],
         "rung": lambda name: words.RUNGS.get(name, name),

@@ -89,13 +89,19 @@ def interval(quality: Score) -> str:
 def fitting(p: Preprocessing) -> str:
     """How a picture is brought to the network's input, in words."""
     to = f"{format_resolution(p.resolution)} px"
-    how = f"({p.interpolation}, antialiased)"
+    how = f"({p.interpolation}, {'' if p.antialias else 'not '}antialiased)"
     if p.fit == "stretch":
         return f"The whole picture resized {how} to {to}"
     if p.fit == "pad":
         rest = "the rest at the right and bottom filled with the mean"
         return f"The whole picture resized {how} with its aspect ratio to fit {to}, {rest}"
     return f"Short side resized {how}, centre cropped to {to}, crop ratio {p.crop_ratio:.3g}"
+
+
+def pixels(p: Preprocessing) -> str:
+    """What the numbers are that mean and std are of, where it is not what is usual: '', `BGR, 0 to 255`."""
+    order = [p.channel_order.upper()] if p.channel_order != "rgb" else []
+    return ", ".join([*order, *([f"0 to {255 * p.scale:g}"] if p.scale != 1 / 255 else [])])
 
 
 def spread(latency: Latency) -> str:
