@@ -276,6 +276,24 @@ def open_page(browser):
     assert troubles == []
 
 
+COLLISIONS = """(plot) => {
+    const boxes = [...document.querySelectorAll(`${plot} .labels text`)].map((e) => [e.textContent, e.getBoundingClientRect()]);
+    const points = [...document.querySelectorAll(`${plot} .scatterlayer .point`)].map((e) => ["a point", e.getBoundingClientRect()]);
+    const ticks = [...document.querySelectorAll(`${plot} .xtick text, ${plot} .ytick text`)].map((e) => [e.textContent, e.getBoundingClientRect()]);
+    const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+    const found = [];
+    boxes.forEach(([name, a], i) => {
+        for (const [other, b] of [...boxes.slice(i + 1), ...points, ...ticks]) if (meet(a, b)) found.push(`${name} on ${other}`);
+    });
+    return found }"""
+
+
+@pytest.fixture
+def collisions():
+    """Names in a picture of a page that lie on another, on a point or on the numbers of an axis."""
+    return lambda page, plot="#plot": page.evaluate(COLLISIONS, plot)
+
+
 def luminance(colour: str) -> float:
     """WCAG 2's relative luminance of a CSS colour `rgb(…)`."""
     channels = [int(c) / 255 for c in re.findall(r"\d+", colour)[:3]]

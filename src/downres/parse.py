@@ -170,11 +170,11 @@ def parse_quantity(text: str | int | float, what: str) -> int:
     return value
 
 
-def format_quantity(value: float, unit: str = "") -> str:
-    """4089184256 → `4.09 G`; three significant digits, powers of 1000."""
+def format_quantity(value: float, unit: str = "", digits: int = 3) -> str:
+    """4089184256 → `4.09 G`; so many significant digits, powers of 1000."""
     prefixes = ["", "k", "M", "G", "T"]
     while abs(value) >= 999.5 and len(prefixes) > 1:
         value /= 1000
         prefixes.pop(0)
-    digits = f"{value:.0f}" if abs(value) >= 999.5 or float(value).is_integer() else f"{value:.3g}"
-    return f"{digits} {prefixes[0]}{unit}".rstrip()
+    text = f"{value:.0f}" if abs(value) >= 999.5 or float(value).is_integer() else f"{value:.{digits}g}"
+    return f"{text} {prefixes[0]}{unit}".rstrip()

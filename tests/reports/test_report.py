@@ -24,7 +24,7 @@ from downres.records import (
     Rung,
 )
 from downres.reports import ReportView, build_report, words, write_report
-from downres.reports.pictures import pareto_front, png_data_uri, round_numbers
+from downres.reports.pictures import AXES, log_ticks, pareto_front, png_data_uri, tick_texts
 from downres.tasks.classification.photos import Photo, View, photos_html
 from downres.tasks.classification.quality import Quality
 
@@ -209,8 +209,20 @@ def test_pareto_front_keeps_what_nothing_beats():
 
 
 def test_ticks_are_round_numbers():
-    assert round_numbers(35e6, 720e6) == [5e7, 1e8, 2e8, 5e8, 1e9]
-    assert round_numbers(5.8, 5.8) == [5.0]
+    assert log_ticks(23e6, 1.1e9) == [5e7, 1e8, 2e8, 5e8, 1e9]
+    assert log_ticks(3.1, 6.2) == [4, 5, 6]
+    assert log_ticks(0.02, 3e9)[:2] == pytest.approx([0.1, 10])
+
+
+def test_an_axis_has_three_to_six_ticks_that_differ_whatever_its_range():
+    rng = np.random.default_rng(0)
+    for low, decades in zip(10 ** rng.uniform(-1, 11, 3000), 10 ** rng.uniform(-3, 1, 3000), strict=True):
+        high = low * 10**decades
+        ticks = log_ticks(low, high)
+        assert 3 <= len(ticks) <= 6 and low * (1 - 1e-9) <= ticks[0] and ticks[-1] <= high * (1 + 1e-9), (low, high, ticks)
+        for axis in AXES:
+            assert len({*tick_texts(ticks, axis.text)}) == len(ticks)
+    assert tick_texts([1.0, 1.5, 2000.0], AXES[2].text) == ["1 ms", "1.5 ms", "2000 ms"]
 
 
 def test_png_is_lossless_and_grey_is_smaller():
@@ -237,7 +249,7 @@ def plot_colours(page) -> dict[str, str]:
     return page.evaluate(
         """() => ({page: getComputedStyle(document.body).backgroundColor,
                    ink: document.querySelector('#plot .ytick text').style.fill,
-                   chosen: document.querySelector('#plot .annotation-text').style.fill})"""
+                   chosen: getComputedStyle(document.querySelector('#plot .labels .chosen')).fill})"""
     )
 
 
@@ -254,7 +266,7 @@ def test_nothing_overflows_and_images_load(visit, width):
 def test_plot_draws_switches_and_hovers(visit):
     page = visit()
     points = page.locator("#plot .scatterlayer .point")
-    assert points.count() == 8 + 8 + 1 + 1  # naive, recovered, the original, the ring
+    assert points.count() == 8 + 8 + 1 + 1  # lowered only, recovered, the original, the ring
     assert "MACs" in page.locator("#plot .xtitle").text_content()
 
     points.last.scroll_into_view_if_needed()
@@ -272,8 +284,55 @@ def test_plot_draws_switches_and_hovers(visit):
     low = page.evaluate("document.getElementById('plot').layout.yaxis.range[0]")
     page.get_by_label("Zoom to recovered").check()
     assert page.evaluate("document.getElementById('plot').layout.yaxis.range[0]") > low + 20
-    page.get_by_label("Lowered naively").uncheck()
+    page.get_by_label("Lowered only").uncheck()
     assert points.count() == 8 + 1 + 1
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_every_point_is_named_and_no_name_lies_on_another_or_on_a_point(visit, collisions, width):
+    page = visit(width)
+    for axis in ("MACs", "Latency"):
+        page.locator("#plot").scroll_into_view_if_needed()
+        page.get_by_label(axis, exact=True).check()
+        for range_ in ("Everything", "Zoom to recovered"):
+            page.get_by_label(range_).check()
+            names = page.locator("#plot .labels text").all_text_contents()
+            assert sorted(names) == sorted(
+                ["64", "96", "112", "chosen: 128 px", "160", "192", "224 × 256", "300", "300 ×0.5"]
+            ), (axis, range_)
+            assert collisions(page) == []
+
+
+def test_labels_never_overlap_wherever_the_points_lie(visit):
+    """`placeLabels` itself, on random points that crowd more and more; judged here, not by its own functions."""
+    page, rng = visit(390), np.random.default_rng(0)
+    area = {"left": 40, "top": 10, "right": 380, "bottom": 360}
+    placed = dropped = 0
+    for many in (3, 10, 20, 40, 80):
+        for spread in (150, 40, 8):
+            x, y = np.clip(rng.normal(210, spread, many), 40, 380), np.clip(rng.normal(180, spread, many), 10, 360)
+            points = [
+                {"x": a, "y": b, "radius": 6, "width": w, "height": 15}
+                for a, b, w in zip(x.tolist(), y.tolist(), rng.uniform(15, 90, many).tolist(), strict=True)
+            ]
+            markers = [
+                {"left": a - 6, "right": a + 6, "top": b - 6, "bottom": b + 6}
+                for a, b in zip(x.tolist(), y.tolist(), strict=True)
+            ]
+            lines = rng.uniform(10, 380, (many, 4)).tolist()
+            found = page.evaluate("([p, m, l, a]) => placeLabels(p, m, l, a)", [points, markers, lines, area])
+            boxes = [box for box in found if box]
+            assert len(found) == many
+            for i, a in enumerate(boxes):
+                assert a["left"] >= 40 and a["right"] <= 380 and a["top"] >= 10 and a["bottom"] <= 360
+                for b in [*boxes[i + 1 :], *markers]:
+                    apart = (
+                        a["right"] <= b["left"] or b["right"] <= a["left"] or a["bottom"] <= b["top"] or b["bottom"] <= a["top"]
+                    )
+                    assert apart, (many, spread, a, b)
+            placed, dropped = placed + len(boxes), dropped + many - len(boxes)
+            assert many > 20 or spread < 40 or len(boxes) == many  # a report has fewer, and they lie apart
+    assert placed > 300 and dropped < placed
 
 
 def test_dark_mode_repaints_the_plot_readably(visit, contrast):

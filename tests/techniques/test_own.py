@@ -31,7 +31,7 @@ class Grey(Technique):
 
     name, keyword, option, help = "grey", "grey", "--grey", "Without colours."
     order, sought = 45, "grey"
-    styles = {"grey": Style("#7d8590", "cross", "top left")}
+    styles = {"grey": Style("#7d8590", "cross")}
 
     def defaults(self, design):
         return (True,)

@@ -20,7 +20,7 @@ from . import words
 from .pictures import FONT
 from .rows import ORIGINAL, Row
 
-OTHER = Style("#7d8590", "x", "bottom center")
+OTHER = Style("#7d8590", "x")
 """Of candidates that came whole, in any combination."""
 
 
@@ -123,7 +123,7 @@ def _line(family: str, members: Sequence[Row], original: Row, memory: Memory, la
         name=family,
         x=[row.cost.macs for row in points],
         y=[memory.value(row.cost) for row in points],
-        mode="lines+markers+text" if own else "markers+text",
+        mode="lines+markers" if own else "markers",
         line={"color": style.colour, "width": 2},
         marker={
             "color": style.colour,
@@ -132,9 +132,7 @@ def _line(family: str, members: Sequence[Row], original: Row, memory: Memory, la
             "line": {"width": 0},
             "opacity": 1,
         },
-        text=[_short_label(row, original) if row in labelled else "" for row in points],
-        textposition=(memory.key == "parameters" and style.position_of_parameters) or style.position,
-        textfont={"color": "var(--muted)", "size": 11},
+        customdata=[_short_label(row, original) if row in labelled else "" for row in points],
         hovertext=[hover_text(row, original) for row in points],
         hoverinfo="text",
         cliponaxis=False,

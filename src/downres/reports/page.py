@@ -56,6 +56,7 @@ def _environment(folder: Path) -> jinja2.Environment:
         "signed": words.signed,
         "bound": words.bound,
         "count": words.count,
+        "channels": words.channels,
         "verdict_key": words.verdict_key,
         "shown_verdict": words.shown_verdict,
         "budget_words": words.budget_words,

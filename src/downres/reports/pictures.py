@@ -1,6 +1,7 @@
 """Pictures of the report: photographs as PNG data URIs, and quality against cost as plotly figures.
 
-Colours are written as CSS variables (`var(--ink)`); the page's script puts in the values of the light or dark theme.
+Colours are written as CSS variables (`var(--ink)`); the page's script puts in the values of the light or dark theme. Names of
+points are `customdata`: labels.js places them once widths are known.
 """
 
 import base64
@@ -115,28 +116,44 @@ def mosaic(image: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Axis:
-    """One cost that can stand on the horizontal axis: button, title, unit, and the value of a result in that unit."""
+    """One cost that can stand on the horizontal axis: button, title, and the value of a result; text: of a tick, to so many
+    digits.
+    """
 
     key: str
     name: str
     title: str
-    unit: str
     value: Callable[[Result], float | None]
+    text: Callable[[float, int], str]
 
 
 AXES = (
-    Axis("macs", "MACs", "MACs per forward pass (log scale)", "", lambda r: r.cost.macs if r.cost else None),
+    Axis(
+        "macs",
+        "MACs",
+        "MACs per forward pass (log scale)",
+        lambda r: r.cost.macs if r.cost else None,
+        lambda value, digits: format_quantity(value, "", digits),
+    ),
     Axis(
         "memory",
         "Peak memory",
         "peak activation memory (log scale)",
-        "B",
         lambda r: r.cost.peak_activation_bytes if r.cost else None,
+        lambda value, digits: format_quantity(value, "B", digits),
     ),
-    Axis("latency", "Latency", "median latency (log scale)", "ms", lambda r: r.latency.latency_ms if r.latency else None),
+    Axis(
+        "latency",
+        "Latency",
+        "median latency (log scale)",
+        lambda r: r.latency.latency_ms if r.latency else None,
+        lambda value, digits: f"{value:.{digits}g} ms" if value < 10**digits else f"{value:.0f} ms",
+    ),
 )
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif"
+LONGEST_NAME = 30
+"""Letters that the name of the chosen point may have: on a phone a picture is about 45 wide."""
 SYMBOLS = {"within": "circle", "outside": "x", "few": "diamond", "unknown": "square"}
 
 
@@ -154,12 +171,12 @@ def pareto_figures(
 
 def pareto_figure(axis: Axis, original: Result, drawn: Sequence[Result], chosen: Result | None, budget: Budget) -> go.Figure:
     """Top-1 or mIoU against one cost. `drawn` have a quality and this cost. `layout.meta` holds the two vertical ranges."""
-    figure = go.Figure(_naive_traces(axis, drawn))
+    figure = go.Figure(_lowered_traces(axis, drawn))
     figure.add_trace(_front_trace(axis, [original, *drawn]))
     for key in SYMBOLS:
         if group := [r for r in drawn if words.verdict_key(r) == key]:
-            figure.add_trace(_points_trace(axis, group, f"var(--{key})", SYMBOLS[key], key))
-    figure.add_trace(_points_trace(axis, [original], "var(--ink)", "star", "original"))
+            figure.add_trace(_points_trace(axis, group, f"var(--{key})", SYMBOLS[key], key, chosen))
+    figure.add_trace(_points_trace(axis, [original], "var(--ink)", "star", "original", chosen))
     if chosen is not None and chosen in drawn:
         _mark_chosen(figure, axis, chosen)
     _mark_allowed(figure, original, budget)
@@ -176,11 +193,29 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-def round_numbers(low: float, high: float) -> list[float]:
-    """The numbers 1, 2, 5 times a power of ten from just below `low` to just above `high`: ticks of a log axis."""
+MOST_TICKS = 6
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high` (above 0), for a log axis: three to six, however narrow or wide the range is."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    numbers = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
-    return [number for number in numbers if low / 1.5 <= number <= high * 1.5]
+    for digits in ((1, 2, 5), (1,)):
+        found = [n for power in powers for digit in digits if low <= (n := digit * 10.0**power) <= high]
+        if 3 <= len(found) <= MOST_TICKS:
+            return found
+    if len(found) > MOST_TICKS:  # every second decade, or fewer
+        return found[:: math.ceil(len(found) / MOST_TICKS)]
+    # Less than about a decade: there a log axis is nearly a linear one, and its ticks are multiples of a step.
+    power = math.floor(math.log10(high - low))
+    steps = [digit * 10.0**p for p in (power, power - 1) for digit in (5, 2.5, 2, 1)]
+    multiples = ([step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)] for step in steps)
+    return next(ticks for ticks in multiples if len(ticks) >= 3)
+
+
+def tick_texts(ticks: Sequence[float], text: Callable[[float, int], str]) -> list[str]:
+    """All different, to as few digits as that takes."""
+    every = ([text(tick, digits) for tick in ticks] for digits in range(3, 16))
+    return next((texts for texts in every if len({*texts}) == len(texts)), [text(tick, 15) for tick in ticks])
 
 
 def hover_text(result: Result, trace: str) -> str:
@@ -199,7 +234,7 @@ def hover_text(result: Result, trace: str) -> str:
         lines.append(f"drop {words.points(d.drop)} {unit}, {words.bound(d)}")
         lines.append(f"{escape(d.verdict)} {d.allowed:g} {escape(unit)}")
     if r := result.recovery:
-        lines.append(f"recovered by: {escape(words.RUNGS.get(r.rung, r.rung))}" if r.rung != "none" else "no recovery needed")
+        lines.append(f"recovered by: {escape(words.RUNGS.get(r.rung, r.rung))}" if r.rung != "none" else words.RUNGS["none"])
     return "<br>".join(lines)
 
 
@@ -207,7 +242,9 @@ def _qualities(results: Sequence[Result]) -> list[Score]:
     return [r.quality for r in results if r.quality]
 
 
-def _points_trace(axis: Axis, results: Sequence[Result], colour: str, symbol: str, name: str) -> go.Scatter:
+def _points_trace(
+    axis: Axis, results: Sequence[Result], colour: str, symbol: str, name: str, chosen: Result | None
+) -> go.Scatter:
     q = _qualities(results)
     return go.Scatter(
         name=name,
@@ -220,36 +257,33 @@ def _points_trace(axis: Axis, results: Sequence[Result], colour: str, symbol: st
             "thickness": 1.2,
             "width": 0,
         },
-        mode="markers+text",
+        mode="markers",
         marker={"color": colour, "symbol": symbol, "size": 15 if symbol == "star" else 10, "line": {"width": 0}},
-        text=[words.short_label(r.candidate) for r in results],
-        textposition="bottom right",
-        textfont={"color": "var(--muted)", "size": 11},
+        customdata=["" if r is chosen else words.short_label(r.candidate) for r in results],
         hovertext=[hover_text(r, name) for r in results],
         hoverinfo="text",
         cliponaxis=False,
     )
 
 
-def _naive_traces(axis: Axis, drawn: Sequence[Result]) -> list[go.Scatter]:
+def _lowered_traces(axis: Axis, drawn: Sequence[Result]) -> list[go.Scatter]:
     """The quality before any recovery, and thin lines from there up to the recovered points."""
     pairs = [(axis.value(r), r.naive, r.quality, r) for r in drawn if r.naive and r.quality]
     lines_x = [x for cost, *_ in pairs for x in (cost, cost, None)]
-    lines_y = [y for _, naive, quality, _ in pairs for y in (naive.score, quality.score, None)]
+    lines_y = [y for _, lowered, quality, _ in pairs for y in (lowered.score, quality.score, None)]
+    thin = {"color": "var(--faint)", "width": 1}
     return [
+        go.Scatter(name="lowered lines", x=lines_x, y=lines_y, mode="lines", line=thin, hoverinfo="skip"),
         go.Scatter(
-            name="naive lines", x=lines_x, y=lines_y, mode="lines", line={"color": "var(--faint)", "width": 1}, hoverinfo="skip"
-        ),
-        go.Scatter(
-            name="naive",
+            name="lowered",
             x=[cost for cost, *_ in pairs],
-            y=[naive.score for _, naive, _, _ in pairs],
+            y=[lowered.score for _, lowered, _, _ in pairs],
             mode="markers",
-            marker={"symbol": "circle-open", "color": "var(--naive)", "size": 8, "line": {"width": 1.5}},
+            marker={"symbol": "circle-open", "color": "var(--lowered)", "size": 8, "line": {"width": 1.5}},
             hovertext=[
-                f"<b>{escape(words.label(r.candidate))}, lowered naively</b><br>{naive.metric} {naive.text(naive.score)} "
-                f"(95 %: {words.interval(naive)})<br>on {words.count(naive.images, 'image')}, before any recovery"
-                for _, naive, _, r in pairs
+                f"<b>{escape(words.label(r.candidate))}, {words.RUNGS['none']}</b><br>{lowered.metric} "
+                f"{lowered.text(lowered.score)} (95 %: {words.interval(lowered)})<br>on {words.count(lowered.images, 'image')}"
+                for _, lowered, _, r in pairs
             ],
             hoverinfo="text",
         ),
@@ -275,21 +309,11 @@ def _mark_chosen(figure: go.Figure, axis: Axis, chosen: Result) -> None:
     if not cost or not quality:
         return
     ring = {"symbol": "circle-open", "size": 22, "color": "var(--accent)", "line": {"width": 2}}
-    figure.add_trace(go.Scatter(name="chosen", x=[cost], y=[quality.score], mode="markers", marker=ring, hoverinfo="skip"))
-    figure.add_annotation(
-        x=math.log10(cost),
-        y=quality.score,
-        text=f"<b>chosen: {escape(words.label(chosen.candidate))}</b>",
-        font={"color": "var(--accent)", "size": 13},
-        showarrow=True,
-        arrowcolor="var(--accent)",
-        arrowwidth=1,
-        arrowhead=0,
-        standoff=12,
-        ax=0,
-        ay=72,
-        bgcolor="var(--page)",
-        borderpad=3,
+    name = f"chosen: {words.label(chosen.candidate)}"
+    if len(name) > LONGEST_NAME:
+        name = f"chosen: {words.short_label(chosen.candidate)}"
+    figure.add_trace(
+        go.Scatter(name="chosen", x=[cost], y=[quality.score], mode="markers", marker=ring, hoverinfo="skip", customdata=[name])
     )
 
 
@@ -299,18 +323,6 @@ def _mark_allowed(figure: go.Figure, original: Result, budget: Budget) -> None:
     top = original.quality.score
     worse = top + budget.max_drop if original.quality.lower_is_better else top - budget.max_drop
     figure.add_hrect(y0=min(top, worse), y1=max(top, worse), fillcolor="var(--band)", line_width=0, layer="below")
-    figure.add_annotation(
-        xref="paper",
-        x=0,
-        xanchor="left",
-        y=top,
-        yanchor="bottom",
-        text=f"band: at most {budget.max_drop:g} {original.quality.unit} worse than the original"
-        if original.quality.lower_is_better
-        else f"band: at most {budget.max_drop:g} {original.quality.unit} below the original",
-        font={"color": "var(--muted)", "size": 11},
-        showarrow=False,
-    )
 
 
 def _padded(low: float, high: float, share: float) -> list[float]:
@@ -329,8 +341,8 @@ def _room(low: float, high: float, share: float, quality: Score) -> list[float]:
 def _lay_out(figure: go.Figure, axis: Axis, original: Result, drawn: Sequence[Result]) -> None:
     qualities = _qualities([original, *drawn])
     low, high = min(q.interval[0] for q in qualities), max(q.interval[1] for q in qualities)
-    naive = [r.naive.score for r in drawn if r.naive]
-    whole = _room(min([low, *naive]), max([high, *naive]) if qualities[0].lower_is_better else high, 0.06, qualities[0])
+    lowered = [r.naive.score for r in drawn if r.naive]
+    whole = _room(min([low, *lowered]), max([high, *lowered]) if qualities[0].lower_is_better else high, 0.06, qualities[0])
     costs = [c for r in [original, *drawn] if (c := axis.value(r))]
     lay_out(figure, axis, costs, whole, words.score_title(qualities[0]))
     if qualities[0].unit != "points":
@@ -341,8 +353,8 @@ def _lay_out(figure: go.Figure, axis: Axis, original: Result, drawn: Sequence[Re
 def lay_out(figure: go.Figure, axis: Axis, costs: Sequence[float], heights: Sequence[float], title: str) -> None:
     """The look of a picture of quality against cost: wide enough for `costs`, `title` beside the vertical axis."""
     low, high = math.log10(min(costs)), math.log10(max(costs))
-    ticks = round_numbers(min(costs), max(costs))
     pad = 0.12 * (high - low) + 0.03
+    ticks = log_ticks(10 ** (low - pad), 10 ** (high + pad))
     line = {"gridcolor": "var(--grid)", "zeroline": False, "linecolor": "var(--line)", "automargin": True}
     figure.update_layout(
         paper_bgcolor="rgba(0,0,0,0)",
@@ -364,7 +376,7 @@ def lay_out(figure: go.Figure, axis: Axis, costs: Sequence[float], heights: Sequ
         type="log",
         range=[low - pad, high + pad],
         tickvals=ticks,
-        ticktext=[format_quantity(t, axis.unit) for t in ticks],
+        ticktext=tick_texts(ticks, axis.text),
         title={"text": axis.title, "standoff": 12},
         showgrid=False,
         ticks="outside",

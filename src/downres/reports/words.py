@@ -104,13 +104,18 @@ def pixels(p: Preprocessing) -> str:
     return ", ".join([*order, *([f"0 to {255 * p.scale:g}"] if p.scale != 1 / 255 else [])])
 
 
+def channels(values: Sequence[float]) -> str:
+    """A mean or deviation for each channel: `0.485, 0.456, 0.406`."""
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
 def spread(latency: Latency) -> str:
     return f"{digits(latency.p10_ms)}–{digits(latency.p90_ms)} ms"
 
 
 def count(number: int, noun: str) -> str:
-    """`1 image`, `1 200 images` (thin spaces)."""
-    return f"{number:,}".replace(",", "\u2009") + f" {noun}" + ("" if number == 1 else "s")
+    """`1 image`, `2624 images`: in plain digits, as data describe themselves, which no line breaks."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def points(value: float, decimals: int = 2) -> str:

@@ -21,7 +21,7 @@ class Patch(Technique):
     name, neutral, keyword, option = "patch_size", None, "patch_sizes", "--patch-size"
     metavar, help = "20,24", "Patches of these sides, in pixels; 'none' for no such variants."
     order, refits, sought = 20, True, "a patch_size"
-    styles = {"patch size": Style("#3f86d1", "diamond", "bottom right")}
+    styles = {"patch size": Style("#3f86d1", "diamond")}
 
     def normalise(self, value: Any) -> int | None:
         return whole(value, "A patch size is a whole number of pixels above 0", "20")

@@ -31,7 +31,7 @@ class InputResolution(Technique):
     name, neutral, keyword, option = "resolution", None, "resolutions", "--resolution"
     metavar, help = "SPEC", "96:256:32, 96,128,160 or HxW; default: from the model's own down."
     order, always, refits, sought = 30, True, True, "a resolution"
-    styles = {"resolution": Style("#1a8f86", "circle", "bottom right", "top center")}
+    styles = {"resolution": Style("#1a8f86", "circle")}
 
     @property
     def fields(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Depth(Scaling):
 
     name, neutral, keyword, option = "depth", None, "depths", "--depth"
     metavar, help = "10,8,6", "Numbers of blocks: model scaling."
-    styles = {"depth": Style("#c2552d", "square", "top center", "top left")}  # it and width run side by side
+    styles = {"depth": Style("#c2552d", "square")}  # it and width run side by side
 
     def normalise(self, value: Any) -> int | None:
         return whole(value, "A depth is a whole number of blocks above 0", "8")
@@ -83,7 +83,7 @@ class Width(Scaling):
 
     name, neutral, keyword, option = "width", 1.0, "widths", "--width"
     metavar, help = "0.5,0.67", "Factors on the channels: model scaling."
-    styles = {"width": Style("#9a6fd0", "pentagon", "top left", "bottom right")}
+    styles = {"width": Style("#9a6fd0", "pentagon")}
 
     def normalise(self, value: Any) -> float:
         if not 0.0 < value <= 4.0:

@@ -22,8 +22,8 @@ class Stem(Technique):
     metavar, help = "0.75,0.5", "Resample after the embedding by these factors; 'none' for no such variants."
     order, inside, sought = 40, True, "a stem_scale below 1"
     styles = {
-        "pooling": Style("#6b8e23", "hexagon", "bottom right"),
-        "stem": Style("#6b8e23", "hexagon", "bottom right"),
+        "pooling": Style("#6b8e23", "hexagon"),
+        "stem": Style("#6b8e23", "hexagon"),
     }
 
     @property

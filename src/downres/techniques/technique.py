@@ -36,15 +36,10 @@ class Design:
 
 @dataclass(frozen=True)
 class Style:
-    """Of a line in the picture of costs: colour (readable on light and dark), symbol, where labels stand.
-
-    position_of_parameters: where they stand on the page with the memory of the parameters, None: there too.
-    """
+    """Of a line in the picture of costs: colour (readable on light and dark) and symbol."""
 
     colour: str
     symbol: str
-    position: str
-    position_of_parameters: str | None = None
 
 
 class Technique:

@@ -137,8 +137,8 @@ class Tokens(Technique):
     help = "Merge tokens: 8 a block, 50% kept at the end, 8-decreasing, prune8 by attention; 'none' for no such variants."
     order, inside, sought = 50, True, "a merge"
     styles = {
-        "merging": Style("#b0851a", "triangle-up", "top left"),
-        "pruning": Style("#d0558f", "triangle-down", "top left"),
+        "merging": Style("#b0851a", "triangle-up"),
+        "pruning": Style("#d0558f", "triangle-down"),
     }
 
     def normalise(self, value: Any) -> Merge | None:

@@ -16,7 +16,7 @@ from downres.errors import DownresError
 from downres.records import TOO_FEW, WITHIN, Budget, Candidate, Cost, Drop, Latency, Preprocessing, Recovery, Result, Rung
 from downres.reports import ReportView, build_report, pictures, words, write_report
 from downres.reports.report import chosen_of
-from downres.tasks.segmentation.class_picture import _apart, class_figures, readable
+from downres.tasks.segmentation.class_picture import class_figures, readable
 from downres.tasks.segmentation.classes import class_table, who_loses
 from downres.tasks.segmentation.masks import IGNORE, find_masks
 from downres.tasks.segmentation.quality import SegmentationQuality, Tallies, compare_tallies, segmentation_quality, tally
@@ -404,14 +404,6 @@ def test_of_many_classes_the_picture_has_those_that_lose_most(view):
     assert "Of the 30 classes the picture has the 20 that lose most." in page
 
 
-def test_names_beside_lines_keep_apart_and_in_order():
-    heights = sorted(np.random.default_rng(1).uniform(0, 100, 20).tolist()) + [100.0, 100.0]
-    places = _apart(heights, 3.0)
-    assert min(np.diff(places)) >= 3.0 - 1e-9
-    assert _apart([10.0, 50.0], 3.0) == [10.0, 50.0]
-    assert _apart([10.0, 10.0, 50.0], 4.0) == [8.0, 12.0, 50.0]
-
-
 @pytest.mark.parametrize("colour", [*COLOURS, (0, 0, 0), (255, 255, 255), (255, 255, 0), (64, 0, 128), (192, 192, 128)])
 def test_line_colours_stand_out_on_both_pages(contrast, colour):
     assert contrast(readable(colour), "rgb(252, 251, 248)") >= 3.0
@@ -500,15 +492,16 @@ def test_nothing_overflows_and_layers_lie_on_their_picture(open_page, address, w
     assert width_of > 200 and abs(width_of / height_of - 128 / 96) < 0.02
 
 
-def test_picture_of_classes_switches_and_hovers(open_page, address, view):
+def test_picture_of_classes_switches_and_hovers(open_page, address, view, collisions):
     page = open_page(address)
     points = page.locator("#classplot .scatterlayer .point")
     points.first.wait_for()
     assert points.count() == 4 * 4  # three sizes and mIoU at four resolutions
     page.locator("[name=group][value=classes]").check(force=True)
     assert points.count() == 6 * 4  # five classes that there are and mIoU
-    names = page.locator("#classplot .annotation-text").all_text_contents()
+    names = page.locator("#classplot .labels text").all_text_contents()
     assert sorted(names) == sorted(["sky", "road", "wall", "pole", NASTY, "mIoU"])
+    assert collisions(page, "#classplot") == []
     title = page.locator("#classplot .ytitle")
     page.locator("[name=scale][value=change]").check(force=True)
     assert "points" in title.text_content()
@@ -566,7 +559,7 @@ def test_layers_switch_and_the_pointer_reads_classes(open_page, address, view):
 def test_numbers_are_readable_in_light_and_dark(open_page, address, contrast):
     for scheme in ("light", "dark"):
         page = open_page(address, scheme=scheme)
-        page.wait_for_selector("#classplot .annotation-text")
+        page.wait_for_selector("#classplot .labels text")
         colours = page.evaluate(
             """() => { const flat = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
                 const page = getComputedStyle(document.body).backgroundColor;
@@ -577,5 +570,5 @@ def test_numbers_are_readable_in_light_and_dark(open_page, address, contrast):
         )
         assert len(colours) > 50
         assert min(contrast(*pair) for pair in colours) > 4.5
-        name = page.evaluate("document.querySelector('#classplot .annotation-text').style.fill")
+        name = page.evaluate("getComputedStyle(document.querySelector('#classplot .labels text')).fill")
         assert contrast(name, page.evaluate("getComputedStyle(document.body).backgroundColor")) > 4.5

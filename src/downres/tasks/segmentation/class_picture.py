@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 
 from ...parse import format_quantity
@@ -65,7 +64,6 @@ def _figure(
     axis: pictures.Axis, table: Table, lines: Sequence[Line], colours: Sequence[tuple[int, int, int]], scale: str
 ) -> go.Figure:
     figure = go.Figure()
-    ends: list[tuple[float, float, str, str]] = []
     heights: list[float] = []
     for line in lines:
         values = _values(line, scale)
@@ -86,16 +84,15 @@ def _figure(
             go.Scatter(
                 name=line.name, x=[p[0] for p in points], y=[p[1] for p in points], mode="markers", hoverinfo="text",
                 marker={"color": colour, "size": size, "symbol": symbol, "opacity": 1, "line": {"width": 0}}, cliponaxis=False,
-                hovertext=[hover_text(table, line, p[2]) for p in points],
+                hovertext=[hover_text(table, line, p[2]) for p in points], customdata=[line.name, *[""] * (len(points) - 1)],
             )
         )  # fmt: skip
-        first = points[0]
-        ends.append((first[0], first[1], line.name, colour))
     low, high = min(heights), max(heights)
     margin = max(0.06 * (high - low), 0.5)
     costs = [cost for r in table.columns if (cost := axis.value(r))]
     pictures.lay_out(figure, axis, costs, [low - margin, high + margin], SCALES[scale])
-    _name_lines(figure, ends)
+    left, right = figure.layout.xaxis.range  # the names stand beside the cheapest points
+    figure.update_xaxes(range=[left - 0.22 * (right - left), right])
     if scale == "change":
         figure.update_yaxes(ticksuffix="", zeroline=True, zerolinecolor="var(--line)")
     return figure
@@ -106,42 +103,6 @@ def _style(line: Line, colours: Sequence[tuple[int, int, int]]) -> tuple[str, in
     if line.index is not None:
         return readable(colours[line.index]), 8, SYMBOLS[line.index % len(SYMBOLS)]
     return (*SIZE_STYLES.get(line.name.removesuffix(" objects"), ("var(--ink)", 7)), "circle")
-
-
-def _name_lines(figure: go.Figure, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside the cheapest points, pushed apart where they would lie on each other; the axes get room for them."""
-    bottom, top = figure.layout.yaxis.range
-    gap = 0.036 * (top - bottom)
-    ends = sorted(ends, key=lambda end: end[1])
-    places = _apart([end[1] for end in ends], gap)
-    left, right = figure.layout.xaxis.range
-    room = 0.22 * (right - left)
-    figure.update_xaxes(range=[left - room, right])
-    figure.update_yaxes(range=[min(bottom, places[0] - gap), max(top, places[-1] + gap)])
-    for (cost, value, name, colour), place in zip(ends, places, strict=True):
-        figure.add_annotation(
-            x=float(np.log10(cost)), y=value, ax=float(np.log10(cost)) - 0.25 * room, ay=place, axref="x", ayref="y",
-            text=escape(name), xanchor="right", font={"color": "var(--ink)", "size": 12}, showarrow=True, arrowhead=0,
-            arrowwidth=1, arrowcolor=colour, standoff=6,
-        )  # fmt: skip
-
-
-def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights moved as little as keeps `gap` between neighbours: groups that touch spread about their mean."""
-    groups: list[list[float]] = []
-    for height in heights:
-        groups.append([height])
-        while len(groups) > 1 and _bottom(groups[-1], gap) - _top(groups[-2], gap) < gap:
-            groups[-2:] = [groups[-2] + groups[-1]]
-    return [_bottom(group, gap) + i * gap for group in groups for i in range(len(group))]
-
-
-def _bottom(group: Sequence[float], gap: float) -> float:
-    return sum(group) / len(group) - (len(group) - 1) * gap / 2
-
-
-def _top(group: Sequence[float], gap: float) -> float:
-    return sum(group) / len(group) + (len(group) - 1) * gap / 2
 
 
 def hover_text(table: Table, line: Line, column: int) -> str:
