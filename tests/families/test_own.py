@@ -442,11 +442,149 @@ def test_blocks_that_are_not_what_they_seem_are_not_merged(build, words):
         assert run(reduce(model, stem_scale=0.5), images(2, 3, SIDE, SIDE)).shape == (2, 5)
 
 
-def test_encoders_with_the_batch_in_the_middle_are_not_merged():
-    model = Encoder(batch_first=False).eval()
-    assert run(model, images(2, 3, SIDE, SIDE)).shape == (2, 5)
-    with pytest.raises(DownresError, match="Encoder can be neither merged nor pooled"):
-        reduce(model, merge=2)
+class Middle(Encoder):
+    """torch's own encoder as it comes: tokens first; a table of positions of the user's own name, as long."""
+
+    def __init__(self):
+        super().__init__(batch_first=False)
+
+    def make_positions(self):
+        self.where = nn.Parameter(torch.randn(1 + self.num_patches, 1, WIDTH))
+
+    def tokens(self, x):
+        x = self.patch_embed(x).flatten(2).permute(2, 0, 1)
+        return torch.cat([self.cls_token.expand(-1, x.shape[1], -1), x]) + self.where
+
+    def features(self, x):
+        return self.norm(self.encoder(self.tokens(x))).transpose(0, 1)
+
+
+class Cutting(nn.Module):
+    """(B, C, H, W) → (B, N, C·8·8) as einops' Rearrange writes it."""
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        return x.reshape(b, c, h // 8, 8, w // 8, 8).permute(0, 2, 4, 3, 5, 1).flatten(1, 2).flatten(2)
+
+
+class Linear(Plain):
+    """Patches by a linear layer (vit-pytorch), of one channel or three; a table of any name, a mean at the end."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        del self.cls_token
+        self.patch_embed = nn.Sequential(Cutting(), nn.LayerNorm(64 * channels), nn.Linear(64 * channels, WIDTH))
+
+    def make_positions(self):
+        self.register_buffer("table", torch.randn(self.num_patches, WIDTH))
+
+    def tokens(self, x):
+        return self.patch_embed(x) + self.table
+
+    def forward(self, x):
+        return self.head(self.features(x).mean(dim=1))
+
+
+class Unfolded(Linear):
+    """Patches by nn.Unfold, whose rows hold the channels outermost."""
+
+    def __init__(self):
+        super().__init__()
+        self.unfold, self.patch_embed = nn.Unfold(8, stride=8), nn.Linear(192, WIDTH)
+
+    def tokens(self, x):
+        return self.patch_embed(self.unfold(x).transpose(1, 2)) + self.table
+
+
+class Named(Plain):
+    """No sign of attention or positions in any name; positions looked up by numbers of any name."""
+
+    def make_positions(self):
+        self.lookup = nn.Embedding(1 + self.num_patches, WIDTH)
+        self.register_buffer("numbers", torch.arange(1 + self.num_patches), persistent=False)
+
+    def tokens(self, x):
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.lookup(self.numbers)
+
+
+class Codes(Named):
+    """Beside its positions a code book that has as many rows, by chance."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(1 + self.num_patches, WIDTH))
+        self.pos_embed = nn.Parameter(self.lookup.weight.detach()[None])
+        del self.lookup
+
+    def tokens(self, x):
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed + self.codes[:1]
+
+
+class Shared(Plain):
+    """One block, three times over."""
+
+    def __init__(self, block=Block):
+        super().__init__()
+        self.blocks = nn.ModuleList([block()] * 3)
+
+
+class Looped(Plain):
+    """The same without a list."""
+
+    def __init__(self):
+        super().__init__()
+        del self.blocks
+        self.body = Block()
+
+    def features(self, x):
+        x = self.tokens(x)
+        for _ in range(3):
+            x = self.body(x)
+        return self.norm(x)
+
+
+OTHERS = {
+    "tokens first": (Middle, "where", 1, "its sequence is .tokens, images, channels."),
+    "linear": (Linear, "table", 0, ""),
+    "one channel": (lambda: Linear(1), "table", 0, ""),
+    "unfolded": (Unfolded, "table", 0, ""),
+    "looked up": (Named, "lookup.weight", 1, ""),
+    "code book": (Codes, "pos_embed", 1, ""),
+    "shared": (Shared, "pos_embed", 1, "runs the same block several times"),
+    "looped": (Looped, "pos_embed", 1, "has no list of like blocks"),
+}
+
+
+@pytest.mark.parametrize("target", [(32, 32), (24, 40)], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_ways_to_write_one(name, target):
+    """Their tables follow the grid; whatever else has their shape stays; tokens are merged, or the reason is true."""
+    build, table, prefix, why = OTHERS[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    channels = 1 if name == "one channel" else 3
+    x = images(2, channels, SIDE, SIDE)
+    small = reduce(model, resolution=target, input_size=(channels, SIDE, SIDE))
+    assert run(small, x).shape == (2, 5)
+    grid = [target[0] // 8, target[1] // 8]
+    before, after = model.state_dict()[table].reshape(1, -1, WIDTH), small.state_dict()[table].reshape(1, -1, WIDTH)
+    wanted = resample_abs_pos_embed(before, grid, old_size=[6, 6], num_prefix_tokens=prefix)
+    torch.testing.assert_close(after, wanted)
+    assert after.shape == (1, prefix + math.prod(grid), WIDTH)
+    changed = [k for k, v in small.state_dict().items() if v.shape != model.state_dict()[k].shape]
+    assert changed == [table]
+    for given in ({"merge": 2}, {"stem_scale": 0.5}):
+        if why:
+            with pytest.raises(DownresError, match=why):
+                reduce(model, input_size=(channels, SIDE, SIDE), **given)
+        else:
+            fewer = reduce(model, input_size=(channels, SIDE, SIDE), **given)
+            assert run(fewer, x).shape == (2, 5) and not torch.equal(run(fewer, x), run(model, x))
+    if "patch_embed.weight" not in model.state_dict() or build is Unfolded:
+        with pytest.raises(DownresError, match="knows no patch embedding in it that can be resampled"):
+            reduce(model, patch_size=16, input_size=(channels, SIDE, SIDE))
 
 
 def test_relative_tables_do_not_follow():

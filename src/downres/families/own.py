@@ -1,13 +1,14 @@
 """A vision transformer of the user's own, as most write it since timm, DINO and MAE: known by its parts, not by its class.
 
-A convolution whose kernel is its stride cuts the patches, a parameter with 'pos' in its name is added to the tokens, and a
-list of equal blocks follows. What cannot be read off the parts is learned from one run without numbers.
+A convolution whose kernel is its stride, or a linear layer, cuts the patches, a table of positions is added to the tokens, and
+a list of equal blocks follows. What cannot be read off the parts is learned from one run without numbers.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .adapter import (
     swap_class,
 )
 from .patches import put, resize_kernel, resize_positions, restated
+from .unknown import tables
 
 PATCH = ("patch_size", "patch_dim")
 GRID = ("grid_size", "grid", "patches_resolution", "feat_size", "patch_shape", "num_patches_hw")
@@ -43,18 +45,43 @@ CLASS_TOKENS = ("cls_token", "class_token", "cls", "class_embedding", "cls_embed
 
 def find(model: nn.Module) -> "OwnViT | None":
     """The transformer in `model`, or None where the parts are missing or a run does not show a plain sequence."""
-    conv = next((name for name, m in named_modules(model) if _cuts_patches(m)), None)
     lists = {name: [dotted(name, child) for child, _ in m._modules.items()] for name, m in _lists(model)}
-    if conv is None or not lists:
-        return None
-    for size in _sizes(model, conv):
-        try:
-            seen = _look(model, conv, lists, size)
-        except DownresError:
-            continue
-        blocks = next((names for names in lists.values() if seen.tokens_through(names) >= max(1, math.prod(seen.grid))), None)
-        return OwnViT(model, conv, blocks, size, seen) if blocks else None
+    for cut in _cuts(model):
+        for size in _sizes(model, cut):
+            try:
+                seen = _look(model, cut, lists, size)
+            except DownresError:
+                continue
+            least = max(2, math.prod(seen.grid))
+            blocks = next((names for names in lists.values() if seen.tokens_through(names) >= least), None)
+            if seen.grid != (0, 0) and (through := blocks or seen.sequence(least)):
+                return OwnViT(model, cut, through, size, seen)
+            break
     return None
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What cuts the patches: the module of that name, a convolution or a linear layer; patch: (height, width) in pixels."""
+
+    name: str
+    channels: int
+    patch: Size
+    is_linear: bool = False
+
+
+def _cuts(model: nn.Module) -> list[_Cut]:
+    """The first convolution whose kernel is its stride; without convolutions, the first linear layer if it may take patches."""
+    convolutions = [(name, m) for name, m in named_modules(model) if isinstance(m, nn.Conv2d)]
+    for name, conv in convolutions:
+        if _cuts_patches(conv):
+            return [_Cut(name, conv.in_channels, as_pair(conv.kernel_size))]
+    linear = next(((name, m.in_features) for name, m in named_modules(model) if isinstance(m, nn.Linear)), None)
+    if convolutions or linear is None:
+        return []
+    name, many = linear
+    sides = {c: math.isqrt(many // c) for c in (3, 1, 4, 2) if c * math.isqrt(many // c) ** 2 == many}
+    return [_Cut(name, c, (side, side), True) for c, side in sides.items() if side > 1]
 
 
 def _cuts_patches(module: nn.Module) -> bool:
@@ -74,24 +101,22 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _sizes(model: nn.Module, conv: str) -> Iterator[tuple[int, ...]]:
+def _sizes(model: nn.Module, cut: _Cut) -> Iterator[tuple[int, ...]]:
     """(channels, height, width) that the model may be made for, the likeliest first."""
-    patch = model.get_submodule(conv)
-    assert isinstance(patch, nn.Conv2d)
-    channels, found = patch.in_channels, []
+    found = []
     for module in modules(model):
         for key in IMAGE:
             if (size := _pair(vars(module).get(key))) is not None:
                 found.append(size)
     if getattr(model, "pretrained_cfg", None):
         found.append(input_size_of(model)[1:])
-    for _, position in _positions(model):
-        many = position.shape[-2] if position.ndim < 4 else position.shape[-1] ** 2
+    for _, position in [*_positions(model), *_tables(model)]:
+        many = position.shape[-1] ** 2 if position.ndim == 4 else max(position.shape[:-1])
         # A square grid, with up to eight class and register tokens besides.
         sides = [math.isqrt(many - more) for more in range(9) if many > more and math.isqrt(many - more) ** 2 == many - more]
-        found += [(side * patch.kernel_size[0], side * patch.kernel_size[1]) for side in sides]
+        found += [(side * cut.patch[0], side * cut.patch[1]) for side in sides]
     found.append(input_size_of(model)[1:])
-    yield from dict.fromkeys((channels, *size) for size in found)
+    yield from dict.fromkeys((cut.channels, *size) for size in found)
 
 
 def _pair(value: Any) -> Size | None:
@@ -108,21 +133,43 @@ def _positions(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, t) for name, t in tensors if "pos" in name.lower() and t.is_floating_point() and 2 <= t.ndim <= 4]
 
 
+def _tables(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The same of any other name: what a module of the user's, or an `nn.Embedding`, holds itself."""
+    found = [(dotted(name, key), t) for name, module in named_modules(model) for key, t in tables(module)]
+    return [(name, t) for name, t in found if "pos" not in name.lower()]
+
+
 @dataclass
 class _Seen:
-    """What a run shows: the size of the image at the patch convolution, of its map, and the tokens into every block."""
+    """What a run shows: the size of the image, its patches, and the tokens into every module that keeps their number.
+
+    tokens: by the module's name. calls: how often each ran; width: of the tokens that the patches become.
+    tokens_first: the modules whose sequence is (tokens, images, channels).
+    """
 
     image: Size = (0, 0)
     grid: Size = (0, 0)
+    width: int = 0
+    cuts: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    tokens_first: set[str] = field(default_factory=set)
 
     def tokens_through(self, names: Sequence[str]) -> int:
-        """Tokens that go in and come out of all these blocks alike, 0 where they do not."""
+        """Tokens that go in and come out of all these modules alike, 0 where they do not."""
         counts = {self.tokens.get(name, 0) for name in names}
         return counts.pop() if len(counts) == 1 else 0
 
+    def sequence(self, least: int) -> list[str]:
+        """Of a network without a list of blocks: the modules that see the number of tokens that most see, `least` or more."""
+        many = Counter(n for n in self.tokens.values() if n >= least).most_common(1)
+        return [name for name, n in self.tokens.items() if n == many[0][0]] if many else []
 
-def _look(model: nn.Module, conv: str, lists: dict[str, list[str]], size: tuple[int, ...]) -> _Seen:
+    def runs_once(self, names: Sequence[str]) -> bool:
+        return all(self.calls[name] <= max(1, self.cuts) for name in names)
+
+
+def _look(model: nn.Module, cut: _Cut, lists: dict[str, list[str]], size: tuple[int, ...]) -> _Seen:
     """Raises DownresError where the model does not run at this size."""
 
     @contextmanager
@@ -130,24 +177,33 @@ def _look(model: nn.Module, conv: str, lists: dict[str, list[str]], size: tuple[
         seen = _Seen()
 
         def patches(_module: nn.Module, args: tuple, output: Tensor) -> None:
-            height, width = args[0].shape[-2:]
-            rows, columns = output.shape[-2:]
-            seen.image, seen.grid = (height, width), (rows, columns)
+            height, width = x.shape[-2:] if cut.is_linear else args[0].shape[-2:]
+            grid = (height // cut.patch[0], width // cut.patch[1]) if cut.is_linear else output.shape[-2:]
+            if cut.is_linear and args[0].shape[:-1].numel() != math.prod(grid):
+                return  # no patches come in
+            seen.image, seen.grid, seen.cuts = (height, width), (grid[0], grid[1]), seen.cuts + 1
+            seen.width = output.shape[-1 if cut.is_linear else 1]
 
         def sequence(name: str) -> Any:
             def note(module: nn.Module, args: tuple, output: object) -> None:
                 first, state = args[0] if args else None, getattr(module, "tokens", None)
                 if not isinstance(first, Tensor) or first.ndim != 3:
                     return
+                tokens_first = first.shape[1] == 1 < first.shape[0]  # one image runs
+                many = first.shape[0 if tokens_first else 1]
                 if isinstance(state, TokenState):  # a reduced model's
-                    seen.tokens[name] = first.shape[1] + sum(state.removals[: module.index])  # type: ignore[index, arg-type]
+                    seen.tokens[name] = many + sum(state.removals[: module.index])  # type: ignore[index, arg-type]
                 elif isinstance(output, Tensor) and first.shape == output.shape:
-                    seen.tokens[name] = first.shape[1]
+                    seen.tokens[name] = many
+                    if tokens_first:
+                        seen.tokens_first.add(name)
+                seen.calls[name] += 1
 
             return note
 
-        copied.get_submodule(conv).register_forward_hook(patches)
-        for name in {name for names in lists.values() for name in names}:
+        parts = dict(named_modules(copied))
+        parts[cut.name].register_forward_hook(patches)
+        for name in {*(name for names in lists.values() for name in names), *parts} - {"", cut.name}:
             copied.get_submodule(name).register_forward_hook(sequence(name))
         yield seen
 
@@ -159,10 +215,11 @@ class OwnViT(Adapter):
 
     sure = False
 
-    def __init__(self, model: nn.Module, conv: str, blocks: list[str], size: tuple[int, ...], seen: _Seen) -> None:
+    def __init__(self, model: nn.Module, cut: _Cut, through: list[str], size: tuple[int, ...], seen: _Seen) -> None:
+        """through: the modules that the sequence of tokens goes through, its blocks where it has a list of them."""
         super().__init__("", model)
-        self._conv, self._blocks, self._size, self._seen = conv, blocks, size, seen
-        self.prefix = seen.tokens_through(blocks) - math.prod(seen.grid)
+        self._cut, self._through, self._size, self._seen = cut, through, size, seen
+        self.prefix = seen.tokens_through(through) - math.prod(seen.grid)
         self.class_token = self.prefix > 0 and any(
             name.rpartition(".")[2] in CLASS_TOKENS for name, _ in named_parameters(model)
         )
@@ -170,31 +227,43 @@ class OwnViT(Adapter):
         self._in_order = False
 
     @property
-    def _projection(self) -> nn.Conv2d:
-        conv = self.module.get_submodule(self._conv)
-        assert isinstance(conv, nn.Conv2d)
-        return conv
-
-    @property
     def image(self) -> Size | None:  # type: ignore[override]
         if self._any_size is None:
-            unit, (channels, height, width) = self._projection.kernel_size, self._size
+            unit, (channels, height, width) = self.unit, self._size
             try:
                 other = self._run((channels, height + 2 * unit[0], width + unit[1]))
-                self._any_size = other.tokens_through(self._blocks) == math.prod(other.grid) + self.prefix
+                self._any_size = other.tokens_through(self._through) == math.prod(other.grid) + self.prefix
             except DownresError:
                 self._any_size = False
         return None if self._any_size else self._seen.image
 
     def _run(self, size: tuple[int, ...]) -> _Seen:
-        return _look(self.module, self._conv, {"": self._blocks}, size)
+        return _look(self.module, self._cut, {"": self._through}, size)
+
+    @property
+    def unit(self) -> Size:
+        return self._cut.patch
 
     @property
     def patch(self) -> Size | None:  # type: ignore[override]
-        return as_pair(self._projection.kernel_size)
+        return None if self._cut.is_linear else self._cut.patch  # in which order a row holds its pixels nothing tells
+
+    @property
+    def why_no_sequence(self) -> str:  # type: ignore[override]
+        if not self._is_list:
+            return "it has no list of like blocks"
+        if not self._seen.runs_once(self._through):
+            return "it runs the same block several times, and each place that takes tokens out has to be a block of its own"
+        return "its sequence is (tokens, images, channels), make it (images, tokens, channels)"
+
+    @property
+    def _is_list(self) -> bool:
+        return any([dotted(name, child) for child in m._modules] == self._through for name, m in _lists(self.module))
 
     def block_names(self) -> list[str]:
-        return self._blocks
+        seen = self._seen
+        plain = self._is_list and seen.tokens_first.isdisjoint(self._through) and seen.runs_once(self._through)
+        return self._through if plain else []
 
     def blocks(self) -> list[nn.Module]:
         self._check_order()
@@ -221,34 +290,61 @@ class OwnViT(Adapter):
         """Where the first and the last patch of the first row are among the tokens of the first block."""
         if any(t.is_meta for t in tensors_of(self.module)):
             return None
-        height, width = self._projection.kernel_size
-        like = first_float(self.module)
+        height, width = self._cut.patch
         channels, rows, columns = self._size
         pixels = torch.randn(channels, height, width, generator=torch.Generator().manual_seed(0))
         images = torch.zeros(3, channels, rows, columns)
         images[1, :, :height, :width] = pixels
         right = (self._seen.grid[1] - 1) * width
         images[2, :, :height, right : right + width] = pixels
-        model, seen = nn.Module.eval(copied(self.module)), []
-        first = model.get_submodule(self._blocks[0])
-        first.register_forward_pre_hook(lambda _m, args: seen.append(args[0].float()), prepend=True)
-        with torch.no_grad():
-            for image in images.to(like).split(1):
-                model.forward(image)  # past the hooks that `reduce` has put before it
-        moved = (torch.cat(seen[1:]) - seen[0]).norm(dim=-1)  # (2, tokens)
+        model = nn.Module.eval(copied(self.module))
+        empty, *seen = (self._tokens_into(model, image[None])[0] for image in images)
+        moved = (torch.stack(seen) - empty).norm(dim=-1)  # (2, tokens)
         return moved.argmax(dim=1).tolist() if moved.amax(dim=1).min() > 0 else None
+
+    def _tokens_into(self, model: nn.Module, image: Tensor) -> list[Tensor]:
+        """(tokens, C), what comes into the blocks of a copy of the module, one after the other."""
+        seen: list[Tensor] = []
+        first = [model.get_submodule(name) for name in self._through]
+        handles = [
+            m.register_forward_pre_hook(lambda _m, args: seen.append(args[0].float()), prepend=True)
+            for m in dict.fromkeys(first)
+        ]
+        with torch.no_grad():
+            model.forward(image.to(first_float(model)))  # past the hooks that `reduce` has put before it
+        for handle in handles:
+            handle.remove()
+        return [x[:, 0] if self._through[0] in self._seen.tokens_first else x[0] for x in seen]
+
+    def _is_added(self, name: str) -> bool:
+        """Whether the last row of a table belongs to the last token: a change there moves that one alone."""
+        if any(t.is_meta for t in tensors_of(self.module)):
+            return True
+        model, image = nn.Module.eval(copied(self.module)), torch.zeros(1, *self._size)
+        before = self._tokens_into(model, image)
+        table = dict([*named_parameters(model), *named_buffers(model)])[name]
+        with torch.no_grad():
+            last = table[:, :, -1, -1] if table.ndim == 4 and table.shape[1] == self._seen.width else table.flatten(0, -2)[-1:]
+            last.add_(torch.randn(last.shape, generator=torch.Generator().manual_seed(0)).to(last))
+        for one, other in zip(before, self._tokens_into(model, image), strict=True):
+            moved = (one != other).any(dim=-1).nonzero().flatten().tolist()
+            if moved:
+                return moved == [len(one) - 1]
+        return False
 
     def fit(self, image: Size, patch: Size | None) -> str:
         old, new = self._seen.grid, (image[0] // (patch or self.unit)[0], image[1] // (patch or self.unit)[1])
         before, any_size = self._seen.image, self.image is None
-        kernel = as_pair(self._projection.kernel_size)
+        kernel = self._cut.patch
         if not any_size:
             self._check_order()
         if patch is not None and patch != kernel:
-            resize_kernel(self._projection, patch)
+            resize_kernel(self.module.get_submodule(self._cut.name), patch)
+            self._cut = replace(self._cut, patch=patch)
             self._rename(PATCH, kernel, patch)
         if not any_size:
-            for name, position in _positions(self.module):
+            others = [(name, t) for name, t in _tables(self.module) if self._fits(t) and self._is_added(name)]
+            for name, position in [*_positions(self.module), *others]:
                 self._place(name, position, old, new)
             self._rename(IMAGE, before, image)
             self._rename(GRID, old, new)
@@ -258,22 +354,32 @@ class OwnViT(Adapter):
             self._seen = self._run(self._size)
         except DownresError as error:
             raise impossible(self.module, image, error.__cause__ or error) from error
-        found = self._seen.tokens_through(self._blocks)
+        found = self._seen.tokens_through(self._through)
         if self._seen.grid != new or found != math.prod(new) + self.prefix:
             raise impossible(self.module, image, f"its blocks then see {found} tokens of {math.prod(new) + self.prefix}")
-        return "position embedding and patch kernel resampled"
+        return "position embedding resampled" if self.patch is None else "position embedding and patch kernel resampled"
+
+    def _fits(self, table: Tensor) -> bool:
+        """Whether a table has a row, as wide as the tokens, for each patch or for each token."""
+        grid, width, shape = self._seen.grid, self._seen.width, tuple(table.shape)
+        if len(shape) == 4:
+            return shape[1:] in ((width, *grid), (*grid, width))
+        many = math.prod(grid)
+        return shape[-1] == width and math.prod(shape[:-1]) in (many, many + self.prefix)
 
     def _place(self, name: str, position: Tensor, old: Size, new: Size) -> None:
         """Resample one position embedding of the old grid, if it is one."""
-        many, tokens = math.prod(old), position.shape[-2]
+        many, tokens = math.prod(old), max(position.shape[:-1])
         with torch.no_grad():
             if position.ndim == 4 and tuple(position.shape[2:]) == old:
                 found = resample(position, new, "bicubic")
             elif position.ndim == 4 and tuple(position.shape[1:3]) == old:
                 found = resample(position.permute(0, 3, 1, 2), new, "bicubic").permute(0, 2, 3, 1)
-            elif position.ndim < 4 and math.prod(position.shape[:-2]) == 1 and tokens in (many, many + self.prefix):
+            elif position.ndim < 4 and math.prod(position.shape[:-1]) == tokens and tokens in (many, many + self.prefix):
                 found = resize_positions(position.reshape(1, tokens, -1), old, new, tokens - many)
-                found = found.reshape(*position.shape[:-2], -1, position.shape[-1])
+                # (1, N, C), (N, C) or (N, 1, C)
+                sides = [found.shape[1] if side == tokens else side for side in position.shape[:-1]]
+                found = found.reshape(*sides, position.shape[-1])
             else:
                 return
         put(self.module, name, found)
@@ -292,9 +398,9 @@ class OwnViT(Adapter):
                 if (value := vars(module).get(key)) in (old, old + self.prefix) and isinstance(value, int):
                     setattr(module, key, value - old + new)
             for key, value in list(module._buffers.items()):
-                if "pos" not in key or value is None or value.is_floating_point():
+                if value is None or value.is_floating_point() or value.numel() not in (old, old + self.prefix):
                     continue
-                if value.numel() in (old, old + self.prefix):
+                if "pos" in key or (not value.is_meta and value.flatten().tolist() == list(range(value.numel()))):
                     many = value.numel() - old + new
                     module._buffers[key] = torch.arange(many, device=value.device).expand(*value.shape[:-1], many).clone()
 

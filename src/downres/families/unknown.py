@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import re
+from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..copying import modules, named_buffers, named_parameters
 from ..errors import DownresError
@@ -17,10 +18,30 @@ def may_be_fixed(model: nn.Module) -> bool:
     """Whether something in the model is a sign of attention or positions, which often hold one input size alone."""
     names = (name for name, _ in [*named_parameters(model), *named_buffers(model)])
     return any(_SIGN_IN_NAME.search(name) for name in names) or any(
-        _SIGN_IN_CLASS.search(type(m).__name__) or not vars(m).keys().isdisjoint(IMAGE) for m in modules(model)
+        _SIGN_IN_CLASS.search(type(m).__name__) or not vars(m).keys().isdisjoint(IMAGE) or any(tables(m))
+        for m in modules(model)
     )
 
 
+def tables(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a module holds itself, by whatever name, of the shape of positions: a row of channels for each of many tokens.
+
+    (N, C), (1, N, C), (N, 1, C), (1, C, h, w) or (1, h, w, C); no weight of a layer.
+    """
+    if isinstance(module, _LAYERS):
+        return
+    for key, t in [*module._parameters.items(), *module._buffers.items()]:
+        if t is None or not t.is_floating_point() or (key == "weight" and not isinstance(module, nn.Embedding)):
+            continue
+        sides = sum(side > 1 for side in t.shape)
+        if (sides == 2 or (sides == 3 and t.ndim == 4 and t.shape[0] == 1)) and t.ndim <= 4 and t.numel() >= 64:
+            yield key, t
+
+
+_LAYERS = (
+    nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm,
+    nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase,
+)  # fmt: skip
 _SIGN_IN_NAME = re.compile(r"(^|[._])(pos|rel)(_|$|\.|ition|ative)|attention_bias", re.IGNORECASE)
 _SIGN_IN_CLASS = re.compile(r"Attention|Attn|MHSA|Mixer|Transformer")
 
