@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import errno
 import importlib.metadata
 import inspect
 import os
@@ -23,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from .errors import DownresError
+from .errors import NO_SPACE, DownresError
 from .parse import floats, format_quantity, format_resolution, fraction, parse_quantity, parse_resolutions
 from .record import plain, write_json
 from .techniques import RESOLUTION, Technique, techniques
@@ -146,6 +145,10 @@ ValFractionOption = Annotated[
     ),
 ]
 RuntimeOption = Annotated[str, _measure("--runtime", help="onnxruntime or torch.")]
+SearchRuntimeOption = Annotated[
+    str | None,
+    _measure("--runtime", help="onnxruntime or torch; default: onnxruntime, and torch where the original cannot be exported."),
+]
 ThreadsOption = Annotated[int | None, _measure("--threads", help="Threads of the runtime; default: all cores available.")]
 CacheOption = Annotated[
     float | None,
@@ -276,7 +279,7 @@ def search(
     scale: ScaleOption = None,
     antialias: AntialiasOption = None,
     snap: SnapOption = False,
-    runtime: RuntimeOption = "onnxruntime",
+    runtime: SearchRuntimeOption = None,
     threads: ThreadsOption = None,
     cache_gb: CacheOption = None,
     seed: SeedOption = 0,
@@ -513,7 +516,7 @@ def main() -> None:
             _stop("A file ends in the middle of what it should hold: get it again.", 2)
         _stop("Interrupted. What a search has measured is kept: the same command goes on where it was.", 130)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in NO_SPACE:
             _stop(
                 "The disk is full: free some space (or set TMPDIR to a larger disk) and run the same command again; "
                 "nothing measured is lost.",

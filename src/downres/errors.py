@@ -1,6 +1,10 @@
 """The one error a user is meant to read, and what another error says in one line."""
 
+import errno
 import re
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the system's errors that mean a full disk."""
 
 
 class DownresError(Exception):

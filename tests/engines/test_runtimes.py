@@ -1,3 +1,4 @@
+import errno
 import os
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from downres.engines import available_cores
-from downres.engines.onnxruntime import OnnxRuntime, export_onnx, resize_onnx
+from downres.engines.onnxruntime import NotExported, OnnxRuntime, export_onnx, resize_onnx
 from downres.engines.torch import TorchRuntime
 from downres.errors import DownresError
 
@@ -131,9 +132,20 @@ def test_outputs_that_are_no_tensors():
     ],
 )
 def test_models_that_cannot_be_exported_say_why(make, why, tmp_path, capfd):
-    with pytest.raises(DownresError, match=f"could not be exported to ONNX: {why}.*; runtime 'torch' measures without") as told:
+    with pytest.raises(
+        NotExported, match=f"could not be exported to ONNX: {why}.*; `runtime='torch'` measures without"
+    ) as told:
         export_onnx(Output(make), SIZE, tmp_path / "no.onnx")
     assert capfd.readouterr().out == "" and "\x1b" not in str(told.value) and "Next steps" not in str(told.value)
+
+
+def test_a_full_disk_is_no_fault_of_the_network(tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise RuntimeError("the exporter's own words") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.onnx, "export", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_onnx(nn.Conv2d(3, 4, 1), SIZE, tmp_path / "no.onnx")
 
 
 def _viewed(x):

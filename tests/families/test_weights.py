@@ -334,8 +334,11 @@ def hostile(w):
     below = {"a": {}}
     below["a"]["b"] = below
     quantized = torch.quantize_per_tensor(w["fc.weight"], 0.1, 0, torch.qint8)
-    yield "itself", itself, "another network"
-    yield "itself below", below, "holds no tensors by name"
+    yield "itself", itself, "The weights file holds itself under 'state_dict', and nowhere the tensors of this network: save"
+    part = {k: v for k, v in w.items() if k != "fc.bias"}
+    part["state_dict"] = part
+    yield "itself beside a part of the network", part, "another network"
+    yield "itself below", below, "w.pth holds itself under 'b', and nowhere"
     yield "quantized", {**w, "fc.weight": quantized}, "are quantized at fc.weight: give the file of the network in floating"
     yield "int8", {**w, "fc.weight": w["fc.weight"].to(torch.int8)}, r"are whole numbers \(int8\) at fc.weight"
     yield "meta", {**w, "fc.weight": w["fc.weight"].to("meta")}, "have no values .* at fc.weight"

@@ -6,27 +6,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 
-from downres import Budget, load_model, load_run, search, write_report
+from downres import Budget, load_model, load_run, write_report
 from downres.errors import DownresError
 from downres.record import write_whole
 from downres.recovery.features import FeatureBank
 from downres.searching.store import Store
 from downres.tasks.classification.quality import compare_all
 
-OPTIONS = {
-    "fit_head": True, "max_drop": 30.0, "resolutions": [32, 16], "stem_scales": (), "runtime": "torch", "threads": 1,
-}  # fmt: skip
+from .conftest import run_search as run_any
 
-
-def run_search(model, data, out, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that torch is not what is shipped
-        return search(model, data, out=out, **{**OPTIONS, **options})
+run_search = partial(run_any, stem_scales=())
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from downres import Budget, Preprocessing, curve, load_model, load_run, search
+from downres import Budget, Preprocessing, curve, load_model, load_run
 from downres.artifacts import write
 from downres.engines.onnxruntime import OnnxRuntime
 from downres.engines.torch import TorchRuntime
@@ -26,20 +25,7 @@ from downres.recovery.weights import Weights
 from downres.searching.store import Store
 from downres.tasks.classification.quality import compare_all, count_correct
 
-OPTIONS = {
-    "fit_head": True,
-    "max_drop": 30.0,
-    "resolutions": [32, 16],
-    "stem_scales": (0.5,),
-    "runtime": "torch",
-    "threads": 1,
-}
-
-
-def run_search(model, data, out, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that torch is not what is shipped
-        return search(model, data, out=out, **{**OPTIONS, **options})
+from .conftest import run_search
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..copying import copied, single
-from ..errors import DownresError, first_line
+from ..errors import NO_SPACE, DownresError, first_line
 from . import check_threads
 from .fuse import fused, noise
 from .torch import TorchRuntime, plain_attention, uncompiled
@@ -87,6 +87,14 @@ class OnnxRuntime:
             late.cancel()
 
 
+class NotExported(DownresError):
+    """A network that cannot be written as ONNX; why: the operator or the line that is in the way."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"The model could not be exported to ONNX: {why}; `runtime='torch'` measures without.")
+
+
 def export_onnx(
     model: nn.Module, input_size: tuple[int, int, int], path: str | Path, output_names: Sequence[str] = ("logits",)
 ) -> Path:
@@ -94,7 +102,7 @@ def export_onnx(
 
     input_size: (channels, height, width). The model is copied, put in eval mode on the CPU and not changed; branches
     that are for training alone are put together in the copy (`fused`).
-    Raises DownresError when the model cannot be exported, or not with a free batch.
+    Raises NotExported when the model cannot be exported, or not with a free batch.
     """
     path = Path(path)
     channels, height, width = input_size
@@ -117,9 +125,9 @@ def export_onnx(
             )
         _check_batch_is_free(path, example.numpy()[:1])
     except Exception as error:
-        raise DownresError(
-            f"The model could not be exported to ONNX: {_why(error)}; runtime 'torch' measures without."
-        ) from error
+        if full := next((one for one in _chain(error) if getattr(one, "errno", None) in NO_SPACE), None):
+            raise full from None  # which is no fault of the network
+        raise NotExported(_why(error)) from error
     return path
 
 
@@ -176,12 +184,18 @@ def _silence() -> Iterator[None]:
         logging.disable(disabled)
 
 
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error, what it was raised from, and so on down."""
+    found = [error]
+    while (below := found[-1].__cause__ or found[-1].__context__) is not None:
+        found.append(below)
+    return found
+
+
 def _why(error: BaseException) -> str:
     """The operator that ONNX lacks, the line of the network that cannot be traced, or what the exporter found at the bottom."""
-    deepest, chain = error, str(error)
-    while (below := deepest.__cause__ or deepest.__context__) is not None:
-        deepest = below
-        chain += f"\n{below}"
+    *_, deepest = errors = _chain(error)
+    chain = "\n".join(map(str, errors))
     if lacking := re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", chain):
         return f"ONNX has no operator for {lacking[1].replace('.', '::', 1)}"
     raised = [(frame.filename, str(frame.lineno)) for frame in traceback.extract_tb(deepest.__traceback__)]

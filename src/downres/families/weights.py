@@ -33,10 +33,19 @@ _PLAIN: list[Any] = [
 """What may stand in a checkpoint beside tensors: it holds values, and runs nothing."""
 
 
+MOST_LEVELS = 10
+"""Of dictionaries in dictionaries, in a checkpoint."""
+
+
 class Tensors(dict[str, Tensor]):
-    """The tensors of a checkpoint by name. sets: all the sets that it holds, by what they are under; this one is the first."""
+    """The tensors of a checkpoint by name.
+
+    sets: all the sets that it holds, by what they are under; this one is the first. loop: the name under which one of its
+    dictionaries holds itself, '' where none does.
+    """
 
     sets: dict[str, "Tensors"]
+    loop: str = ""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -65,20 +74,36 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise DownresError(
             f"{path} is not a readable checkpoint: give a .safetensors file or a state dict saved by torch."
         ) from None
-    sets = _sets(loaded) if isinstance(loaded, dict) else {}
+    loops: list[str] = []
+    sets = _sets(loaded, loops) if isinstance(loaded, dict) else {}
+    if not sets and loops:
+        raise _endless(str(path), loops[0])
     if not sets:
         raise DownresError(f"{path} holds no tensors by name: give a state dict (torch.save(model.state_dict(), …)).")
     first = next((name for name in ("", *_WRAPPERS) if name in sets), min(sets))
-    sets[first].sets = sets
+    sets[first].sets, sets[first].loop = sets, "".join(loops[:1])
     return sets[first]
 
 
-def _sets(loaded: dict, above: tuple[int, ...] = ()) -> dict[str, Tensors]:
-    """The sets of tensors in a checkpoint, by the name that they are under; '' where they lie in the open."""
+def _endless(what: str, name: str) -> DownresError:
+    return DownresError(
+        f"{what} holds itself under {name!r}, and nowhere the tensors of this network: save the state dict alone "
+        "(torch.save(model.state_dict(), …))."
+    )
+
+
+def _sets(loaded: dict, loops: list[str], above: tuple[int, ...] = ()) -> dict[str, Tensors]:
+    """The sets of tensors in a checkpoint, by the name that they are under; '' where they lie in the open.
+
+    loops: gets the names under which a dictionary holds itself, or one that it is in.
+    """
     sets: dict[str, Tensors] = {}
+    above = (*above, id(loaded))
     for name, inner in loaded.items():
-        if isinstance(inner, dict) and id(inner) not in above and isinstance(name, str) and not _of_training(name):
-            deeper = _sets(inner, (*above, id(loaded), id(inner))) if len(above) < 20 else {}
+        if isinstance(inner, dict) and id(inner) in above:
+            loops.append(str(name))
+        elif isinstance(inner, dict) and isinstance(name, str) and not _of_training(name):
+            deeper = _sets(inner, loops, above) if len(above) < MOST_LEVELS else {}
             if found := next((deeper[n] for n in ("", *_WRAPPERS) if n in deeper), next(iter(deeper.values()), None)):
                 sets[name] = found
     if not sets.keys() & set(_WRAPPERS):
@@ -114,6 +139,9 @@ def match(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tenso
             failed = failed or error
     if not found:
         assert failed is not None
+        loop, wanted = getattr(tensors, "loop", ""), model.state_dict()
+        if loop and not any(_prefixes(wanted, own) for own in sets.values()):
+            raise _endless("The weights file", loop)
         raise failed
     taken, *others = found
     if others and taken not in _WRAPPERS:

@@ -1,6 +1,5 @@
 """Decoded pictures: kept as raw pixels within a bounded cache, so that many resolutions can be measured after decoding once."""
 
-import errno
 import hashlib
 import math
 import mmap
@@ -18,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..errors import DownresError
+from ..errors import NO_SPACE, DownresError
 from ..parse import format_quantity
 from ..records import Record
 from .decode import Unreadable, decode
@@ -250,7 +249,7 @@ def _write(file: BinaryIO, pixels: np.ndarray) -> bool:
         while left:
             left = left[file.write(left) :]
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in NO_SPACE:
             raise
         return False
     return True

@@ -26,14 +26,14 @@ Source = Any
 class Measuring(Record):
     """How it is measured.
 
-    runtime: 'onnxruntime' or 'torch'; threads: of it, None takes every core. folds: cross-fit on one folder, so that every
-    image is a proof image once. val_fraction: part of an undivided folder that is kept for the proof; None: half of it, and
-    all of it where nothing is fitted (`curve`, `evaluate`). seed: of splits and folds. batch_size: images in one pass, None:
-    as is quickest; latency is always that of one. cache_gb: of decoded pixels kept on disk at most, of which no number
-    depends; None: half of what is free there.
+    runtime: 'onnxruntime' or 'torch'; None: onnxruntime, and torch where the original cannot be exported. threads: of it, None
+    takes every core. folds: cross-fit on one folder, so that every image is a proof image once. val_fraction: part of an
+    undivided folder that is kept for the proof; None: half of it, and all of it where nothing is fitted (`curve`, `evaluate`).
+    seed: of splits and folds. batch_size: images in one pass, None: as is quickest; latency is always that of one. cache_gb: of
+    decoded pixels kept on disk at most, of which no number depends; None: half of what is free there.
     """
 
-    runtime: str = "onnxruntime"
+    runtime: str | None = None
     threads: int | None = None
     folds: int | None = None
     val_fraction: float | None = None
@@ -60,7 +60,7 @@ class Measuring(Record):
     def options(self) -> dict[str, Any]:
         """Of a bank."""
         size = {} if self.batch_size is None else {"batch_size": self.batch_size}
-        return {"runtime": self.runtime, "threads": self.threads, **size}
+        return {"runtime": self.runtime or "onnxruntime", "threads": self.threads, **size}
 
 
 def prepare_task(

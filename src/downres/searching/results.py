@@ -14,7 +14,7 @@ from ..records import OUTSIDE, Budget, Candidate, Cost, Drop, Latency, Preproces
 from ..recovery.state import State
 from ..tasks import Task, restored
 from .select import over_budget, select
-from .store import Store
+from .store import IN_TORCH, UNEXPORTED, UNSHIPPED, Store
 
 NOT_OPENED = {
     "description": "No image was opened.",
@@ -119,7 +119,7 @@ class Opened(Record):
 
 
 def _load(folder: Path, store: Store) -> Run:
-    settings = store.settings
+    settings = store.settings | ({} if store.get(IN_TORCH) is None else {"runtime": "torch"})
     budget = Budget.from_json(settings["budget"])
     native = Candidate(Preprocessing.from_json(settings["preprocessing"]).resolution)
     data = store.get("data") or dict(NOT_OPENED)
@@ -130,6 +130,8 @@ def _load(folder: Path, store: Store) -> Run:
     unmeasured = sum(r.status == "waiting" for r in results)
     best = None if unmeasured else select(results, settings["minimize"])
     notes = [*settings["notes"]]
+    if (why := store.get(IN_TORCH)) is not None:
+        notes.append(f"all is measured in torch, as the original could not be exported to ONNX: {why}")
     if original.quality is not None:
         notes += task.warnings(original.quality, data)
     timed = [r for r in (original, *results) if r.latency and r.latency.disturbed]
@@ -137,6 +139,11 @@ def _load(folder: Path, store: Store) -> Run:
         shown = ", ".join(str(r.candidate) for r in timed)
         slow = f"every tenth pass took twice the median at {shown}"
         notes.append(f"something else ran while latency was measured ({slow}): time again alone")
+    if best and (why := store.get(UNSHIPPED)) is not None:
+        notes.append(
+            f"no model is shipped, as {best.candidate} could not be exported to ONNX: {why}; its network is what "
+            f"downres.recover(model, data, Candidate.parse({str(best.candidate)!r})) gives in Python"
+        )
     if unmeasured:
         notes.append(f"unfinished: {unmeasured} of {len(results)} candidates are not measured yet; the same command goes on")
     finished = store.get("finished") is not None and not unmeasured
@@ -188,7 +195,8 @@ def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> R
     cost = Cost.from_json(counted["cost"]) if "cost" in counted else None
     latencies = store.get("latency") or {}
     latency = Latency.from_json(latencies[str(candidate)]) if str(candidate) in latencies else None
-    reason = counted.get("failed", "") or over_budget(cost, latency, budget)
+    unexported = (store.get(UNEXPORTED) or {}).get(str(candidate), "")
+    reason = counted.get("failed", "") or unexported or over_budget(cost, latency, budget)
     if reason:
         return Result(candidate, "stopped", reason, cost, latency)
     measured = store.get(f"quality/{candidate}")

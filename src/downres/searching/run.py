@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..artifacts import is_whole
 from ..axes import Axes, default_axes
+from ..engines.onnxruntime import NotExported
 from ..environment import versions
 from ..errors import DownresError
 from ..families import Model
@@ -40,7 +42,7 @@ from .prepare import (
 from .results import Run, load_run, predictions_of
 from .select import MINIMIZE, over_budget
 from .ship import ship
-from .store import FORMAT, Store
+from .store import FORMAT, IN_TORCH, UNEXPORTED, UNSHIPPED, Store
 from .view import write_report
 
 
@@ -88,7 +90,7 @@ def search(
     budget, tries, question, measuring = groups["budget"], groups["tries"], groups["question"], groups["measuring"]
     if max_drop is not None:
         budget = dataclasses.replace(budget, max_drop=max_drop)
-    _check_choices(rungs, minimize, measuring.runtime)
+    _check_choices(rungs, minimize, measuring.runtime or "onnxruntime")
     subject = prepare_task(model, data, question, task, preprocessing)
     subject.check_budget(budget)
     wanted, rungs = rungs, tuple(rung for rung in rungs if rung in subject.rungs)
@@ -109,7 +111,7 @@ def search(
         "candidates": [c.to_json() for c in planned],
         "rungs": list(rungs),
         "minimize": minimize,
-        "runtime": measuring.runtime,
+        "runtime": measuring.runtime or "onnxruntime",
         "notes": notes,
         "command": command,
         "data_source": {
@@ -128,7 +130,7 @@ def search(
             store.put("started", {"when": when, "versions": versions()})
         bank = subject.bank(folder, progress=progress, **measuring.options())
         alive = _cost_gate(subject, store, budget, [subject.native, *planned], bank, progress)
-        alive = _latency_gate(subject, store, budget, alive, bank, progress)
+        alive = _latency_gate(subject, store, budget, alive, bank, measuring.runtime is None, progress)
         if len(alive) > 1:  # the first is the original
             open_data(subject, data, measuring, question, progress=progress)
             store.same("data", describe_data(subject), "sha256")
@@ -181,10 +183,14 @@ def _measure_all(
         bank.release()
         if not store.has_arrays("photos"):
             store.put("photos", "none")  # this task shows none
-    if run.best is not None and not is_whole(store.folder / "best"):
+    if run.best is not None and store.get(UNSHIPPED) is None and not is_whole(store.folder / "best"):
         if progress:
             progress(f"{run.best.candidate}: shipping", 0, 1)
-        ship(task, store, bank, run, rungs)
+        try:
+            ship(task, store, bank, run, rungs)
+        except NotExported as error:  # measured in torch, it is proven all the same
+            store.put(UNSHIPPED, error.why)
+            shutil.rmtree(store.folder / "best.partial", ignore_errors=True)
         if progress:
             progress(f"{run.best.candidate}: shipping", 1, 1)
 
@@ -256,23 +262,57 @@ def _cost_gate(
 
 
 def _latency_gate(
-    subject: Task, store: Store, budget: Budget, candidates: list[Candidate], bank: Bank, progress: Progress | None
+    subject: Task,
+    store: Store,
+    budget: Budget,
+    candidates: list[Candidate],
+    bank: Bank,
+    may_change: bool,
+    progress: Progress | None,
 ) -> list[Candidate]:
-    """Measures all together, interleaved; stops those over the latency ceiling. Touches no data: noise has no shortcuts."""
-    if store.get("latency") is None:
-        runtimes, inputs = {}, {}
+    """Measures all together, interleaved; stops those over the latency ceiling, and those that cannot be exported. Touches no
+    data: noise has no shortcuts.
+
+    may_change: nobody chose the runtime, so where the original cannot be exported all are measured in torch.
+    """
+    if (why := store.get(IN_TORCH)) is not None:
+        if not may_change:
+            raise NotExported(why)
+        bank.runtime_name = "torch"
+    if not _all_timed(store, candidates, bank.runtime_name):
+        runtimes, inputs, unexported = {}, {}, {}
         for i, candidate in enumerate(candidates):
             state = State(candidate, subject.model.preprocessing.crop_ratio)
-            runtimes[str(candidate)] = bank.runtime(state)
+            try:
+                runtimes[str(candidate)] = bank.runtime(state)
+            except NotExported as error:
+                if i > 0:
+                    unexported[str(candidate)] = f"could not be exported to ONNX: {error.why}"
+                    continue
+                if not may_change:
+                    raise
+                store.put(IN_TORCH, error.why)
+                bank.runtime_name = "torch"
+                runtimes[str(candidate)] = bank.runtime(state)
             shape = (1, subject.channels, *bank.preprocessing_of(state).hw)
             inputs[str(candidate)] = random_batch(shape)
             if progress:
                 progress("making runnable models", i + 1, len(candidates))
         measured = interleaved(runtimes, inputs, progress=progress)
+        store.put(UNEXPORTED, unexported)
         store.put("latency", {name: latency.to_json() for name, latency in measured.items()})
         bank.release()
     latencies = {name: Latency.from_json(value) for name, value in store.get("latency").items()}
-    return [c for i, c in enumerate(candidates) if i == 0 or not over_budget(None, latencies[str(c)], budget)]
+    timed = [c for c in candidates if str(c) in latencies]
+    return [c for i, c in enumerate(timed) if i == 0 or not over_budget(None, latencies[str(c)], budget)]
+
+
+def _all_timed(store: Store, candidates: list[Candidate], runtime: str) -> bool:
+    """Whether it is known of each how long it takes in that runtime, or why it does not run there."""
+    timed, unexported = store.get("latency") or {}, store.get(UNEXPORTED) or {}
+    if any(one["runtime"] != runtime for one in timed.values()):
+        return False
+    return bool(timed) and all(str(c) in timed or str(c) in unexported for c in candidates)
 
 
 def _check_choices(rungs: tuple[str, ...], minimize: str, runtime: str) -> None:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from ..errors import DownresError
 from ..parse import Resolution
-from ..records import Record
+from ..records import LOGITS, Record
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,25 @@ class Question(Record):
     classes: str | None = None
     fit_head: bool = False
     label_size: Resolution | None = None
-    output: str = "logits"
+    output: str = LOGITS
     upsampling: str = "bilinear"
     compare: str | None = None
     output_index: int | str | None = None
     ignore_output: int | None = None
+
+
+def refuse_mask_options(question: Question) -> None:
+    """DownresError for options that are of answers to every pixel, which a network does not give."""
+    if question.ignore_output is not None:
+        raise DownresError(
+            "Only a segmentation network has an output for void, this one answers once an image: leave `ignore_output` out."
+        )
+    if question.label_size is not None:
+        raise DownresError(
+            "Only a segmentation network's answer has a size, this one answers once an image: leave `label_size` out."
+        )
+    if question.output != LOGITS or question.upsampling != "bilinear":
+        raise DownresError(
+            "Only a segmentation network's answer is upsampled, this one answers once an image: leave `output` and "
+            "`upsampling` out."
+        )

@@ -12,10 +12,10 @@ from ..copying import copied
 from ..errors import DownresError
 from ..families import Model
 from ..probe import Answer
-from ..records import LOGITS
 from ..recovery.features import FeatureBank, Head
 from ..recovery.state import REFITTED, State
 from .evidence import Arrays
+from .question import refuse_mask_options
 from .task import Question, Task
 
 
@@ -77,15 +77,7 @@ class VectorTask(Task):
                 f"{cls.name.capitalize()} needs one answer an image, this network answers for every pixel: "
                 "give masks, or another network."
             )
-        if question.ignore_output is not None:
-            raise DownresError(
-                "Only a segmentation network has an output for void, this one answers once an image: leave it out."
-            )
-        if question.label_size is not None or question.output != LOGITS or question.upsampling != "bilinear":
-            raise DownresError(
-                "Masks, a label size, another output or upsampling are for segmentation networks, this one returns one row of "
-                "logits an image: give class folders and none of these, or another network."
-            )
+        refuse_mask_options(question)
 
     def describe(self) -> dict[str, Any]:
         return {"outputs": self.outputs, "fit_head": self.fit_new}

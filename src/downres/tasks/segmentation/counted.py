@@ -8,9 +8,9 @@ from ...errors import DownresError
 from ...families import Model
 from ...parse import as_hw, like
 from ...probe import Answer
-from ...records import LOGITS, Dense
+from ...records import Dense
 from ...reductions.dense import Segmenter, check_size
-from ..question import Question
+from ..question import Question, refuse_mask_options
 
 
 def counted(model: Model, answer: Answer, question: Question) -> Callable[[nn.Module], nn.Module]:
@@ -21,7 +21,7 @@ def counted(model: Model, answer: Answer, question: Question) -> Callable[[nn.Mo
         check_size(size, answer.size)
         dense = dense_of(size, answer, question)
         return lambda network: Segmenter(network, dense, answer.which)
-    refuse_options(question)
+    refuse_mask_options(question)
     return lambda network: network
 
 
@@ -40,15 +40,3 @@ def dense_of(size: tuple[int, int], answer: Answer, question: Question) -> Dense
 def classes_of(answer: Answer, question: Question) -> int:
     """How many classes a segmentation network tells apart: with one output two, background and foreground."""
     return 2 if answer.outputs == 1 else answer.outputs - (question.ignore_output is not None)
-
-
-def refuse_options(question: Question) -> None:
-    """DownresError for options that are of answers to every pixel."""
-    if question.ignore_output is not None:
-        raise DownresError("Only a segmentation network has an output for void, this one is none: leave it out.")
-    if question.label_size is not None:
-        raise DownresError("Only a segmentation network's answer has a size, this one is none: leave `label_size` out.")
-    if question.output != LOGITS or question.upsampling != "bilinear":
-        raise DownresError(
-            "Only a segmentation network's answer is upsampled, this one is none: leave `output` and `upsampling` out."
-        )
