@@ -354,12 +354,14 @@ class Preprocessing(Record):
 
     resolution: of the input: side of a square, or (height, width), both in pixels.
     The network gets (pixels · scale - mean) / std, its channels in the order `channel_order` ('rgb' or 'bgr'), which is also
-    that of mean and std. scale: 1/255 brings 8 bits to 0…1, 1 leaves them as 0…255.
+    that of mean and std. scale: 1/255, the default, means to 0…1: pixels of 8 bits are divided by 255, of 16 bits by 65535, and
+    floats are left as they are; any other number multiplies what is in the file (1: 0…255 of 8 bits).
     fit: 'crop' resizes the short side to floor(side / crop_ratio) and crops the centre to `resolution`. For
     answers to every pixel nothing may be cut off: 'stretch' resizes the whole picture to `resolution`, 'pad' the whole picture
     with its aspect ratio to the largest size inside it, the rest, at the right and the bottom, being filled with `mean`.
     antialias: whether a picture that gets smaller is filtered as much (PIL, torchvision); False as OpenCV's resize, which reads
     the nearest pixels alone.
+    guessed: mean and std are placeholders, enough for costs: of a network whose channels are no colours, before they are given.
     any_size: `resolution` is only what is usual, nobody chose it: a segmentation network is then used at its labels' size.
     """
 
@@ -371,6 +373,7 @@ class Preprocessing(Record):
     source: str = "given"
     fit: str = "crop"
     any_size: bool = False
+    guessed: bool = False
     channel_order: str = RGB
     scale: float = 1 / 255
     antialias: bool = True
@@ -402,9 +405,10 @@ class Preprocessing(Record):
             )
         if not isinstance(self.antialias, bool):
             raise DownresError(f"antialias is True or False, {self.antialias!r} is neither.")
-        if max(self.mean) > 2 * 255 * self.scale:
+        most = 1 if self.scale == 1 / 255 else 65535 * self.scale
+        if max(self.mean) > 2 * most:
             raise DownresError(
-                f"A mean of {max(self.mean):g} is above every pixel, which are 0 to {255 * self.scale:g} with this `scale`: "
+                f"A mean of {max(self.mean):g} is above every pixel, which are 0 to {most:g} with this `scale`: "
                 "give mean and std on that range, or `scale=1` where they are on 0 to 255."
             )
 

@@ -1,5 +1,6 @@
 import threading
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -108,12 +109,58 @@ def test_ctrl_c_stops_before_the_rest_is_decoded(monkeypatch):
 
 
 def test_errors_that_are_not_about_the_file_are_raised(monkeypatch):
+    def broken(path):
+        raise RuntimeError
+
+    monkeypatch.setattr(module, "decode", broken)
+    with pytest.raises(RuntimeError):
+        from_files(["a"], ["a"])
+
+
+def test_a_file_too_large_for_the_memory_is_left_out(monkeypatch):
     def out_of_memory(path):
-        raise MemoryError
+        if path == "b":
+            raise MemoryError
+        return np.zeros((2, 2, 3), np.uint8)
 
     monkeypatch.setattr(module, "decode", out_of_memory)
-    with pytest.raises(MemoryError):
-        from_files(["a"], ["a"])
+    images, skipped = from_files(["a", "b", "c"], ["a", "b", "c"])
+    assert len(images) == 2 and skipped == [Skip("b", "too large for the memory")]
+
+
+def test_the_space_needed_is_said_before_anything_is_decoded(files, monkeypatch):
+    """Eleven files of about 390 bytes decoded, two of them no pictures: by the headers about 3.76 kB."""
+    paths, _ = files
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3000))
+
+    def not_yet(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "decode", not_yet)
+    for cache, has in ((10**9, "1 GB of the 3 kB"), (1000, "1 kB of the 3 kB")):
+        with pytest.warns(UserWarning, match=f"11 images need about 3.7. kB decoded, .* may have {has} that are free in"):
+            with pytest.raises(KeyboardInterrupt):
+                from_files(paths, names_of(paths), cache=cache)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyboardInterrupt):
+            from_files(paths, names_of(paths), cache=4000)
+
+
+@pytest.mark.parametrize("cache", [None, 0])
+def test_numbers_of_other_types_come_back_as_they_are(tmp_path, cache):
+    """A file of an odd number of bytes before them: what follows in the cache lies at odd places."""
+    values = [RNG.integers(0, 200, (3, 5, 5)).astype(dtype) for dtype in (np.uint8, np.uint16, np.float32, np.uint16)]
+    for i, one in enumerate(values):
+        np.save(tmp_path / f"{i}.npy", one)
+    paths = [tmp_path / f"{i}.npy" for i in range(4)]
+    with warnings.catch_warnings(action="ignore"):
+        images, skipped = from_files(paths, names_of(paths), channels=5, cache=cache)
+    assert not skipped and images.shapes == [(3, 5, 5)] * 4
+    for one, found in zip(values, images, strict=True):
+        assert found.dtype == one.dtype
+        np.testing.assert_array_equal(found, one)
 
 
 def test_nothing_readable_and_nothing_at_all(monkeypatch):
@@ -220,9 +267,11 @@ def test_arrays_are_not_copied():
     assert len(from_arrays(np.zeros((0, 3, 3), np.uint8))) == 0
 
 
-@pytest.mark.parametrize("array", [np.zeros((2, 3, 3)), np.zeros((3, 3), np.uint8), np.zeros((2, 3, 4, 4), np.uint8)])
+@pytest.mark.parametrize("array", [np.zeros((2, 3, 3)), np.zeros((3, 3), np.uint8), np.zeros((2, 3, 32, 32), np.uint8)])
 def test_arrays_of_another_kind_are_refused(array):
-    with pytest.raises(DownresError, match="Images are uint8 arrays"):
+    with pytest.raises(
+        DownresError, match=r"Images are arrays \(n, height, width\) or .*: convert them, and put the channels last"
+    ):
         from_arrays(array)
 
 

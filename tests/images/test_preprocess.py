@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import threading
 import time
@@ -11,7 +12,7 @@ from timm.data import create_transform
 from torchvision import transforms
 
 from downres.errors import DownresError
-from downres.images import batches, decode, preprocess, resize_and_crop
+from downres.images import batches, decode, preprocess, resize_and_crop, visible
 from downres.images.images import Images, from_arrays
 from downres.images.preprocess import shown_size
 from downres.records import Preprocessing
@@ -257,7 +258,45 @@ def test_networks_of_one_channel():
     torch.testing.assert_close(preprocess(repeated, p), expected[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_many_channels_of_every_type(dtype, antialias):
+    """Each channel is resized as PIL does it alone and brought to 0…1 by the range of its type; floats are left as they are."""
+    largest = {np.uint8: 255, np.uint16: 65535, np.float32: 1}[dtype]
+    picture = (RNG.random((40, 52, 6)) * largest).astype(dtype)
+    mean, std = tuple(np.linspace(0.1, 0.9, 6)), tuple(np.linspace(0.2, 0.6, 6))
+    p = Preprocessing((20, 26), mean=mean, std=std, fit="stretch", antialias=antialias)
+    found = preprocess(picture, p)
+    for i in range(6):
+        plane = Image.fromarray(picture[:, :, i].astype(np.float32))
+        if antialias:
+            plane = plane.resize((26, 20), Image.Resampling.BILINEAR)
+        else:
+            plane = plane.transform((26, 20), Image.Transform.EXTENT, (0, 0, 52, 40), Image.Resampling.BILINEAR)
+        expected = (np.asarray(plane) / largest - mean[i]) / std[i]
+        assert np.abs(found[i].numpy() - expected).max() < (1.1 / 255 if dtype == np.uint8 else 1e-4) / std[i]
+    raw = dataclasses.replace(p, scale=2.0, mean=(10.0,) * 6, std=(1.0,) * 6)  # what is in the file, times two
+    numbers = resize_and_crop(picture, raw).numpy().astype(np.float64)
+    np.testing.assert_allclose(preprocess(picture, raw), 2 * numbers - 10, rtol=1e-5, atol=1e-4)
+    padded = preprocess(picture, dataclasses.replace(p, resolution=(20, 40), fit="pad"))
+    assert padded[:, :, 26:].abs().max() < (0.5 / 255 / 0.2 if dtype == np.uint8 else 1e-5)
+
+
+def test_what_people_see_of_numbers():
+    colours = NOISE[0]
+    np.testing.assert_array_equal(visible(colours), colours)
+    np.testing.assert_array_equal(visible(np.dstack([colours, colours])), colours)
+    np.testing.assert_array_equal(visible(colours[:, :, :2]), np.dstack([colours[:, :, 0]] * 3))
+    ramp = np.linspace(1000, 3000, 101 * 101).reshape(101, 101).astype(np.uint16)
+    seen = visible(ramp)
+    assert seen.dtype == np.uint8 and seen.shape == (101, 101, 3) and (seen[0, 0] == 0).all() and (seen[-1, -1] == 255).all()
+    assert (visible(np.full((4, 4), 7.0, np.float32)) == 0).all()
+
+
 def test_channels_that_cannot_serve_the_network():
+    for picture in (NOISE[0][:, :, 0], np.zeros((9, 9, 13), np.uint16)):
+        with pytest.raises(DownresError, match="The network takes 4 channels and an image has (1|13): give mean and std"):
+            preprocess(picture, Preprocessing(32, mean=(0.5,) * 4, std=(0.25,) * 4))
     with pytest.raises(DownresError, match="The network takes 4 channels and an image has 3: give mean and std"):
         preprocess(NOISE[0], Preprocessing(32, mean=(0.5,) * 4, std=(0.25,) * 4))
 

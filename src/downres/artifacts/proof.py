@@ -122,24 +122,32 @@ def _pixels(dataset: Data, chosen: np.ndarray, p: Preprocessing) -> Finding:
     worst, differ, total = 0, 0, 0
     for i in chosen:
         pixels = dataset.images[int(i)]
-        grey = pixels.ndim == 2 or pixels.shape[2] == 1 or len(p.mean) == 1
-        picture = Image.fromarray(pixels.squeeze()).convert("L" if grey else "RGB")
+        if len(p.mean) == 1 and pixels.shape[2:] == (3,):
+            pixels = np.array(Image.fromarray(pixels).convert("L"))
         height, width = _covering(pixels.shape, p) if p.fit == "crop" else shown_size((pixels.shape[0], pixels.shape[1]), p)
-        how = Image.Resampling[p.interpolation.upper()]
-        if p.antialias:
-            resized = picture.resize((width, height), how)
-        else:  # single pixels of the box that the whole picture is
-            resized = picture.transform((width, height), Image.Transform.EXTENT, (0, 0, *picture.size), how)
+        planes = pixels.reshape(*pixels.shape[:2], -1)
+        resized = np.dstack([_by_pil(planes[:, :, i], (width, height), p) for i in range(planes.shape[2])])
         shown = (min(height, p.hw[0]), min(width, p.hw[1]))  # without what is filled up
         top, left = (round((have - want) / 2) for have, want in zip((height, width), shown, strict=True))
-        theirs = np.asarray(resized.crop((left, top, left + shown[1], top + shown[0]))).astype(int)
-        ours = resize_and_crop(pixels, p)[:, : shown[0], : shown[1]].permute(1, 2, 0).numpy().astype(int)
-        apart = np.abs(ours - theirs.reshape(ours.shape))
-        worst, differ, total = max(worst, int(apart.max())), differ + int((apart > 0).sum()), total + apart.size
+        theirs = resized[top : top + shown[0], left : left + shown[1]]
+        ours = resize_and_crop(pixels, p)[:, : shown[0], : shown[1]].permute(1, 2, 0).numpy().astype(float)
+        levels = 1 if pixels.dtype == np.uint8 else 255 / max(float(np.abs(pixels).max()), 1e-12)
+        apart = np.abs(ours - theirs) * levels
+        worst, differ, total = max(worst, round(apart.max())), differ + int((apart > 0.5).sum()), total + apart.size
     detail = (
         f"at most {worst} of 255 levels apart, {100 * differ / total:.2g} % of the values differ, on {len(chosen)} real images"
     )
     return Finding("preprocessing = PIL", worst <= PIXEL_TOLERANCE, detail)
+
+
+def _by_pil(plane: np.ndarray, size: tuple[int, int], p: Preprocessing) -> np.ndarray:
+    """One channel (H, W) at size (width, height), as floats."""
+    picture = Image.fromarray(np.ascontiguousarray(plane if plane.dtype == np.uint8 else plane.astype(np.float32)))
+    how = Image.Resampling[p.interpolation.upper()]
+    if p.antialias:
+        return np.asarray(picture.resize(size, how)).astype(float)
+    # Single pixels of the box that the whole picture is.
+    return np.asarray(picture.transform(size, Image.Transform.EXTENT, (0, 0, *picture.size), how)).astype(float)
 
 
 def _covering(shape: tuple[int, ...], p: Preprocessing) -> tuple[int, int]:
@@ -256,6 +264,8 @@ def _dataset(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -> t
     if data is None and not where.startswith("demo:") and not Path(where).exists():
         return None, f"the images are not at {where} any more: name their folder with `data`"
     how = {name: source[name] for name in ("val_fraction", "folds", "seed")}
+    if (channels := len(manifest["preprocessing"]["mean"])) != 3:
+        how["channels"] = channels
     question = Question.from_json(source["question"])
     for name in ("labels", "classes"):  # a file that was beside the images has moved with them
         if (file := getattr(question, name)) and not Path(file).exists():

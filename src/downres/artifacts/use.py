@@ -43,7 +43,7 @@ def predict(
 
     def answer(image: str | Path) -> Any:
         try:
-            pixels = decode(image)
+            pixels = decode(image, len(p.mean))
         except Unreadable as error:
             raise DownresError(f"Cannot read {image}: {error}; give a photograph.") from None
         (found,) = runtime(preprocess(pixels, p)[None].numpy())

@@ -86,7 +86,7 @@ def _of_channels(found: Preprocessing, channels: int) -> Preprocessing:
     mean, std = ([fmean(found.mean)], [fmean(found.std)]) if grey else ([0.5] * channels, [0.5] * channels)
     how = "averaged over the colours" if grey else "0.5"
     source = f"{found.source}; for its {channels} channel{'s' * (channels > 1)} mean and std {how}, assumed"
-    return dataclasses.replace(found, mean=tuple(mean), std=tuple(std), source=source)
+    return dataclasses.replace(found, mean=tuple(mean), std=tuple(std), source=source, guessed=not grey)
 
 
 def preprocessing(model: nn.Module) -> Preprocessing:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import DownresError, first_line
 from ..models.regseg import RegSeg
+from ..probe import channels_of
 from ..records import Preprocessing
 from . import generic
 from .options import MOST_CLASSES, nearest
@@ -112,7 +113,15 @@ def with_preprocessing(
     if not given:
         return model
     _check_scale(model.preprocessing.scale, scale, mean, std)
-    source = f"{model.preprocessing.source}; {', '.join(given)} given"
+    if mean is not None:
+        takes = channels_of(model.module, (len(mean), *model.preprocessing.hw))
+        if takes != len(mean):
+            raise DownresError(
+                f"The network takes {takes} channel{'s' * (takes > 1)}, mean has {len(mean)}: give `mean` and `std` with one "
+                "value for each."
+            )
+        given["guessed"] = std is None and model.preprocessing.guessed
+    source = f"{model.preprocessing.source}; {', '.join(name for name in given if name != 'guessed')} given"
     if resolution is not None:
         given |= {"any_size": False, "resolution": model.preprocessing.at(resolution).resolution}
     return dataclasses.replace(model, preprocessing=dataclasses.replace(model.preprocessing, source=source, **given))  # type: ignore[arg-type]

@@ -203,7 +203,7 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
         said += " by the configuration" if known or not dense else ""
         channels = getattr(config, "num_channels", 3)
         halves: dict[str, Any] = {} if channels == 3 else {"mean": (0.5,) * channels, "std": (0.5,) * channels}
-        return Preprocessing(size, ratio, source=said, fit=fit, any_size=not known, **halves)
+        return Preprocessing(size, ratio, source=said, fit=fit, any_size=not known, guessed=channels not in (1, 3), **halves)
     size, crop_ratio, notes = (_whole if dense else _geometry)(processor, fixed or stated)
     if fixed is not None and size != fixed:
         notes.append(f"size {format_resolution(size)} not followed: the network takes {format_resolution(fixed)}")

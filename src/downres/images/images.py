@@ -1,5 +1,6 @@
 """Decoded pictures: kept as raw pixels within a bounded cache, so that many resolutions can be measured after decoding once."""
 
+import functools
 import hashlib
 import math
 import mmap
@@ -20,12 +21,17 @@ import numpy as np
 from ..errors import NO_SPACE, DownresError
 from ..parse import format_quantity
 from ..records import Record
-from .decode import Unreadable, decode
+from .decode import decode, size_of
+from .unreadable import Unreadable
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total)."""
 
 _Read = Callable[[str | os.PathLike[str]], np.ndarray]
+_PART = 1 << 24
+"""Bytes of a picture that are written or summed at a time."""
+_LOOKED_AT = 100
+"""Headers that are read to know how much space all pictures need."""
 _Outcome = tuple[np.ndarray, int] | Unreadable
 """Of decoding a file: the picture and its checksum, or the reason why there is none."""
 
@@ -53,7 +59,7 @@ def fingerprint(images: "Images", targets: bytes, indices: Sequence[np.ndarray],
 
 
 class Images(Sequence[np.ndarray]):
-    """A sequence of pictures, each uint8 (H, W, 3) or (H, W). Sizes may differ.
+    """A sequence of pictures, each (H, W) or (H, W, C), uint8 or, of no colours, uint16 or float32. Sizes may differ.
 
     names: one a picture, a path relative to the data folder or 'photo 12'. checksums: where they are known already.
     """
@@ -103,6 +109,7 @@ class _File(NamedTuple):
     shape: tuple[int, ...]
     checksum: int
     start: int | None
+    dtype: np.dtype
 
 
 class _Decoded(Sequence[np.ndarray]):
@@ -125,7 +132,8 @@ class _Decoded(Sequence[np.ndarray]):
     def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
         file = self.files[index]
         if file.start is not None:
-            return self._pixels[file.start : file.start + math.prod(file.shape)].reshape(file.shape)
+            end = file.start + math.prod(file.shape) * file.dtype.itemsize
+            return self._pixels[file.start : end].view(file.dtype).reshape(file.shape)
         outcome = _decode_or_reason(file.path, self._read)
         if isinstance(outcome, Unreadable) or outcome[1] != file.checksum:
             why = str(outcome) if isinstance(outcome, Unreadable) else "other pixels"
@@ -134,11 +142,12 @@ class _Decoded(Sequence[np.ndarray]):
 
 
 def from_arrays(array: np.ndarray, names: Sequence[str] | None = None) -> Images:
-    """Pictures that are in memory already, not copied: uint8 (n, H, W), (n, H, W, 1) or (n, H, W, 3)."""
-    if array.dtype != np.uint8 or not (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))):
+    """Pictures that are in memory already, not copied: (n, H, W) or (n, H, W, C), uint8, or numbers of uint16 or float32."""
+    channels_first = array.ndim == 4 and array.shape[1] in (1, 3, 4) and array.shape[3] not in (1, 3, 4)
+    if array.dtype not in (np.uint8, np.uint16, np.float32) or array.ndim not in (3, 4) or channels_first:
         raise DownresError(
-            f"Images are uint8 arrays (n, height, width) or (n, height, width, 3), not {array.dtype} {array.shape}: "
-            "convert them to 0–255 and put the channels last."
+            "Images are arrays (n, height, width) or (n, height, width, channels) of uint8, uint16 or float32, not "
+            f"{array.dtype} {array.shape}: convert them, and put the channels last."
         )
     if names is None:
         names = [f"photo {i}" for i in range(len(array))]
@@ -163,16 +172,21 @@ def from_files(
     stage: str = "decoding",
     cache: int | None = None,
     first: Sequence[int] | np.ndarray = (),
+    channels: int = 3,
 ) -> tuple[Images, list[Skip]]:
     """Decode every file once, in `workers` threads; images in the order of the files, the unreadable ones as Skips.
 
     read: instead of `decode`, for files that are no photographs; raises Unreadable as it does. stage: for `progress`.
     cache: bytes of pixels that are kept at most, None for `cache_bytes()`; what does not fit is decoded again each time it
-    is asked for, and a warning says so. first: indices of the files that are to be kept before the others.
+    is asked for, and a warning says so, before anything is decoded too. first: indices of the files that are to be kept before
+    the others. channels: for `decode`.
     The pixels are in a temporary file without a name, mapped into memory: as fast as memory while it fits, and bounded
     by the disk and not by memory when it does not.
     """
-    limit, read = cache_bytes() if cache is None else cache, read or decode
+    limit = cache_bytes() if cache is None else cache
+    if read is None:
+        _say_what_is_needed(paths, channels, limit)
+        read = decode if channels == 3 else functools.partial(decode, channels=channels)
     rest = np.ones(len(paths), bool)
     rest[np.asarray(first, np.int64)] = False
     order = [*map(int, first), *map(int, np.flatnonzero(rest))]
@@ -194,7 +208,7 @@ def from_files(
                     else:  # the disk is full: what is there stays, half a picture goes
                         limit = written
                         file.seek(written)
-                found[i] = _File(paths[i], picture.shape, checksum, start)
+                found[i] = _File(paths[i], picture.shape, checksum, start, picture.dtype)
             if progress is not None:
                 progress(stage, done, len(paths))
         # The mapping keeps the file alive after its descriptor is closed; an empty file cannot be mapped.
@@ -235,19 +249,49 @@ def _decode_or_reason(path: str | os.PathLike[str], read: _Read) -> _Outcome:
         picture = read(path)
     except Unreadable as reason:
         return reason
+    except MemoryError:  # of this file: the next may be smaller
+        return Unreadable("too large for the memory")
     return picture, _checksum(picture)
 
 
 def _checksum(picture: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(picture).data, zlib.crc32(repr(picture.shape).encode()))
+    found = zlib.crc32(repr(picture.shape).encode())
+    for part in _parts(picture):
+        found = zlib.crc32(part, found)
+    return found
+
+
+def _parts(picture: np.ndarray) -> Iterator[memoryview]:
+    """The bytes of a picture in order, some rows at a time: a view that repeats its channels is never whole in memory."""
+    rows = max(1, _PART * len(picture) // max(1, picture.nbytes))
+    for top in range(0, len(picture), rows):
+        yield np.ascontiguousarray(picture[top : top + rows]).data.cast("B")
+
+
+def _say_what_is_needed(paths: Sequence[str | os.PathLike[str]], channels: int, limit: int) -> None:
+    """A warning where the headers of some of the files say that the pictures will not fit into the cache, or onto its disk."""
+    some = [paths[i] for i in np.linspace(0, len(paths) - 1, min(len(paths), _LOOKED_AT)).astype(int)]
+    sizes = [size for path in some if (size := size_of(path)) is not None]
+    if not sizes:
+        return
+    needed = sum(width * height for width, height in sizes) * max(channels, 1) // len(some) * len(paths)
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if needed > min(limit, free):
+        warnings.warn(
+            f"By their headers {len(paths)} images need about {format_quantity(needed, 'B')} decoded, the cache for them may "
+            f"have {format_quantity(limit, 'B')} of the {format_quantity(free, 'B')} that are free in {folder}: what does not "
+            "fit is decoded again each time.",
+            stacklevel=3,
+        )
 
 
 def _write(file: BinaryIO, pixels: np.ndarray) -> bool:
     """Append the pixels; False where the disk is full before they are all there."""
-    left = np.ascontiguousarray(pixels).data.cast("B")
     try:
-        while left:
-            left = left[file.write(left) :]
+        for left in _parts(pixels):
+            while left:
+                left = left[file.write(left) :]
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise

@@ -236,17 +236,20 @@ def open_listed(
     seed: int,
     cache_gb: float | None,
     progress: Progress | None,
+    channels: int = 3,
 ) -> tuple[Images, np.ndarray, tuple[Fold, ...], list[Skip], str]:
     """(images, which of the names they are, their folds, left out, what of the training images is not used) .
 
     listed: folds of indices into `names`; of the images to fit on a sample of at most TRAINING_IMAGES is opened, stratified by
-    `strata`.
+    `strata`. channels: of the network.
     """
     limited = limit_training(listed, strata, TRAINING_IMAGES, seed)
     needed = looked_at(limited)
     first = np.searchsorted(needed, tested_images(limited))
     opened = [names[i] for i in needed]
-    images, skipped = from_files([root / n for n in opened], opened, progress, cache=cache_bytes(cache_gb), first=first)
+    images, skipped = from_files(
+        [root / n for n in opened], opened, progress, cache=cache_bytes(cache_gb), first=first, channels=channels
+    )
     reasons = {skip.path: skip.reason for skip in skipped}
     kept = np.array([i for i in needed if names[i] not in reasons], dtype=np.int64)
     return (

@@ -23,14 +23,18 @@ def resize_and_crop(image: np.ndarray, p: Preprocessing) -> torch.Tensor:
     """The picture at the network's size, resized and fitted as `p.fit` says; 'crop': to cover hw / crop_ratio, its centre
     cropped to hw.
 
-    image: uint8 (H, W), (H, W, 1) or (H, W, 3). Returns uint8 (C, h, w), C as in the picture, but 1 for a network of one
-    channel, for which colours become grey (ITU-R 601) before resizing; colours are red, green, blue whatever
-    `p.channel_order` is. For square targets the geometry is that of torchvision's Resize(int) and CenterCrop, and of timm's.
-    The resize is torchvision's on uint8: six times as fast as PIL's, of which it is at most 2 of 255 levels off (in about 0.3 %
-    of the values with AVX2 or AVX-512); without antialiasing it is OpenCV's, but for rounding.
+    image: (H, W) or (H, W, C), uint8, uint16 or float32. Returns (C, h, w), uint8 or, of other types, float32, in the picture's
+    own numbers; C as in the picture, but 1 for a network of one channel, for which colours become grey (ITU-R 601) before
+    resizing; colours are red, green, blue whatever `p.channel_order` is. For square targets the geometry is that of
+    torchvision's Resize(int) and CenterCrop, and of timm's. The resize is torchvision's on uint8: six times as fast as PIL's,
+    of which it is at most 2 of 255 levels off (in about 0.3 % of the values with AVX2 or AVX-512); without antialiasing it is
+    OpenCV's, but for rounding.
     """
-    if len(p.mean) == 1 and image.shape[2:] == (3,):
+    if len(p.mean) == 1 and image.shape[2:] == (3,) and image.dtype == np.uint8:
         image = np.array(Image.fromarray(image).convert("L"))
+    by = divisor(image.dtype, p)
+    if image.dtype != np.uint8:
+        image = image.astype(np.float32)
     if not image.flags.writeable or 1 in image.shape[:2]:
         # torch has no read-only tensors, and reads slivers wrongly whose strides are not the plain ones.
         image = np.array(image, order="C")
@@ -39,7 +43,7 @@ def resize_and_crop(image: np.ndarray, p: Preprocessing) -> torch.Tensor:
     else:
         pixels = torch.from_numpy(image).permute(2, 0, 1)
     if p.fit != "crop":
-        return _whole(pixels, p)
+        return _whole(pixels, p, by)
     height, width = (math.floor(side / p.crop_ratio + 1e-6) for side in p.hw)
     size = _covering_size((pixels.shape[2], pixels.shape[1]), (width, height))
     if math.prod(size) > MAX_PIXELS:
@@ -51,12 +55,26 @@ def resize_and_crop(image: np.ndarray, p: Preprocessing) -> torch.Tensor:
 
 
 def _resized(pixels: torch.Tensor, size: tuple[int, int], p: Preprocessing) -> torch.Tensor:
-    """uint8 (C, H, W) → uint8 (C, *size)."""
-    if p.antialias or tuple(pixels.shape[1:]) == size:
+    """uint8 or float32 (C, H, W) → the same (C, *size)."""
+    whole = pixels.dtype == torch.uint8
+    if tuple(pixels.shape[1:]) == size or (p.antialias and whole):
         return v2.resize(pixels, list(size), _FILTERS[p.interpolation])
     # On uint8 torch has another cubic than OpenCV, and than itself on floats. One channel at a time: a float is four bytes.
-    each = [F.interpolate(channel[None, None].float(), size, mode=p.interpolation)[0, 0] for channel in pixels]
-    return torch.stack([channel.round_().clamp_(0, 255).to(torch.uint8) for channel in each])
+    each = [F.interpolate(c[None, None].float(), size, mode=p.interpolation, antialias=p.antialias)[0, 0] for c in pixels]
+    return torch.stack([c.round_().clamp_(0, 255).to(torch.uint8) if whole else c for c in each])
+
+
+def visible(pixels: np.ndarray) -> np.ndarray:
+    """A picture of any channels and type as people see it: uint8 (H, W, 3). Of more than three channels the first three, of two
+    the first; other types than uint8 are stretched from their 2nd to their 98th percentile.
+    """
+    if pixels.ndim == 2 or pixels.shape[2] < 3:
+        pixels = pixels.reshape(*pixels.shape[:2], -1)[:, :, :1]
+    pixels = np.broadcast_to(pixels[:, :, :3], (*pixels.shape[:2], 3))
+    if pixels.dtype == np.uint8:
+        return np.ascontiguousarray(pixels)
+    low, high = np.percentile(pixels, (2, 98))
+    return np.clip(255 * (pixels - low) / max(high - low, 1e-12), 0, 255).round().astype(np.uint8)
 
 
 def shown_size(image_size: tuple[int, int], p: Preprocessing) -> tuple[int, int]:
@@ -71,8 +89,13 @@ def shown_size(image_size: tuple[int, int], p: Preprocessing) -> tuple[int, int]
     return height, width
 
 
-def _whole(pixels: torch.Tensor, p: Preprocessing) -> torch.Tensor:
-    """Nothing cut off: stretched to hw, or inside it and the rest filled."""
+def divisor(dtype: np.dtype, p: Preprocessing) -> float:
+    """What pixels of that type are divided by before mean and std are: as `p.scale` says, whose 1/255 means to 0…1."""
+    return {"uint8": 255.0, "uint16": 65535.0}.get(dtype.name, 1.0) if p.scale == 1 / 255 else 1 / p.scale
+
+
+def _whole(pixels: torch.Tensor, p: Preprocessing, by: float) -> torch.Tensor:
+    """Nothing cut off: stretched to hw, or inside it and the rest filled. by: see `divisor`."""
     height, width = shown_size((pixels.shape[1], pixels.shape[2]), p)
     if p.antialias and height < pixels.shape[1] and width > pixels.shape[2]:
         # Less work, and PIL's order of the passes, between which bicubic overshoot is cut off.
@@ -82,7 +105,9 @@ def _whole(pixels: torch.Tensor, p: Preprocessing) -> torch.Tensor:
         return resized
     means = p.mean[::-1] if p.channel_order == BGR else p.mean
     means = means if len(means) == len(resized) else (sum(means) / len(means),)
-    fill = [min(255, max(0, round(m * (1 / p.scale)))) for m in means]
+    fill: list[float] = [m * by for m in means]
+    if resized.dtype is torch.uint8:
+        fill = [min(255, max(0, round(level))) for level in fill]
     return v2.pad(resized, [0, 0, p.hw[1] - width, p.hw[0] - height], fill=fill)
 
 
@@ -104,7 +129,7 @@ def _needed_part(size: tuple[int, int], cover: tuple[int, int]) -> tuple[int, in
 
 
 def preprocess(image: np.ndarray, p: Preprocessing) -> torch.Tensor:
-    """One picture, uint8 (H, W), (H, W, 1) or (H, W, 3), as float32 (channels of p.mean, h, w), normalised.
+    """One picture, (H, W) or (H, W, C) of uint8, uint16 or float32, as float32 (channels of p.mean, h, w), normalised.
 
     Raises DownresError when the picture's channels cannot serve the network.
     """
@@ -158,12 +183,12 @@ def _fill(batch: torch.Tensor, images: Sequence[np.ndarray], p: Preprocessing) -
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (p.mean, p.std))
     for slot, image in zip(batch.numpy(), images, strict=True):
         pixels = resize_and_crop(image, p).numpy()
-        if len(pixels) not in (1, len(slot)):
+        if len(pixels) != len(slot) and (len(pixels), len(slot)) != (1, 3):
             raise DownresError(
                 f"The network takes {len(slot)} channels and an image has {len(pixels)}: "
                 "give mean and std with one value for each channel of the images."
             )
         # Divided, as torchvision does. Grey is expanded only here, after resizing: a third of the work.
-        np.divide(pixels[::-1] if p.channel_order == BGR else pixels, np.float32(1 / p.scale), out=slot)
+        np.divide(pixels[::-1] if p.channel_order == BGR else pixels, np.float32(divisor(image.dtype, p)), out=slot)
         slot -= mean
         slot /= std

@@ -101,6 +101,7 @@ def fitting(p: Preprocessing) -> str:
 def pixels(p: Preprocessing) -> str:
     """What the numbers are that mean and std are of, where it is not what is usual: '', `BGR, 0 to 255`."""
     order = [p.channel_order.upper()] if p.channel_order != "rgb" else []
+    order += ["colours made grey (ITU-R 601)"] if len(p.mean) == 1 else []
     return ", ".join([*order, *([f"0 to {255 * p.scale:g}"] if p.scale != 1 / 255 else [])])
 
 

@@ -71,7 +71,14 @@ def prepare_task(
     preprocessing: Preprocessing | None = None,
 ) -> Task:
     """The task of the model, no image opened yet."""
-    return find_task(as_model(model, preprocessing), data, question, task)
+    loaded = as_model(model, preprocessing)
+    if loaded.preprocessing.guessed:
+        takes = len(loaded.preprocessing.mean)
+        raise DownresError(
+            f"The network takes {takes} channels, and what their mean and std are is not known: give `mean` and `std` with "
+            f"{takes} values each."
+        )
+    return find_task(loaded, data, question, task)
 
 
 def open_data(
@@ -88,6 +95,8 @@ def open_data(
     part = measuring.part(fitted="train" in parts)
     how: dict[str, Any] = {"folds": measuring.folds, "val_fraction": part, "seed": measuring.seed}
     how["cache_gb"] = measuring.cache_gb
+    if task.channels != 3:
+        how["channels"] = task.channels
     opened = task.open(data, parts=parts, progress=progress, question=question, **how)
     task.begin(opened, measuring.seed)
 

@@ -118,6 +118,7 @@ def open_folder(
     seed: int = 0,
     cache_gb: float | None = None,
     progress: Progress | None = None,
+    channels: int = 3,
 ) -> Dataset:
     """The pictures of DIR/train/CLASS/* and DIR/val/CLASS/*, or of DIR/CLASS/*, each decoded once.
 
@@ -133,7 +134,7 @@ def open_folder(
     and `seed`, or into `folds` folds, before unreadable files are left out, so that the split is the same for all
     `parts`. With parts ("val",) and a val_fraction of 1, or folds, every image in it is a test image.
     cache_gb: of decoded pixels kept on disk at most; what does not fit is decoded again when it is looked at. None: half of
-    what is free where temporary files go.
+    what is free where temporary files go. channels: of the network, see `downres.images.decode`.
     Raises DownresError, in one sentence that says why, where the folder cannot be used.
     """
     root = user_path(path)
@@ -171,7 +172,7 @@ def open_folder(
     tested = np.searchsorted(needed, tested_images(limited))
     opened = [file_names[i] for i in needed]
     images, skipped = from_files(
-        [root / name for name in opened], opened, progress, cache=cache_bytes(cache_gb), first=tested
+        [root / name for name in opened], opened, progress, cache=cache_bytes(cache_gb), first=tested, channels=channels
     )  # fmt: skip
     reasons = {skip.path: skip.reason for skip in skipped}
     group_of = np.repeat(np.arange(len(groups)), counts)

@@ -131,6 +131,7 @@ def from_dataset(
     seed: int = 0,
     cache_gb: float | None = None,
     progress: Progress | None = None,
+    channels: int = 3,
 ) -> Dataset:
     """Its pictures, each taken when it is looked at. Targets are whole numbers; pictures are PIL images or uint8 arrays
     (H, W) or (H, W, 3): a dataset that makes tensors of them is to be given without its transforms.

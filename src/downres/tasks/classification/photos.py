@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...images import preprocess, resize_and_crop
+from ...images import preprocess, resize_and_crop, visible
 from ...records import Candidate, Preprocessing, Result
 from ...recovery.features import FeatureBank
 from ...recovery.state import State
@@ -106,8 +106,7 @@ def kept_photos(kept: dict[str, np.ndarray], run: Any) -> tuple[Photo, ...]:
         views = []
         for i, candidate in columns:
             p = native.at(candidate.resolution, crops.get(str(candidate), native.crop_ratio))
-            seen = resize_and_crop(kept[f"image{k}"], p).permute(1, 2, 0).numpy()
-            seen = np.ascontiguousarray(np.broadcast_to(seen, (*seen.shape[:2], 3)))
+            seen = visible(resize_and_crop(kept[f"image{k}"], p).permute(1, 2, 0).numpy())
             if f"map{i}" in kept:
                 seen = pictures.mosaic(seen, kept[f"map{i}"][k])
             views.append(

@@ -271,14 +271,15 @@ def open_masks(
     classes: str | os.PathLike[str] | Sequence[str] | None = None,
     cache_gb: float | None = None,
     progress: Progress | None = None,
+    channels: int = 3,
 ) -> MaskDataset:
     """The images and masks of a folder, each decoded once.
 
     outputs: of the network, which the classes must match in number (one output is background and foreground); None accepts
-    any. parts, val_fraction, folds, seed,
-    cache_gb: as for `open_folder`; a folder that is not divided is split at random, without regard to classes. layout,
-    classes: as for `find_masks`. Images that cannot be read, or whose masks cannot, are left out. Of the images to fit on
-    at most TRAINING_MASKS are decoded in each fold, a random sample by `seed`.
+    any. parts, val_fraction, folds, seed, cache_gb, channels: as for `open_folder`; a folder that is not divided is split at
+    random, without regard to classes. layout, classes: as for `find_masks`. Images that cannot be read, or whose
+    masks cannot, are left out. Of the images to fit on at most TRAINING_MASKS are decoded in each fold, a random sample by
+    `seed`.
     Raises DownresError, in one sentence that says why, where the folder cannot be used.
     """
     found = mask_classes(source, outputs, layout=layout, classes=classes)
@@ -299,7 +300,7 @@ def open_masks(
     limited = limit_training(listed, alike, TRAINING_MASKS, seed)
     needed = looked_at(limited)
     tested = np.searchsorted(needed, tested_images(limited))
-    images, masks, skipped = _decode_pairs(found, [pairs[i] for i in needed], tested, cache_bytes(cache_gb), progress)
+    images, masks, skipped = _decode_pairs(found, [pairs[i] for i in needed], tested, cache_bytes(cache_gb), progress, channels)
     reasons = {skip.path: skip.reason for skip in skipped}
     kept = np.array([i for i in needed if files[i] not in reasons], dtype=np.int64)
     divided = without_unreadable(limited, kept, files, reasons)
@@ -328,14 +329,15 @@ def open_masks(
 
 
 def _decode_pairs(
-    found: MaskFolder, pairs: Sequence[Pair], tested: np.ndarray, cache: int, progress: Progress | None
+    found: MaskFolder, pairs: Sequence[Pair], tested: np.ndarray, cache: int, progress: Progress | None, channels: int
 ) -> tuple[Images, Images, list[Skip]]:
     """(images, masks, left out): those pairs of which both can be read, in order.
 
     cache: bytes; a quarter is the masks', which have one byte a pixel where images have three.
     """
     names = [pair.name for pair in pairs]
-    images, skipped = from_files([pair.image for pair in pairs], names, progress, cache=cache * 3 // 4, first=tested)
+    files = [pair.image for pair in pairs]
+    images, skipped = from_files(files, names, progress, cache=cache * 3 // 4, first=tested, channels=channels)
     unreadable = {skip.path for skip in skipped}
     left = [i for i, name in enumerate(names) if name not in unreadable]
     masks, unread = from_files(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DownresError
+from ...images import visible
 from ...records import Candidate, Result
 from ...recovery.state import State
 from ...reports import pictures, words
@@ -53,7 +54,7 @@ def keep_scenes(store: Any, task: Any, candidates: list[Candidate], best: Candid
     }
     fold_of = np.concatenate([np.full(len(fold.test), i) for i, fold in enumerate(data.folds)])
     for k, i in enumerate(chosen):
-        arrays[f"image{k}"] = np.asarray(data.images[int(task.proof[i])])
+        arrays[f"image{k}"] = visible(data.images[int(task.proof[i])])
         arrays[f"truth{k}"] = np.asarray(bank.masks[int(task.proof[i])])
     for j, candidate in enumerate(all_of):
         states = [State.from_json(s) for s in store.get(f"quality/{candidate}")["states"]]

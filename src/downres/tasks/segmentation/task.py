@@ -14,6 +14,7 @@ from torch import nn
 
 from ...errors import DownresError
 from ...families import Model
+from ...images import visible
 from ...parse import as_hw, format_resolution, like, user_path
 from ...probe import Answer, find_answer
 from ...records import CLASSES, LOGITS, OUTSIDE, Budget, Candidate, Dense, Drop, Preprocessing, Record, Recovery, Result
@@ -288,7 +289,7 @@ class Segmentation(Task):
         drawn.putpalette([value for colour in self.colours for value in colour])
         files = tuple(out / f"{Path(image).stem}_{kind}.png" for kind in ("mask", "overlay"))
         drawn.save(files[0])
-        Image.fromarray(overlay(np.broadcast_to(picture, (*picture.shape[:2], 3)), mask, self.colours)).save(files[1])
+        Image.fromarray(overlay(visible(picture), mask, self.colours)).save(files[1])
         share = np.bincount(mask.ravel(), minlength=len(self.classes)) / mask.size
         order = [int(i) for i in np.argsort(-share, kind="stable")[:top] if share[i] > 0]
         named = tuple(self.classes[i] for i in order), tuple(100 * float(share[i]) for i in order)
