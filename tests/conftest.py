@@ -277,15 +277,12 @@ def open_page(browser):
 
 
 COLLISIONS = """(plot) => {
-    const boxes = [...document.querySelectorAll(`${plot} .labels text`)].map((e) => [e.textContent, e.getBoundingClientRect()]);
-    const points = [...document.querySelectorAll(`${plot} .scatterlayer .point`)].map((e) => ["a point", e.getBoundingClientRect()]);
-    const ticks = [...document.querySelectorAll(`${plot} .xtick text, ${plot} .ytick text`)].map((e) => [e.textContent, e.getBoundingClientRect()]);
+    const all = (selector) => [...document.querySelectorAll(selector.replaceAll("#", plot + " "))].map(
+        (e) => [e.textContent || "a point", e.getBoundingClientRect()]);
+    const names = all("#.labels text"), others = all("#.scatterlayer .point, #.xtick text, #.ytick text");
     const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
-    const found = [];
-    boxes.forEach(([name, a], i) => {
-        for (const [other, b] of [...boxes.slice(i + 1), ...points, ...ticks]) if (meet(a, b)) found.push(`${name} on ${other}`);
-    });
-    return found }"""
+    return names.flatMap(([name, a], i) =>
+        [...names.slice(i + 1), ...others].filter(([, b]) => meet(a, b)).map(([other]) => `${name} on ${other}`)) }"""
 
 
 @pytest.fixture

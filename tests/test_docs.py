@@ -41,9 +41,14 @@ def reference() -> str:
     for name in downres.__all__:
         value = getattr(downres, name)
         said = value if isinstance(value, str) else inspect.getdoc(value) or ""
-        first = re.split(r"(?<=[.;:])\s", said.replace("\n", " ").strip())[0]
-        parts.append(f"| `{name}` | {first.replace('|', '/')} |")
+        parts.append(f"| `{name}` | {first_sentence(said).replace('|', '/')} |")
     return "\n".join(parts) + "\n"
+
+
+def first_sentence(text: str) -> str:
+    """Of the first paragraph, to its full stop."""
+    paragraph = " ".join(text.strip().partition("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s+(?=[A-Z`'(])", paragraph)[0]
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
@@ -80,6 +85,17 @@ def test_make_targets_in_readme_exist() -> None:
 
 def test_reference_is_what_the_program_says() -> None:
     assert (ROOT / "docs" / "reference.md").read_text() == reference()
+
+
+def test_every_name_is_told_in_a_whole_sentence() -> None:
+    """None is cut at a colon or a semicolon, and what a public function returns is public too."""
+    for name in downres.__all__:
+        value = getattr(downres, name)
+        sentence = first_sentence(value if isinstance(value, str) else inspect.getdoc(value) or "")
+        assert re.search(r"\w.*\.$", sentence), (name, sentence)
+        if inspect.isfunction(value):
+            returned = re.findall(r"\b[A-Z]\w+", str(inspect.signature(value).return_annotation).rpartition(".")[2])
+            assert {*returned} <= {*downres.__all__, "Any", "Module", "Path", "Tensor"}, name
 
 
 def test_links_in_documents_lead_somewhere() -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from .reduction import Reduction, reduce, token_map
     from .reductions.dense import Segmenter
-    from .searching.costs import costs
+    from .searching.costs import Costs, costs
     from .searching.curve import Curve, curve
     from .searching.demo import demo
     from .searching.prepare import Measuring
@@ -65,8 +65,8 @@ __all__ = [
     # records
     "Candidate", "Merge", "Cost", "Latency", "Score", "Quality", "SegmentationQuality", "MultilabelQuality",
     "RegressionQuality", "AgreementQuality", "EmbeddingQuality", "Dense", "Drop", "Preprocessing",
-    "Record", "Recovery", "Rung", "Result", "Run", "Curve", "Change", "Reduction", "Finding", "Prediction", "MaskPrediction",
-    "load_run", "CONVENTION", "DownresError",
+    "Record", "Recovery", "Rung", "Result", "Run", "Curve", "Costs", "Change", "Reduction", "Finding", "Prediction",
+    "MaskPrediction", "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
 
 # Importing torch, timm and the runtimes takes seconds; a name is imported when it is first used, so that
@@ -86,7 +86,7 @@ _HOMES = {
     ),
     "reduction": ("Reduction", "reduce", "token_map"),
     "reductions.dense": ("Segmenter",),
-    "searching.costs": ("costs",),
+    "searching.costs": ("Costs", "costs"),
     "searching.curve": ("Curve", "curve"),
     "searching.demo": ("demo",),
     "searching.prepare": ("Measuring",),

@@ -4,6 +4,8 @@ import contextlib
 import difflib
 import importlib.metadata
 import inspect
+import io
+import json
 import os
 import re
 import shlex
@@ -17,12 +19,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, ConsoleDimensions
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.text import Text
 
-from .errors import NO_SPACE, DownresError
+from .errors import NO_SPACE, DownresError, shown
 from .parse import floats, format_quantity, format_resolution, fraction, parse_quantity, parse_resolutions
 from .record import plain, write_json
 from .techniques import RESOLUTION, Technique, techniques
@@ -159,15 +160,20 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on s
 
 
 class _Output(Console):
-    """Standard output, as wide as it is when it is printed on. A file or a pipe has no width: tables there are not cut."""
+    """Standard output, as wide as it is when it is printed on. A file or a pipe has no width: no line there is broken."""
 
     @property  # type: ignore[misc]  # asked, never set
     def size(self) -> ConsoleDimensions:
-        return ConsoleDimensions(*shutil.get_terminal_size((160, 24)))
+        return ConsoleDimensions(*shutil.get_terminal_size((10_000, 24)))
 
 
 out = _Output(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+def _say(console: Console, text: str, style: str = "", soft_wrap: bool = False) -> None:
+    """A line that may hold names from outside: nothing in it acts on the terminal, nothing is read as markup."""
+    console.print(Text(shown(text), style), soft_wrap=soft_wrap)
 
 
 class _Trying:
@@ -367,8 +373,11 @@ def curve(
     if as_json:
         _print_json(found.to_json())
         return
-    out.print(f"{found.data}\n{_preprocessing_words(found.preprocessing)}", markup=False)
-    out.print(_table([found.original, *found.results], found.original, None))
+    from .reports import terminal
+
+    _say(out, found.data)
+    _say(out, _preprocessing_words(found.preprocessing))
+    out.print(terminal.candidates([found.original, *found.results], found.original, None, out.width))
     _print_notes(found.notes)
 
 
@@ -405,25 +414,30 @@ def cost(
     if as_json:
         _print_json({**found.to_json(), **({"picture": str(page)} if page else {})})
         return
-    from .reports import words
+    from .reports import terminal, words
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("family", "candidate", "MACs", "of original", "params", "param bytes", "peak activations", "not counted"):
-        table.add_column(name, justify="left" if name in ("family", "candidate", "not counted") else "right", no_wrap=True)
+    rows: list[dict[str, str | Text]] = []
     for row in found.rows:
         one = row.cost
-        table.add_row(
-            row.family, words.label(row.candidate), format_quantity(one.macs), f"{100 * one.macs / found.original.macs:.1f} %",
-            format_quantity(one.params), format_quantity(one.param_bytes, "B"), format_quantity(one.peak_activation_bytes, "B"),
-            f"{sum(one.uncounted.values())} ops of {len(one.uncounted)} kinds",
-        )  # fmt: skip
-    out.print(table)
-    out.print(f"For {batch_size} image{'s' * (batch_size > 1)}. {found.convention}", style="dim")
+        rows.append(
+            {
+                "family": row.family,
+                "candidate": words.label(row.candidate),
+                "MACs": format_quantity(one.macs),
+                "of original": f"{100 * one.macs / found.original.macs:.1f} %",
+                "params": format_quantity(one.params),
+                "param bytes": format_quantity(one.param_bytes, "B"),
+                "peak activations": format_quantity(one.peak_activation_bytes, "B"),
+                "not counted": f"{sum(one.uncounted.values())} ops of {len(one.uncounted)} kinds",
+            }
+        )
+    out.print(terminal.stacked(rows, ("family", "candidate"), out.width))
+    _say(out, f"For {words.count(batch_size, 'image')}. {found.convention}", "dim")
     kinds = ", ".join(f"{name.removeprefix('aten.')} ×{n}" for name, n in found.original.uncounted.items())
-    out.print(f"Not counted at {format_resolution(loaded.preprocessing.resolution)}: {kinds or 'nothing'}.", style="dim")
+    _say(out, f"Not counted at {format_resolution(loaded.preprocessing.resolution)}: {kinds or 'nothing'}.", "dim")
     _print_notes(found.notes)
     if page:
-        out.print(f"Picture: {page}", soft_wrap=True)
+        _say(out, f"Picture: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -437,7 +451,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN")], task: TaskOption
     if as_json:
         _print_json({"report": str(page)})
     else:
-        out.print(f"Report: {page}", soft_wrap=True)
+        _say(out, f"Report: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -465,9 +479,8 @@ def check(
         )
     else:
         for finding in findings:
-            mark = {True: "[green]ok[/]", False: "[red]WRONG[/]", None: "[yellow]not checked[/]"}[finding.ok]
-            out.print(f"{mark} {finding.what}: ", end="")
-            out.print(as_options(finding.detail), markup=False, soft_wrap=True)
+            mark = {True: ("ok", "green"), False: ("WRONG", "red"), None: ("not checked", "yellow")}[finding.ok]
+            out.print(Text.assemble(mark, shown(f" {finding.what}: {as_options(finding.detail)}")), soft_wrap=True)
     if any(f.ok is False for f in findings):
         raise typer.Exit(1)
 
@@ -492,17 +505,20 @@ def predict(
         _print_json({"predictions": [p.to_json() for p in predictions]})
         return
     for prediction in predictions:
-        out.print(str(prediction), markup=False, soft_wrap=True)
+        _say(out, str(prediction), soft_wrap=True)
 
 
 def main() -> None:
     """Entry point: exit codes 0 good, 1 a check failed, 2 bad input, 130 interrupted; never a traceback for those."""
     warnings.simplefilter("ignore")
-    warnings.showwarning = lambda message, *_: err.print(f"Note: {as_options(str(message))}", markup=False)  # type: ignore[assignment]
+    warnings.showwarning = lambda message, *_: _say(err, f"Note: {as_options(str(message))}")  # type: ignore[assignment]
     warnings.filterwarnings("default", module="downres")
     # Nobody reads the libraries' own chatter between a progress bar and a table.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # it retries aloud; we say in one sentence that it failed
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows no ★
     try:
         code = app(standalone_mode=False)  # an Exit comes back as its code; so does Ctrl-C, as 130
         if code == 130:
@@ -566,7 +582,7 @@ def as_options(text: str) -> str:
 
 
 def _stop(message: str, code: int) -> None:
-    err.print(as_options(message), style="red", markup=False, soft_wrap=True)
+    _say(err, as_options(message), "red", soft_wrap=True)
     sys.exit(code)
 
 
@@ -628,7 +644,7 @@ def _axes(tried: dict[str, Any], default: tuple | None, candidate: list[str] | N
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on standard error; one line for each stage where that is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with RichProgress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("starting", total=None)  # one task for all stages: its clock shows the time since the start
         last = ""
@@ -636,15 +652,21 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         def progress(stage: str, done: int, total: int) -> None:
             nonlocal last
             if stage != last and not err.is_terminal:
-                err.print(f"{stage} ({total})", markup=False)
+                _say(err, f"{stage} ({total})")
             last = stage
-            bar.update(task, description=escape(stage), completed=done, total=total)
+            bar.update(task, description=shown(stage), completed=done, total=total)
 
         yield progress
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    print(write_json(plain(document), indent=1, ensure_ascii=False))
+    text = write_json(plain(document), indent=1, ensure_ascii=False)
+    text = re.sub("[\ud800-\udfff]", lambda found: shown(found[0]).replace("\\", "\\\\"), text)  # no UTF-8 has these
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:  # what is no UTF-8 gets plain ASCII
+        text = write_json(json.loads(text), indent=1)
+    print(text)
 
 
 def _print_run(run: Any, as_json: bool) -> None:
@@ -652,26 +674,27 @@ def _print_run(run: Any, as_json: bool) -> None:
         _print_json(run.to_json())
         return
     from .records import Preprocessing
-    from .reports import words
+    from .reports import terminal, words
 
     settings = run.settings
-    out.print(f"{run.data['description']} {run.data['licence']}".strip(), markup=False)
-    out.print(_preprocessing_words(Preprocessing.from_json(settings["preprocessing"])), markup=False)
+    _say(out, f"{run.data['description']} {run.data['licence']}".strip())
+    _say(out, _preprocessing_words(Preprocessing.from_json(settings["preprocessing"])))
     for skipped in run.data["skipped"][:10]:
-        err.print(f"Skipped {skipped['path']}: {skipped['reason']}", markup=False)
+        _say(err, f"Skipped {skipped['path']}: {skipped['reason']}")
     if len(run.data["skipped"]) > 10:
-        err.print(f"… {len(run.data['skipped'])} images skipped, all listed in {run.folder / 'report.html'}", markup=False)
-    out.print(_table([run.original, *run.results], run.original, run.best and run.best.candidate))
-    out.print(words.verdict(run.original, run.results, run.best, run.budget, run.task.score), style="bold", markup=False)
+        _say(err, f"… {len(run.data['skipped'])} images skipped, all listed in {run.folder / 'report.html'}")
+    best = run.best and run.best.candidate
+    out.print(terminal.candidates([run.original, *run.results], run.original, best, out.width))
+    _say(out, words.verdict(run.original, run.results, run.best, run.budget, run.task.score), "bold")
     _print_notes(run.notes)
-    out.print(f"Report: {run.folder / 'report.html'}", markup=False, soft_wrap=True)
+    _say(out, f"Report: {run.folder / 'report.html'}", soft_wrap=True)
     if run.artifact:
-        out.print(f"Model:  {run.artifact}  (downres check {run.artifact})", markup=False, soft_wrap=True)
+        _say(out, f"Model:  {run.artifact}  (downres check {shlex.quote(str(run.artifact))})", soft_wrap=True)
 
 
 def _print_notes(notes: Any) -> None:
     for note in notes:
-        err.print(f"Note: {as_options(note)}.", markup=False)
+        _say(err, f"Note: {as_options(note)}.")
 
 
 def _preprocessing_words(p: Any) -> str:
@@ -682,61 +705,5 @@ def _preprocessing_words(p: Any) -> str:
         f"Preprocessing ({p.source}): {format_resolution(p.resolution)} px, "
         f"{f'crop ratio {p.crop_ratio:.3g}' if p.fit == 'crop' else f'whole picture, {p.fit}'}, {p.interpolation}, "
         f"{'' if p.antialias else 'not antialiased, '}{unusual}"
-        f"mean {', '.join(f'{m:.3f}' for m in p.mean)}, std {', '.join(f'{s:.3f}' for s in p.std)}"
+        f"mean {words.channels(p.mean)}, std {words.channels(p.std)}"
     )
-
-
-def _table(results: list[Any], original: Any, chosen: Any) -> Table:
-    """Candidates in a terminal: the columns that something is known for, as many as its width holds."""
-    from .reports import words
-
-    beside = original.quality.beside() if original.quality else {}
-    columns: dict[str, Callable[[Any], str]] = {
-        "": lambda r: "★" if r.candidate == chosen else "",
-        "candidate": lambda r: words.label(r.candidate),
-        "MACs": lambda r: format_quantity(r.cost.macs) if r.cost else "",
-        "peak memory": lambda r: format_quantity(r.cost.peak_activation_bytes, "B") if r.cost else "",
-        "latency": lambda r: f"{words.digits(r.latency.latency_ms)} ms" if r.latency else "",
-        "lowered only": lambda r: r.naive.text(r.naive.score) if r.naive else "",
-        getattr(original.quality, "metric", "quality"): lambda r: r.quality.text(r.quality.score) if r.quality else "",
-        "95 % interval": lambda r: words.interval(r.quality) if r.quality else "",
-        **{name: _beside(name) for name in beside},
-        "drop, bound": lambda r: words.compared(r.drop) if r.drop else "",
-        "verdict": lambda r: _verdict(r, original),
-        "recovered by": lambda r: words.RUNGS[r.recovery.rung] if r.recovery and r is not original else "",
-    }
-    cells = {name: [cell(r) for r in results] for name, cell in columns.items()}
-    cells = {name: column for name, column in cells.items() if any(column)}
-    left = ("", "candidate", "verdict", "recovered by")
-
-    def build() -> Table:
-        table = Table(box=None, pad_edge=False)
-        for name in cells:
-            table.add_column(name, justify="left" if name in left else "right", no_wrap=name != "verdict")
-        for i, result in enumerate(results):
-            table.add_row(*(column[i] for column in cells.values()), style="dim" if result.status != "measured" else None)
-        return table
-
-    for name in (*beside, "peak memory", "95 % interval", "recovered by", "latency"):
-        if out.measure(build(), options=out.options.update(width=1000)).maximum <= out.width:
-            break
-        cells.pop(name, None)
-    return build()
-
-
-def _beside(name: str) -> Callable[[Any], str]:
-    return lambda r: r.quality.beside().get(name, "") if r.quality else ""
-
-
-def _verdict(result: Any, original: Any) -> str:
-    from .reports import words
-
-    if result is original:
-        return "the original"
-    if result.status != "measured" or result.reason:
-        return result.reason.replace("[", "(")
-    if result.drop is None:
-        return ""
-    more = f", about {words.count(result.drop.more_images, 'more')[:-1]} needed" if result.drop.more_images else ""
-    chips = {"within": "[green]proven within[/]", "outside": "[red]proven outside[/]", "few": "[yellow]too few images[/]"}
-    return chips.get(words.verdict_key(result), "") + more

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..copying import copied, single
-from ..errors import NO_SPACE, DownresError, first_line
+from ..errors import NO_SPACE, DownresError, first_line, shown
 from . import check_threads
 from .fuse import fused, noise
 from .torch import TorchRuntime, plain_attention, uncompiled
@@ -51,6 +51,8 @@ class OnnxRuntime:
         # An idle session's threads would otherwise keep spinning for a while and slow down whoever is timed next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         source = model if isinstance(model, bytes) else str(model)
+        if isinstance(source, str) and shown(source) != source:  # it takes names in UTF-8 alone
+            source = Path(source).read_bytes()
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions have no common base

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..copying import copied, is_lazy, modules, refuse_sealed, single, tensors_of, unwrapped
-from ..errors import DownresError, first_line
+from ..errors import DownresError, first_line, shown
 from ..parse import format_resolution
 from ..probe import input_size_of, materialised
 from ..records import Preprocessing
@@ -27,12 +27,13 @@ def from_file(spec: str, what: str = "model") -> Any:
     if not path.is_file():
         name = "function" if what == "model" else "Class"
         raise DownresError(f"There is no file {path}: give the {what} as path/to/file.py:{name}.")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert module_spec is not None and module_spec.loader is not None
+    module_spec = importlib.util.spec_from_file_location(shown(path.stem), path)
+    assert module_spec is not None and module_spec.origin is not None
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules.setdefault(path.stem, module)
+    sys.modules.setdefault(module.__name__, module)
     with _running(f"Running {path}", path):
-        module_spec.loader.exec_module(module)
+        # Compiled here, and named as shown: torch's exporter writes names down, and fails at one that is no UTF-8.
+        exec(compile(path.read_bytes(), shown(module_spec.origin), "exec"), vars(module))
     maker = getattr(module, function, None)
     if not callable(maker):
         found = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]

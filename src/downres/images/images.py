@@ -51,7 +51,7 @@ def fingerprint(images: "Images", targets: bytes, indices: Sequence[np.ndarray],
     digest = hashlib.sha256()
     checksums = (images.checksums,) if masks is None else (images.checksums, masks.checksums)
     for name, *of in zip(images.names, *checksums, strict=True):
-        digest.update("\0".join([name, *map(str, of)]).encode(errors="surrogateescape") + b"\n")
+        digest.update("\0".join([name, *map(str, of)]).encode(errors="surrogatepass") + b"\n")
     digest.update(targets)
     for array in indices:
         digest.update(f"\n{len(array)}\n".encode() + array.astype("<i8").tobytes())

@@ -34,7 +34,7 @@ def measure_latency(
     runs: int = 30,
     warmup: int = 5,
 ) -> Latency:
-    """The latency of one model on random images; for several, `interleaved` compares them fairly.
+    """The latency of one model on random images; `search` times several in turns, which compares them fairly.
 
     input_size: (channels, height, width); None: 224×224 pixels of as many channels as the first convolution takes.
     threads: None takes all available cores.

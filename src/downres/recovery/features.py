@@ -162,7 +162,7 @@ class FeatureBank(Bank):
             else:
                 told = f"{self._made_with} {state.to_json()}"
                 seeds = [
-                    zlib.crc32(f"{told} {name} {checksum}".encode(errors="surrogateescape"))
+                    zlib.crc32(f"{told} {name} {checksum}".encode(errors="surrogatepass"))
                     for name, checksum in zip(self.images.names, self.images.checksums, strict=True)
                 ]
                 file = self.folder / "features" / f"{state.key()}.npy"

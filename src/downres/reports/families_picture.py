@@ -8,15 +8,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from ..parse import format_quantity
+from ..record import write_whole
 from ..records import Cost
 from ..techniques import Style, techniques
 from . import words
+from .page import render
 from .pictures import FONT
 from .rows import ORIGINAL, Row
 
@@ -88,11 +89,9 @@ def hover_text(row: Row, original: Row) -> str:
 
 def families_page(rows: Sequence[Row], model: str, batch_size: int, convention: str) -> str:
     """The picture and its table as HTML that needs no other file and no network."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(quantity=format_quantity, label=words.label)
-    return environment.get_template("families.html.j2").render(
+    return render(
+        Path(__file__).parent,
+        "families.html.j2",
         rows=rows,
         model=model,
         batch_size=batch_size,
@@ -108,7 +107,7 @@ def write_families(
     """Writes the page to `path`, with the folders that it needs, and returns the path."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(families_page(rows, model, batch_size, convention), encoding="utf-8")
+    write_whole(target, families_page(rows, model, batch_size, convention).encode())
     return target
 
 

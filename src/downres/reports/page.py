@@ -1,5 +1,6 @@
 """What every part of the report page is rendered with: one template environment, and a task's own part as HTML."""
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -9,6 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from ..errors import shown
 from ..parse import format_quantity, format_resolution
 from . import pictures, words
 
@@ -29,8 +31,19 @@ def render(folder: Path, template: str, **values: Any) -> Markup:
 
 def _emphasise(sentence: str) -> Markup:
     """Escapes the sentence, keeps numbers with their units, and sets its factors (`5.3×`) in the accent colour."""
-    kept = re.sub(r"(?<=\d) (?=%|px|points)", "\u00a0", sentence)
+    kept = re.sub(r"(?<=\d) (?=%|px|points)", "\u00a0", shown(sentence))
     return Markup(re.sub(r"(\d[\d.]*×)", r"<em>\1</em>", str(escape(kept))))
+
+
+def _columns(pictures: int, most: int = 4) -> int:
+    """Of a grid of so many pictures, at most `most`: rows as even as they can be, so that no picture stands alone."""
+    rows = max(1, math.ceil(pictures / most))
+    return max(1, math.ceil(pictures / rows))
+
+
+def _shown(value: Any) -> Any:
+    """Of every text that a template writes; HTML of our own is left as it is."""
+    return shown(value) if type(value) is str else value
 
 
 @cache
@@ -38,6 +51,7 @@ def _environment(folder: Path) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -57,6 +71,7 @@ def _environment(folder: Path) -> jinja2.Environment:
         "bound": words.bound,
         "count": words.count,
         "channels": words.channels,
+        "columns": _columns,
         "verdict_key": words.verdict_key,
         "shown_verdict": words.shown_verdict,
         "budget_words": words.budget_words,

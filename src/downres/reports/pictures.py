@@ -382,4 +382,4 @@ def lay_out(figure: go.Figure, axis: Axis, costs: Sequence[float], heights: Sequ
         ticks="outside",
         tickcolor="var(--line)",
     )
-    figure.update_yaxes(**line, range=heights, ticksuffix=" %", title={"text": title})
+    figure.update_yaxes(**line, range=heights, ticksuffix=" %", title={"text": title, "standoff": 12})

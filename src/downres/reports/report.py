@@ -67,7 +67,7 @@ def write_report(view: ReportView, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     page = build_report(view)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, page.encode(errors="backslashreplace"))
+    write_whole(target, page.encode())
     return target
 
 

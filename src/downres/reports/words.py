@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from ..errors import shown
 from ..parse import format_quantity, format_resolution, name_of
 from ..records import (
     OUTSIDE,
@@ -63,13 +64,13 @@ def details(candidate: Candidate) -> list[str]:
 
 def label(candidate: Candidate) -> str:
     """`128 px`, `300 px, stem ×0.5`, `300 px, ×0.5 after layer1`, `224 px, 8 tokens merged a block`."""
-    return ", ".join([size(candidate), *details(candidate)])
+    return shown(", ".join([size(candidate), *details(candidate)]))
 
 
 def short_label(candidate: Candidate) -> str:
     """`128`, `300 ×0.5`, `224 p28`, `224 merge8`: for a point in the picture."""
     pieces = [t.short(candidate) for t in candidate.techniques if t is not RESOLUTION]
-    return " ".join([size(candidate).removesuffix(" px"), *filter(None, pieces)])
+    return shown(" ".join([size(candidate).removesuffix(" px"), *filter(None, pieces)]))
 
 
 def digits(value: float) -> str:

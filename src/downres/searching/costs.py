@@ -34,7 +34,10 @@ GIVEN = "given"
 
 @dataclass(frozen=True)
 class Costs:
-    """The original first, then family by family. Each candidate's cost is that of the network fed images of its resolution."""
+    """What `costs` counted: the original first, then family by family.
+
+    Each candidate's cost is that of the network fed images of its resolution.
+    """
 
     model: str
     rows: tuple[Row, ...]

@@ -19,7 +19,7 @@ from .prepare import Measuring, Progress, Source, check_planned, gather, open_da
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """The original first, then a result for each candidate in the order asked for; every drop is a plain comparison."""
+    """What `curve` found: of the original, and of each candidate in the order asked for; every drop is a plain comparison."""
 
     original: Result
     results: tuple[Result, ...]

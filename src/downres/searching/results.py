@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DownresError, first_line
+from ..errors import DownresError, first_line, shown
 from ..images import Skip
 from ..record import Misfit, Record, plain
 from ..records import OUTSIDE, Budget, Candidate, Cost, Drop, Latency, Preprocessing, Recovery, Result
 from ..recovery.state import State
+from ..reports import words
 from ..tasks import Task, restored
 from .select import over_budget, select
 from .store import IN_TORCH, UNEXPORTED, UNSHIPPED, Store
@@ -25,7 +26,7 @@ NOT_OPENED = {
 """The data of a run that has not come to its images: every candidate was over a ceiling, or it was interrupted before."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """What is known of a run, finished or not. results: in the order planned; best: the cheapest proven one or None."""
 
@@ -39,6 +40,24 @@ class Run:
     finished: bool
     data: dict[str, Any]
     task: Task
+
+    def __repr__(self) -> str:
+        """A few lines: of what, how far it is, what is best, and where it is."""
+        done = sum(r.status != "waiting" for r in self.results)
+        every = words.count(len(self.results), "candidate")
+        how_far = f"finished, {every}" if self.finished else f"unfinished, {done} of {every} done"
+        said = words.verdict(self.original, self.results, self.best, self.budget, self.task.score)
+        model = self.settings["model"] or "a module given in Python"
+        return "\n".join(
+            shown(line)
+            for line in (
+                f"Run of {model} at {words.label(self.original.candidate)}: {how_far}",
+                f"  data: {self.data['description']}",
+                f"  best: {words.label(self.best.candidate) if self.best else 'none'}",
+                f"  {said}",
+                f"  in {self.folder}",
+            )
+        )
 
     @property
     def artifact(self) -> Path | None:

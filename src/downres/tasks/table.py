@@ -115,7 +115,7 @@ class TableData:
             )
 
     def fingerprint(self) -> str:
-        targets = "\0".join(self.names).encode() + np.ascontiguousarray(self.targets, "<f8").tobytes()
+        targets = "\0".join(self.names).encode(errors="surrogatepass") + np.ascontiguousarray(self.targets, "<f8").tobytes()
         return fingerprint(self.images, targets, [side for fold in self.folds for side in (fold.train, fold.test)])
 
 

@@ -60,7 +60,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256, in hex, of names, checksums of the pixels, labels, classes and folds."""
         sides = [side for fold in self.folds for side in (fold.train, fold.test)]
-        return fingerprint(self.images, "\0".join(self.classes).encode(), [self.labels, *sides])
+        return fingerprint(self.images, "\0".join(self.classes).encode(errors="surrogatepass"), [self.labels, *sides])
 
 
 def whole(labels: Any, name: Callable[[int], str]) -> np.ndarray:

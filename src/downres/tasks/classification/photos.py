@@ -84,13 +84,15 @@ def photos_section(store: Any, run: Any) -> Section:
     """The photographs as each candidate sees them."""
     if not store.has_arrays("photos"):
         return Section()
-    return photos_html(kept_photos(store.arrays("photos"), run), run.data["licence"])
+    kept = store.arrays("photos")
+    return photos_html(kept_photos(kept, run), run.data["licence"], any(name.startswith("map") for name in kept))
 
 
-def photos_html(photos: Sequence[Photo], licence: str) -> Section:
+def photos_html(photos: Sequence[Photo], licence: str, merged: bool = False) -> Section:
+    """merged: whether some are seen as a network with merged tokens has them."""
     if not photos:
         return Section()
-    return Section(body=render(Path(__file__).parent, "photos.html.j2", photos=photos, licence=licence))
+    return Section(body=render(Path(__file__).parent, "photos.html.j2", photos=photos, licence=licence, merged=merged))
 
 
 def kept_photos(kept: dict[str, np.ndarray], run: Any) -> tuple[Photo, ...]:

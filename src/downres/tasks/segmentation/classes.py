@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...errors import DownresError
+from ...errors import shown as seen
 from ...records import Result
 from ...reports import words
 from .quality import SegmentationQuality
@@ -89,7 +90,7 @@ def class_table(
         Line(f"{size} objects", tuple(q.object_iou.get(size) for q in found), words.count(number, "object"))
         for size, number in found[0].objects.items()
     ]
-    classes = [Line(name, tuple(q.iou[i] for q in found), _note(found, i, shares), i) for i, name in enumerate(names)]
+    classes = [Line(seen(name), tuple(q.iou[i] for q in found), _note(found, i, shares), i) for i, name in enumerate(names)]
     classes.sort(key=lambda line: float("inf") if (change := line.changes[at]) is None else change)
     return Table(columns, at, tuple(whole), tuple(sizes), tuple(classes))
 

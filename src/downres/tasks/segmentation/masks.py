@@ -256,7 +256,7 @@ class MaskDataset:
     def fingerprint(self) -> str:
         """SHA-256, in hex, of names, checksums of the pixels and of the masks, classes and folds."""
         sides = [side for fold in self.folds for side in (fold.train, fold.test)]
-        return fingerprint(self.images, "\0".join(self.classes).encode(), sides, self.masks)
+        return fingerprint(self.images, "\0".join(self.classes).encode(errors="surrogatepass"), sides, self.masks)
 
 
 def open_masks(

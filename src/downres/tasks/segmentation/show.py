@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DownresError
+from ...errors import DownresError, shown
 from ...images import visible
 from ...records import Candidate, Result
 from ...recovery.state import State
@@ -135,5 +135,5 @@ def _colour_names(segmentation: Segmentation) -> dict[str, str]:
     """`128,64,128` → `road`: what the page reads off a pixel; classes of one colour are named together."""
     names: dict[str, list[str]] = {}
     for name, colour in zip(segmentation.classes, segmentation.colours, strict=True):
-        names.setdefault(",".join(map(str, colour)), []).append(name)
+        names.setdefault(",".join(map(str, colour)), []).append(shown(name))
     return {colour: " or ".join(found) for colour, found in names.items()}
