@@ -23,7 +23,7 @@ from ..records import Preprocessing
 from ..reductions.tokens import TokenState
 from .adapter import Adapter, KeepOutput, Merging, SetKeyword, Size, as_pair, impossible, no_mask, swap_class
 from .patches import put
-from .timm_rebuild import rebuild
+from .rebuild import rebuild
 from .timm_scale import scale_vit
 
 
@@ -171,7 +171,8 @@ class Rebuilt(Resizable):
 
     def fit(self, image: Size, patch: Size | None) -> str:
         with warnings.catch_warnings(action="ignore"):
-            done = rebuild(self.module, self.image, image, patch)
+            changed = {} if patch is None else {"patch_size": patch[0]}
+            resampled = rebuild(self.module, _fresh(self.module, self.image, {}), _fresh(self.module, image, changed), image)
         try:
             with torch.no_grad():  # a run with numbers: looking up positions that a table does not have shows in no other
                 x = torch.zeros(1, _channels(self.module), *image).to(next(self.module.parameters()))
@@ -179,7 +180,7 @@ class Rebuilt(Resizable):
         except Exception as error:  # whatever the library raises
             raise impossible(self.module, image, error) from error
         self.module._traits = {**getattr(self.module, "_traits", {}), "img_size": image}
-        return done
+        return f"as timm builds it for that size, {resampled} position tables resampled"
 
     def _step(self, image: Size) -> Size:
         stride = total_stride(self.module, image, _channels(self.module))  # its maps halve evenly in multiples of this
@@ -187,6 +188,17 @@ class Rebuilt(Resizable):
 
     def _embedding_of(self, stem: str) -> Any:
         return self.module.get_submodule(stem.rpartition(".")[0])
+
+
+def _fresh(module: Any, size: Size, changed: dict[str, Any]) -> nn.Module:
+    """The same network with new weights, for images of this size."""
+    name = module.pretrained_cfg["architecture"]
+    given = {k: v for k, v in getattr(module, "_model_args", {}).items() if not k.endswith("_rate")}
+    try:
+        with torch.random.fork_rng(devices=[]):  # these weights are thrown away: they take no random numbers from the user
+            return timm.create_model(name, pretrained=False, **{**given, "img_size": size, **changed})
+    except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # what constructors object with
+        raise impossible(module, size, error) from error
 
 
 class Plain(Resizable):
