@@ -12,7 +12,9 @@ import torch
 from timm.layers import PatchEmbed, apply_rot_embed_cat, resample_patch_embed
 from timm.models._features import feature_take_indices
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from timm.models.gemma4_vit import Gemma4VitEncoder
 from timm.models.naflexvit import NaFlexVit
+from timm.models.qwen3_vit import Qwen3VitEncoder
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -68,6 +70,8 @@ def adapter(name: str, module: nn.Module) -> Adapter | None:
         return Plain(name, module)
     if isinstance(module, NaFlexVit):
         return NaFlex(name, module)
+    if isinstance(module, (Gemma4VitEncoder, Qwen3VitEncoder)):
+        return Cells(name, module)
     if not type(module).__module__.startswith("timm.models.") or not hasattr(module, "forward_features"):
         return None  # another library's, or a part of a model
     if hasattr(module, "set_input_size"):
@@ -315,6 +319,20 @@ class _OwnRotation:
         if self.last:
             learned.found = None
         return args, {**kwargs, "rope": own}
+
+
+class Cells(Adapter):
+    """Gemma 4 and Qwen3: any size, in whole cells of patches where these are put together for a language model."""
+
+    sure = False
+    why_no_sequence = "each of its blocks takes the places of all tokens beside the tokens"
+
+    @property
+    def unit(self) -> Size:
+        rows, columns = as_pair(getattr(self.module, "patch_embed", self.module).patch_size)
+        cell = getattr(self.module, "pooling_kernel_size", None) or self.module.merge_size
+        cell = cell if self.module.global_pool in ("soft", "merge") else 1
+        return rows * cell, columns * cell
 
 
 class NaFlex(Plain):
