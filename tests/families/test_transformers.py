@@ -15,8 +15,6 @@ from transformers import (
     BeitForImageClassification,
     CLIPConfig,
     CLIPForImageClassification,
-    Data2VecVisionConfig,
-    Data2VecVisionForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
     Dinov2Config,
@@ -626,9 +624,6 @@ BUILT = {
     "pvt": (PvtForImageClassification, PvtConfig, {
         "image_size": 64, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2],
     }),
-    "data2vec": (Data2VecVisionForImageClassification, Data2VecVisionConfig, {
-        **VISION, **MLP, "use_relative_position_bias": True, "use_absolute_position_embeddings": True,
-    }),
 }  # fmt: skip
 
 
@@ -643,13 +638,10 @@ def of_the_library(name, side):
     return model
 
 
-def followed(key, before, after, sides):
+def followed(key, before, after):
     """A table of positions at another size, by timm's functions."""
-    old, new = ([side // 8] * 2 for side in sides)
     if "attention_biases" in key:
         return resize_rel_pos_bias_table_levit(before.T, after.shape[::-1]).T
-    if "relative_position_bias_table" in key:
-        return resize_rel_pos_bias_table(before, new, after.shape, old_window_size=old)
     prefix = min(n for n in range(2) if (before.shape[1] - n) ** 0.5 % 1 == 0 == (after.shape[1] - n) ** 0.5 % 1)
     grids = [[round((t.shape[1] - prefix) ** 0.5)] * 2 for t in (before, after)]
     return resample_abs_pos_embed(before, grids[1], old_size=grids[0], num_prefix_tokens=prefix)
@@ -663,7 +655,7 @@ def test_built_for_one_size_is_rebuilt(name):
     model, wanted = of_the_library(name, side), of_the_library(name, side // 2)
     before = model.state_dict()
     state = {
-        key: before[key] if before[key].shape == t.shape else followed(key, before[key], t, (side, side // 2))
+        key: before[key] if before[key].shape == t.shape else followed(key, before[key], t)
         for key, t in wanted.state_dict().items()
     }
     assert any(before[key].shape != t.shape for key, t in state.items())
