@@ -145,7 +145,9 @@ def divided_by(model: nn.Module, image: Size, channels: int | None = None) -> Si
     """What height and width are divided by: a network's patches or windows, else its total stride, in pixels."""
     adapter = find_adapter(model)
     if adapter is None or is_flexible(adapter):
-        return (total_stride(model, image, channels or channels_of(model, (3, *image))),) * 2
+        stride = total_stride(model, image, channels or channels_of(model, (3, *image)))
+        height, width = adapter.unit if adapter is not None else (1, 1)
+        return math.lcm(stride, height), math.lcm(stride, width)
     return adapter.unit
 
 

@@ -17,6 +17,7 @@ from downres.errors import DownresError
 from downres.families import Model, load_model, with_preprocessing
 from downres.families import timm as timm_family
 from downres.families import torchvision as torchvision_family
+from downres.families.find import find_adapter
 from downres.families.generic import preprocessing as assumed
 from downres.records import Preprocessing
 
@@ -40,6 +41,23 @@ def test_timm():
     tagged = load_model("timm:resnet18.tv_in1k", pretrained=False, num_classes=7)
     assert (tagged.preprocessing.crop_ratio, tagged.preprocessing.interpolation) == (0.875, "bilinear")
     assert seen(tagged.module).shape == (2, 7) and tagged.num_classes == 7
+
+
+def test_torchvision_vits_are_built_for_their_weights():
+    """vit_h_14 has weights for 518 px; whatever grid a file's positions have is followed, and so is what goes with it."""
+    with torch.device("meta"):
+        model = load_model("torchvision:vit_h_14", pretrained=False)
+        other = torchvision.models.vit_b_16(image_size=384).state_dict()
+        followed = torchvision.models.vit_b_16()
+        torchvision_family.follow(followed, other)
+    published = torchvision.models.ViT_H_14_Weights.DEFAULT.meta
+    assert sum(p.numel() for p in model.module.parameters()) == published["num_params"]
+    assert model.preprocessing.resolution == model.module.image_size == find_adapter(model.module).image[0] == 518
+    assert {k: v.shape for k, v in followed.state_dict().items()} == {k: v.shape for k, v in other.items()}
+    found = torchvision_family.preprocessing(followed, "vit_b_16")
+    assert (found.resolution, found.crop_ratio, found.interpolation) == (384, 1.0, "bicubic")  # as torchvision's 384 px weights
+    with torch.device("meta"):
+        assert torchvision_family.preprocessing(torchvision.models.vit_b_16(image_size=32), "vit_b_16").resolution == 32
 
 
 def test_torchvision():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import resize_rel_pos_bias_table
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_levit
 from torch import nn
 from transformers import (
     BeitConfig,
@@ -22,10 +23,18 @@ from transformers import (
     Dinov2WithRegistersForImageClassification,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    HieraConfig,
+    HieraForImageClassification,
+    LevitConfig,
+    LevitForImageClassification,
+    PvtConfig,
+    PvtForImageClassification,
     SegformerConfig,
     SegformerForImageClassification,
     SiglipConfig,
     SiglipForImageClassification,
+    Swin2SRConfig,
+    Swin2SRForImageSuperResolution,
     SwinConfig,
     SwinForImageClassification,
     Swinv2Config,
@@ -598,3 +607,78 @@ def test_keys_of_a_linear_layer_are_split_into_heads():
     state = TokenState((1,), 0, "merge")
     KeepOutput(state, "keys", 2)(nn.Identity(), (), torch.arange(12.0).reshape(1, 3, 4))
     assert torch.equal(state.keys[0, 1], torch.tensor([[2.0, 3.0], [6.0, 7.0], [10.0, 11.0]]))
+
+
+# --- whatever else the library builds for one size --------------------------------------------------------------------
+
+STAGES = {"num_attention_heads": [1, 1, 1], "depths": [1, 1, 1]}
+BUILT = {
+    "hiera": (HieraForImageClassification, HieraConfig, {
+        "image_size": [64, 64], "embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 1, 1], "num_query_pool": 2,
+        "masked_unit_attention": [True, True, False],
+    }),
+    "levit": (LevitForImageClassification, LevitConfig, {
+        "image_size": 128, "hidden_sizes": [16, 24, 32], "key_dim": [4, 4, 4], **STAGES,
+        "down_ops": [["Subsample", 4, 2, 4, 2, 2], ["Subsample", 4, 2, 4, 2, 2]],
+    }),
+    "pvt": (PvtForImageClassification, PvtConfig, {
+        "image_size": 64, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2],
+    }),
+}  # fmt: skip
+
+
+def of_the_library(name, side):
+    kind, config, given = BUILT[name]
+    size = [side, side] if isinstance(given["image_size"], list) else side
+    torch.manual_seed(0)
+    model = kind(config(**{**given, "image_size": size}, num_labels=CLASSES)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def followed(key, before, after):
+    """A table of positions at another size, by timm's functions."""
+    if "attention_biases" in key:
+        return resize_rel_pos_bias_table_levit(before.T, after.shape[::-1]).T
+    prefix = min(n for n in range(2) if (before.shape[1] - n) ** 0.5 % 1 == 0 == (after.shape[1] - n) ** 0.5 % 1)
+    grids = [[round((t.shape[1] - prefix) ** 0.5)] * 2 for t in (before, after)]
+    return resample_abs_pos_embed(before, grids[1], old_size=grids[0], num_prefix_tokens=prefix)
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_built_for_one_size_is_rebuilt(name):
+    """As the library builds it for the other size, with the same weights, and its tables of positions resampled."""
+    side = BUILT[name][2]["image_size"]
+    side = side[0] if isinstance(side, list) else side
+    model, wanted = of_the_library(name, side), of_the_library(name, side // 2)
+    before = model.state_dict()
+    state = {
+        key: before[key] if before[key].shape == t.shape else followed(key, before[key], t)
+        for key, t in wanted.state_dict().items()
+    }
+    assert any(before[key].shape != t.shape for key, t in state.items())
+    wanted.load_state_dict(state)
+    with torch.no_grad():
+        x, images = torch.randn(2, 3, side // 2, side // 2), torch.randn(2, 3, side, side)
+        model(images)  # LeViT keeps its biases from one run to the next
+        small = reduce(model, resolution=side // 2)
+        torch.testing.assert_close(small(x).logits, wanted(x).logits, rtol=1e-4, atol=1e-5)
+        assert small(images).logits.shape == (2, CLASSES)
+    assert measure_cost(small, (3, side, side)).macs < measure_cost(model, (3, side, side)).macs
+    assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
+    assert model.config.image_size != small.config.image_size
+
+
+def test_a_size_that_it_cannot_be_built_for():
+    with pytest.raises(DownresError, match="HieraForImageClassification cannot be made for 40 px .*: give another resolution"):
+        reduce(of_the_library("hiera", 64), resolution=40)
+
+
+def test_super_resolution_keeps_its_size():
+    config = Swin2SRConfig(image_size=32, embed_dim=8, depths=[1], num_heads=[1], window_size=4)
+    model, x = Swin2SRForImageSuperResolution(config).eval(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        small = reduce(model, resolution=16)
+        assert small(x).reconstruction.shape == model(x).reconstruction.shape == (1, 3, 64, 64)

@@ -72,6 +72,8 @@ def load_model(
         classes = None if tensors is None else _classes_of(module, tensors)
         if classes is not None:
             module, num_classes = library.create(name, False, classes), classes
+        if tensors is not None and family == "torchvision":
+            library.follow(module, tensors)
         # `timm:vit.tag` keeps its tag in the model's own configuration; torchvision needs the name.
         preprocessing = library.preprocessing(module, name)
     elif family == "transformers" and name:

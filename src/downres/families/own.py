@@ -229,13 +229,17 @@ class OwnViT(Adapter):
     @property
     def image(self) -> Size | None:  # type: ignore[override]
         if self._any_size is None:
-            unit, (channels, height, width) = self.unit, self._size
-            try:
-                other = self._run((channels, height + 2 * unit[0], width + unit[1]))
-                self._any_size = other.tokens_through(self._through) == math.prod(other.grid) + self.prefix
-            except DownresError:
-                self._any_size = False
+            (rows, columns), (channels, height, width) = self._cut.patch, self._size
+            self._any_size = self._follows((channels, height + 2 * rows, width + columns))
         return None if self._any_size else self._seen.image
+
+    def _follows(self, size: tuple[int, ...]) -> bool:
+        """Whether it runs at this size, with as many tokens as that has patches."""
+        try:
+            other = self._run(size)
+        except DownresError:
+            return False
+        return other.tokens_through(self._through) == math.prod(other.grid) + self.prefix
 
     def _run(self, size: tuple[int, ...]) -> _Seen:
         return _look(self.module, self._cut, {"": self._through}, size)

@@ -12,7 +12,9 @@ import torch
 from timm.layers import PatchEmbed, apply_rot_embed_cat, resample_patch_embed
 from timm.models._features import feature_take_indices
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from timm.models.gemma4_vit import Gemma4VitEncoder
 from timm.models.naflexvit import NaFlexVit
+from timm.models.qwen3_vit import Qwen3VitEncoder
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ from ..records import Preprocessing
 from ..reductions.tokens import TokenState
 from .adapter import Adapter, KeepOutput, Merging, SetKeyword, Size, as_pair, impossible, no_mask, swap_class
 from .patches import put
-from .timm_rebuild import rebuild
+from .rebuild import rebuild
 from .timm_scale import scale_vit
 
 
@@ -68,6 +70,8 @@ def adapter(name: str, module: nn.Module) -> Adapter | None:
         return Plain(name, module)
     if isinstance(module, NaFlexVit):
         return NaFlex(name, module)
+    if isinstance(module, (Gemma4VitEncoder, Qwen3VitEncoder)):
+        return Cells(name, module)
     if not type(module).__module__.startswith("timm.models.") or not hasattr(module, "forward_features"):
         return None  # another library's, or a part of a model
     if hasattr(module, "set_input_size"):
@@ -171,7 +175,8 @@ class Rebuilt(Resizable):
 
     def fit(self, image: Size, patch: Size | None) -> str:
         with warnings.catch_warnings(action="ignore"):
-            done = rebuild(self.module, self.image, image, patch)
+            changed = {} if patch is None else {"patch_size": patch[0]}
+            resampled = rebuild(self.module, _fresh(self.module, self.image, {}), _fresh(self.module, image, changed), image)
         try:
             with torch.no_grad():  # a run with numbers: looking up positions that a table does not have shows in no other
                 x = torch.zeros(1, _channels(self.module), *image).to(next(self.module.parameters()))
@@ -179,7 +184,7 @@ class Rebuilt(Resizable):
         except Exception as error:  # whatever the library raises
             raise impossible(self.module, image, error) from error
         self.module._traits = {**getattr(self.module, "_traits", {}), "img_size": image}
-        return done
+        return f"as timm builds it for that size, {resampled} position tables resampled"
 
     def _step(self, image: Size) -> Size:
         stride = total_stride(self.module, image, _channels(self.module))  # its maps halve evenly in multiples of this
@@ -187,6 +192,17 @@ class Rebuilt(Resizable):
 
     def _embedding_of(self, stem: str) -> Any:
         return self.module.get_submodule(stem.rpartition(".")[0])
+
+
+def _fresh(module: Any, size: Size, changed: dict[str, Any]) -> nn.Module:
+    """The same network with new weights, for images of this size."""
+    name = module.pretrained_cfg["architecture"]
+    given = {k: v for k, v in getattr(module, "_model_args", {}).items() if not k.endswith("_rate")}
+    try:
+        with torch.random.fork_rng(devices=[]):  # these weights are thrown away: they take no random numbers from the user
+            return timm.create_model(name, pretrained=False, **{**given, "img_size": size, **changed})
+    except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # what constructors object with
+        raise impossible(module, size, error) from error
 
 
 class Plain(Resizable):
@@ -303,6 +319,20 @@ class _OwnRotation:
         if self.last:
             learned.found = None
         return args, {**kwargs, "rope": own}
+
+
+class Cells(Adapter):
+    """Gemma 4 and Qwen3: any size, in whole cells of patches where these are put together for a language model."""
+
+    sure = False
+    why_no_sequence = "each of its blocks takes the places of all tokens beside the tokens"
+
+    @property
+    def unit(self) -> Size:
+        rows, columns = as_pair(getattr(self.module, "patch_embed", self.module).patch_size)
+        cell = getattr(self.module, "pooling_kernel_size", None) or self.module.merge_size
+        cell = cell if self.module.global_pool in ("soft", "merge") else 1
+        return rows * cell, columns * cell
 
 
 class NaFlex(Plain):

@@ -1,5 +1,6 @@
 """torchvision: names, pretrained weights, the transforms that come with them, and its transformers."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from ..reductions.resize import scaled_size
 from ..reductions.tokens import TokenState
 from .adapter import Adapter, Merging, Size, as_pair, impossible, packed_attention, swap_class
 from .patches import put, resize_kernel, resize_positions
+from .weights import match
 
 
 def names() -> list[str]:
@@ -35,17 +37,39 @@ def create(name: str, pretrained: bool, num_classes: int | None) -> nn.Module:
         # Their auxiliary heads exist for training alone, and change the output type.
         # The published weights, and what is fine-tuned from them, expect the input scaled by the network itself.
         kwargs |= {"aux_logits": False, "init_weights": False, "transform_input": True}
+    if name.startswith("vit_"):  # for 224 px unless told: the weights of vit_h_14 are for 518
+        kwargs["image_size"] = _default(name).meta["min_size"][0]
     if name in models.list_models(module=models.segmentation):
         kwargs["weights_backbone"] = None  # fetched otherwise
     model = models.get_model(name, weights=None, **kwargs)
     if pretrained:
-        weights = models.get_model_weights(name).DEFAULT
+        weights = _default(name)
         model.load_state_dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True), strict=False)
     return model
 
 
+def _default(name: str) -> Any:
+    """The weights that torchvision names as its best."""
+    return models.get_model_weights(name).DEFAULT
+
+
+def follow(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Make a ViT, in place, for the grid of positions in the weights that it is to be given, where that is a square."""
+    if not isinstance(model, VisionTransformer):
+        return
+    with contextlib.suppress(DownresError):  # weights of another network: whoever loads them says so
+        positions = match(model, tensors)[0].get("encoder.pos_embedding")
+        side = 0 if positions is None or positions.ndim != 3 else math.isqrt(positions.shape[1] - 1)
+        if side and side**2 == positions.shape[1] - 1 and side * model.patch_size != model.image_size:
+            Vit("", model).fit((side * model.patch_size,) * 2, None)
+
+
 def preprocessing(model: nn.Module, name: str) -> Preprocessing:
-    transform = models.get_model_weights(name).DEFAULT.transforms()
+    transform, note = _default(name).transforms(), ""
+    if isinstance(model, VisionTransformer) and model.image_size != transform.crop_size[0]:
+        others = [w.transforms() for w in models.get_model_weights(name)]
+        transform = next((t for t in others if t.crop_size[0] == model.image_size), transform)
+        note = "" if transform.crop_size[0] == model.image_size else f" ({model.image_size} px as in the weights)"
     if not hasattr(transform, "crop_size"):  # of segmentation: the whole picture
         side = transform.resize_size[0]
         return Preprocessing(
@@ -60,12 +84,12 @@ def preprocessing(model: nn.Module, name: str) -> Preprocessing:
         )
     crop, resize = transform.crop_size[0], transform.resize_size[0]
     return Preprocessing(
-        resolution=crop,
+        resolution=model.image_size if note else crop,
         crop_ratio=crop / resize,
         interpolation=transform.interpolation.value,
         mean=tuple(transform.mean),
         std=tuple(transform.std),
-        source="torchvision weight transforms",
+        source=f"torchvision weight transforms{note}",
         antialias=transform.antialias is not False,  # None: as PIL does
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import __version__
+from transformers import PreTrainedModel, __version__
 from transformers.models.beit.modeling_beit import BeitEmbeddings, BeitModel, BeitRelativePositionBias
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings, CLIPVisionModel
 from transformers.models.deit.modeling_deit import DeiTEmbeddings, DeiTLayer, DeiTModel
@@ -23,12 +23,16 @@ from transformers.models.swin.modeling_swin import SwinModel, SwinRelativePositi
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Model
 from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer, ViTModel
 
+from ..copying import copied, first_float, modules
 from ..errors import DownresError
 from ..parse import format_resolution
+from ..probe import input_size_of
 from ..reductions.resize import scaled_size
 from ..reductions.tokens import TokenState
-from .adapter import Adapter, KeepOutput, Merging, SetKeyword, Size, as_pair, no_mask, swap_class
+from .adapter import Adapter, KeepOutput, Merging, SetKeyword, Size, as_pair, impossible, no_mask, swap_class
 from .patches import put, resize_kernel, resize_positions, resize_relative_positions, restated
+from .rebuild import rebuild
+from .unknown import Unknown, may_be_fixed
 
 if tuple(map(int, __version__.split(".")[:2])) < (5, 21):  # layers and their projections were named otherwise before
     raise ImportError(f"{__version__} is installed, 5.21 is needed")
@@ -38,7 +42,16 @@ _ADDITIVE = ("eager", "sdpa")
 
 
 def adapter(name: str, module: nn.Module) -> Adapter | None:
-    return next((kind(name, module) for kind, classes in _KINDS.items() if isinstance(module, classes)), None)
+    found = next((kind(name, module) for kind, classes in _KINDS.items() if isinstance(module, classes)), None)
+    return Configured(name, module) if found is None and _is_built_for_one_size(module) else found
+
+
+def _is_built_for_one_size(module: nn.Module) -> bool:
+    """Whether a model of the library states a size, may be fixed to it, and none of its parts has an adapter of its own."""
+    if not isinstance(module, PreTrainedModel) or not getattr(module.config, "image_size", None) or not may_be_fixed(module):
+        return False
+    own = tuple(kind for kinds in _KINDS.values() for kind in kinds)
+    return not any(isinstance(m, own) or type(m).__module__.startswith("timm.models") for m in modules(module))
 
 
 class _Patches(Adapter):
@@ -263,6 +276,37 @@ class Relative(_Patches):
         for block in self.module.layers:
             block.patch_size = self.config.patch_size
         return "tables of relative positions and position embeddings resampled once"
+
+
+class Configured(Unknown):
+    """Whatever else the library builds for the size in its configuration: Hiera, LeViT, PVT, Data2Vec, …"""
+
+    def fit(self, image: Size, patch: Size | None) -> str:
+        if patch is not None:
+            return super().fit(image, patch)
+        assert self.image is not None
+        resampled = rebuild(self.module, self._fresh(self.image), self._fresh(image), image)
+        for part in modules(self.module):
+            if hasattr(part, "config") and hasattr(part.config, "image_size"):
+                part.config.image_size = restated(part.config.image_size, image)
+        try:
+            with torch.no_grad():  # a run with numbers: looking up positions that a table does not have shows in no other
+                x = torch.zeros(1, input_size_of(self.module)[0], *image).to(first_float(self.module))
+                copied(self.module).eval().forward(x)  # past the hooks that `reduce` has put before it
+        except Exception as error:  # whatever the library raises
+            raise impossible(self.module, image, error) from error
+        self.__dict__["image"] = image
+        return f"as the library builds it for that size, {resampled} position tables resampled"
+
+    def _fresh(self, size: Size) -> nn.Module:
+        """The same network with new weights, for images of this size."""
+        config = copy.deepcopy(self.module.config)
+        config.image_size = restated(config.image_size, size)
+        try:
+            with torch.random.fork_rng(devices=[]):  # these weights are thrown away: they take no random numbers from the user
+                return type(self.module)._from_config(config)
+        except Exception as error:  # whatever a constructor objects with
+            raise impossible(self.module, size, error) from error
 
 
 class Pyramid(Adapter):

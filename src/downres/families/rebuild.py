@@ -1,7 +1,7 @@
-"""A timm network of fixed size that timm itself cannot resize, made for another size all the same.
+"""A network of fixed size that its library cannot resize, made for another size all the same.
 
-timm builds the network afresh at both sizes; what differs between the two (grids, index tables, position embeddings) is
-what has to change in the user's network. Everything else of it stays: weights, head, hooks, dtype.
+The library builds the network afresh at both sizes; what differs between the two (grids, index tables, position embeddings)
+is what has to change in the user's network. Everything else of it stays: weights, head, hooks, dtype.
 """
 
 import math
@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_patch_embed
@@ -19,19 +18,20 @@ from ..errors import DownresError
 from .adapter import Size, as_pair, dotted, impossible
 from .patches import resize_positions, resize_relative_positions
 
-_SIMPLE = (int, float, str, bool, tuple, list, type(None))
+_SIMPLE = (int, float, str, bool, tuple, list, dict, type(None))
 _IS_POSITION = re.compile(r"pos|(^|_)rel|bias_table|attention_biases")
 _RUNTIME = ("training", "num_classes", "pretrained_cfg", "default_cfg", "pretrained_model_args")
 
 
-def rebuild(module: Any, old: Size, new: Size, patch: Size | None = None) -> str:
-    """Make `module` for images of the size `new` where it is for `old`, in place; says what was done, in words.
+def rebuild(module: Any, fresh: nn.Module, other: nn.Module, new: Size) -> int:
+    """Make `module` for images of the size `new`, in place; returns how many tables of positions were resampled.
 
-    patch: another patch size, None where it stays.
-    Raises DownresError where timm does not make it at that size, or where weights other than positions depend on the size.
+    fresh, other: the same network with new weights, built by its library for the size that it has and for `new`.
+    Raises DownresError where weights other than positions depend on the size.
     """
-    before = dict(_fresh(module, old, {}).named_modules())
-    after = dict(_fresh(module, new, {} if patch is None else {"patch_size": patch[0]}).named_modules())
+    before, after = dict(fresh.named_modules()), dict(other.named_modules())
+    if before.keys() != after.keys() or any(type(before[name]) is not type(after[name]) for name in before):
+        raise impossible(module, new, "it has other layers at that size")
     own = dict(module.named_modules())
     if before.keys() != after.keys() or any(type(before[name]) is not type(after[name]) for name in before):
         raise impossible(module, new, "it has other layers at that size")
@@ -45,7 +45,7 @@ def rebuild(module: Any, old: Size, new: Size, patch: Size | None = None) -> str
                     continue
                 mine = getattr(own.get(name), kind, {}).get(key)
                 if mine is None or like is None or mine.shape != like.shape:
-                    raise impossible(module, new, f"{dotted(name, key)} is not as timm makes it")
+                    raise impossible(module, new, f"{dotted(name, key)} is not as its library makes it")
                 if kind == "_buffers":
                     found = small.to(mine.device)
                     found = found.to(mine.dtype) if mine.is_floating_point() else found
@@ -61,18 +61,11 @@ def rebuild(module: Any, old: Size, new: Size, patch: Size | None = None) -> str
             plain = isinstance(value, _SIMPLE) and not key.startswith("_") and key not in _RUNTIME
             if plain and name in own and value != vars(before[name]).get(key):
                 setattr(own[name], key, value)
-    return f"as timm builds it for that size, {resampled} position tables resampled"
-
-
-def _fresh(module: Any, size: Size, changed: dict[str, Any]) -> nn.Module:
-    """The same network with new weights, for images of this size."""
-    name = module.pretrained_cfg["architecture"]
-    given = {k: v for k, v in getattr(module, "_model_args", {}).items() if not k.endswith("_rate")}
-    try:
-        with torch.random.fork_rng(devices=[]):  # these weights are thrown away: they take no random numbers from the user
-            return timm.create_model(name, pretrained=False, **{**given, "img_size": size, **changed})
-    except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # what constructors object with
-        raise impossible(module, size, error) from error
+    for found in own.values():
+        for key, value in vars(found).items():
+            if isinstance(value, dict) and key.endswith("cache"):  # of tables as they were
+                value.clear()
+    return resampled
 
 
 def _does_not_follow(module: nn.Module, size: Size, name: str) -> DownresError:
@@ -112,7 +105,8 @@ def _resampled(key: str, mine: Tensor, before: Any, after: Any, like: Tensor, gr
     if "relative_position_bias_table" in key:
         return resize_relative_positions(mine, before.window_size, after.window_size, tuple(new))
     if key == "attention_biases":  # LeViT: (heads, rows·columns) of distances
-        return _flat(mine, -1, as_pair(before.resolution), as_pair(after.resolution))
+        sides = [as_pair(getattr(m, "resolution", math.isqrt(table.shape[-1]))) for m, table in ((before, mine), (after, like))]
+        return _flat(mine, -1, *sides)
     if mine.ndim == 4 and old[1] == new[1] and old[3] == new[3] and _square(old[2]) and _square(new[2]):  # NesT
         sides = math.isqrt(old[2]), math.isqrt(new[2])
         return _flat(mine, 2, (sides[0],) * 2, (sides[1],) * 2)
