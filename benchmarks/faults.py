@@ -90,15 +90,32 @@ class Arena:
         self.expected: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.changes: dict[str, int] = {}
-        for name in ("split", "folds"):
-            self._search_undisturbed(name)
-        predicted = forked(command("predict", self.base() / "best", self.picture, "--json"))
-        judged(predicted, (0,))
-        self.predicted = document(predicted)
-        self.page = cells_of(self.base() / "report.html")
 
-    def _search_undisturbed(self, name: str) -> None:
-        run = self.fresh("base-" + name)
+    def ready(self) -> "Arena":
+        """With a finished run of each kind of search that nobody disturbed, which stays for the next time."""
+        known, modules = self.folder / "undisturbed.json", self.folder / "modules"
+        if not known.exists():
+            for name in ("split", "folds"):
+                self._searched(name)  # imports what a search needs
+                self._import(modules)
+                self._searched(name)
+            self.predicted = self._predicted()
+            kept = {name: getattr(self, name) for name in ("expected", "seconds", "changes", "predicted")}
+            known.write_text(json.dumps(kept))
+        vars(self).update(json.loads(known.read_text()))
+        self._import(modules)
+        self.page = cells_of(self.base() / "report.html")
+        return self
+
+    def _import(self, modules: Path) -> None:
+        """What a child would have to import, it has."""
+        for module in modules.read_text().split():
+            if module not in sys.modules and module != "__main__":
+                with contextlib.suppress(Exception):
+                    importlib.import_module(module)
+
+    def _searched(self, name: str) -> None:
+        run = self.fresh(f"base-{name}")
 
         def counted() -> None:
             changes = at_change(run, 10**9, killed)
@@ -109,19 +126,15 @@ class Arena:
                 (self.folder / "modules").write_text("\n".join(sys.modules))
 
         ended = forked(counted, 2 * TIME)
-        if ended.late:
-            raise Fault("the undisturbed search did not end")
-        for module in (self.folder / "modules").read_text().split():  # a child need not import what this process has
-            if module not in sys.modules and module != "__main__":
-                with contextlib.suppress(Exception):
-                    importlib.import_module(module)
-        if name not in self.seconds:
-            self.seconds[name] = -1.0
-            return self._search_undisturbed(name)  # again, to know how long it takes without imports
         judged(ended, (0,))
         self.expected[name] = self.told(run, ended)
         self.seconds[name], self.changes[name] = ended.seconds, int((self.folder / "changes").read_text())
         assert self.expected[name]["said"]["best"], "nothing was proven: there would be nothing to lose"
+
+    def _predicted(self) -> Any:
+        ended = forked(command("predict", self.base() / "best", self.picture, "--json"), TIME)
+        judged(ended, (0,))
+        return document(ended)
 
     def many(self, n: int) -> int:
         """How many of the n that are meant, in a small version."""
@@ -212,6 +225,7 @@ def difference(found: Any, expected: Any, at: str = "") -> str:
 
 
 def kills(arena: Arena) -> Iterator[tuple[str, Attempt]]:
+    arena.ready()
     for name in ("split", "folds"):
         points = range(1, arena.changes[name] + 1)
         for point in arena.some(list(points), 1000 if name == "split" else 25):
@@ -239,6 +253,7 @@ def kill(arena: Arena, name: str, point: int, after: float | None) -> str:
 
 
 def disk(arena: Arena) -> Iterator[tuple[str, Attempt]]:
+    arena.ready()
     for name in ("split", "folds"):
         for point in arena.some(list(range(1, arena.changes[name] + 1)), share(name, 15), 1):
             yield f"{name}, full from change {point} on", lambda name=name, point=point: full(arena, name, at=point)
@@ -332,6 +347,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random], Any]] = {
 
 
 def folders(arena: Arena) -> Iterator[tuple[str, Attempt]]:
+    arena.ready()
     for name in ("split", "folds"):
         base = arena.base(name)
         files = [p.relative_to(base).as_posix() for p in sorted(base.rglob("*")) if p.is_file() and p.stat().st_size]
@@ -499,6 +515,7 @@ def decoded(seeds: dict[str, bytes], names: list[str], numbers: range) -> "Count
 
 
 def command_lines(arena: Arena) -> Iterator[tuple[str, Attempt]]:
+    arena.ready()
     import typer
 
     from downres.cli import app
@@ -581,6 +598,7 @@ def typed(arena: Arena, arguments: list[str]) -> str:
 
 
 def artifacts(arena: Arena) -> Iterator[tuple[str, Attempt]]:
+    arena.ready()
     manifest = json.loads((arena.base() / "best/manifest.json").read_text())
     deep: Any = []
     for _ in range(500):
@@ -754,11 +772,9 @@ KINDS: dict[str, Callable[[Arena], Iterator[tuple[str, Attempt]]]] = {
 }  # fmt: skip
 
 
-def attacked(arena: Arena, kind: str, afresh: bool) -> dict[str, Any]:
+def attacked(arena: Arena, kind: str) -> dict[str, Any]:
     """The figures of one kind; what survived before, says its log, is not tried again."""
     log = arena.folder / f"{kind}.jsonl"
-    if afresh:
-        log.unlink(missing_ok=True)
     done: dict[str, Any] = {}
     if log.exists():
         done = {one["name"]: one for one in map(json.loads, log.read_text().splitlines())}
@@ -792,7 +808,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("kinds", nargs="*", choices=[*KINDS, []], help="some kinds; default: all")
     options.add_argument("--work", type=Path, default=Path("faults-work"), help="folder where it happens and goes on")
-    options.add_argument("--afresh", action="store_true", help="try again what was tried")
+    options.add_argument("--afresh", action="store_true", help="forget what was tried")
     options.add_argument("--part", type=float, default=1.0, help="of the attacks of each kind, for a quick look")
     options.add_argument("--photos", type=Path, help="folder of photographs, a dozen of which are mutated too")
     options.add_argument("--figures", type=Path, default=RESULTS / "faults.json", help="where they are written")
@@ -802,10 +818,12 @@ def main() -> None:
     import downres.cli  # every child has it
 
     assert downres.cli
+    if given.afresh:
+        shutil.rmtree(given.work, ignore_errors=True)
     arena = Arena(given.work, given.part, photos)
     found = json.loads(figures.read_text())["kinds"] if figures.exists() else {}
     for kind in kinds:
-        found[kind] = attacked(arena, kind, given.afresh)
+        found[kind] = attacked(arena, kind)
     found = {kind: found[kind] for kind in KINDS if kind in found}
     written = save(figures.stem, "python benchmarks/faults.py", None, {"kinds": found}, figures.parent)
     print(f"{'kind':12} {'tried':>7} {'survived':>9}  how")

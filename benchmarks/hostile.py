@@ -131,7 +131,7 @@ def checkpoints(
         "prefix": {"state_dict": under("module.model._orig_mod.")}, "ema": {"ema": weights, "epoch": 3},
         "arguments": {"model": weights, "args": argparse.Namespace(lr=0.1)}, "numpy": {"model": weights, "best": np.float64(1)},
         "odd keys": {**weights, 0: torch.zeros(1), None: 3, (1, 2): "x"},
-        "sparse": {**weights, first: weights[first].flatten(1).to_sparse().reshape(weights[first].shape)},
+        "sparse": {**weights, first: weights[first].to_sparse()},
         "optimizer": {"state_dict": weights, "optimizer": {"state": {0: {"exp_avg": torch.ones(10)}}}},
         "strided": {k: v.flip(0).flip(0).t().contiguous().t() if v.ndim == 2 else v for k, v in weights.items()},
         "parameters": {k: torch.nn.Parameter(v) if v.is_floating_point() else v for k, v in weights.items()},
@@ -299,6 +299,9 @@ def graphs(shape: tuple[int, int, int], answers: int) -> Iterator[tuple[str, byt
     mean = helper.make_node("ReduceMean", ["looped"], ["mean"], **axes)
     true = helper.make_tensor("true", TensorProto.BOOL, [], [True])
     yield "never ends", model([loop, mean, *nodes[1:]], [value()], tensors=[*tensors, true]), False
+    alone = helper.make_node("Loop", ["", "true", "values"], ["looped"], body=body)
+    ends = helper.make_node("Add", ["nothing", "looped"], ["logits"])
+    yield "never ends, without an input", model([alone, *nodes[:3], ends], [value()], tensors=[*tensors, true]), False
     yield "empty", b"", False
     yield "no graph", onnx.ModelProto().SerializeToString(), False
     yield "text", b"This is no graph.", False
