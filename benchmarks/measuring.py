@@ -89,10 +89,10 @@ def wait_until_quiet(most: float, pause: float = 3.0) -> None:
         print(f"the machine did not become quiet within {most:.0f} s; going on", file=sys.stderr)
 
 
-def save(name: str, command: str, day: str | None, content: dict) -> Path:
-    """results/NAME.json, with what it was made with."""
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.json"
+def save(name: str, command: str, day: str | None, content: dict, folder: Path = RESULTS) -> Path:
+    """FOLDER/NAME.json, with what it was made with."""
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.json"
     head = {
         "date": day or date.today().isoformat(),
         "command": command,

@@ -94,7 +94,8 @@ def test_an_answer_that_is_not_finite_is_an_error(shipped, folder, cli, value):
     assert done.code == 2 and done.out == "" and "NaN or infinite" in done.err
 
 
-def test_a_graph_that_never_ends_is_stopped(shipped, folder):
+def test_a_graph_that_never_ends_is_stopped(shipped, folder, monkeypatch, capfd):
+    """By `predict` and by `check`, and the runtime's own chatter does not stand beside the sentence."""
     body = helper.make_graph(
         [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Identity", ["x"], ["y"])],
         "body",
@@ -114,6 +115,10 @@ def test_a_graph_that_never_ends_is_stopped(shipped, folder):
     with_graph(folder, [loop, *nodes], initializers=[*tensors, helper.make_tensor("true", TensorProto.BOOL, [], [True])])
     with pytest.raises(DownresError, match="model.onnx gave no answer in 0.3 s and was stopped"):
         predict(folder, [shipped[3]], threads=1, limit_s=0.3)
+    monkeypatch.setattr("downres.artifacts.proof.LIMIT_S", 0.3)
+    with pytest.raises(DownresError, match="model.onnx gave no answer in 0.3 s and was stopped"):
+        check(folder, model=shipped[2], data=shipped[1], threads=1)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf")])

@@ -152,6 +152,18 @@ def test_a_resumed_run_counts_images_as_one_that_nobody_interrupted(finished, ce
     assert images(again) == images(run)
 
 
+def test_a_manifest_written_by_a_resumed_run_says_the_same(tiny_file, tiny_preprocessing, cells, tmp_path):
+    """After cross-fitting the shipped network is fitted once more: it took as many images whoever stopped when."""
+    model = dataclasses.replace(load_model(f"{tiny_file}:make"), preprocessing=tiny_preprocessing)
+    said = []
+    for _ in range(2):  # the second goes on after a stop just before it ships
+        run = run_search(model, cells.dataset(folds=2), tmp_path / "r", resolutions=[32], max_drop=60.0)
+        recovery = json.loads((run.artifact / "manifest.json").read_text())["recovery"]
+        said.append([(rung["rung"], rung["n"], rung["images"]) for rung in recovery["tried"]])
+        shutil.rmtree(run.artifact)
+    assert said[0] == said[1] and said[0][0][2] > 0
+
+
 # --- looking early ---
 
 

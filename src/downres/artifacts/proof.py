@@ -33,6 +33,8 @@ from .graph import Graph
 from .manifest import changed_files, read_manifest
 
 PARITY_IMAGES = 32
+LIMIT_S = 60.0
+"""Seconds that a graph may take for one picture: one that never ends is no proof."""
 PIXEL_TOLERANCE = 2
 """Largest difference, of 255 levels, between the pixels that the network gets and those of PIL's resize."""
 
@@ -83,8 +85,8 @@ def _looked_at(
 ) -> list[Finding]:
     """All but the files."""
     preprocessing = Preprocessing.from_json(manifest["preprocessing"])
-    runtime = Graph(folder, manifest, threads)
     own = restored(manifest["task"], manifest)
+    runtime = Graph(folder, manifest, threads, LIMIT_S)
     network, why_no_network = _network(folder, manifest, model)
     dataset, why_no_data = _dataset(own, folder, manifest, data)
     if dataset is None:
@@ -209,7 +211,7 @@ def _with_weights(
         for name, tensor in own.items():
             target = by_name[name]
             target.CopyFrom(numpy_helper.from_array(tensor.numpy(), target.name))
-        return OnnxRuntime(graph.SerializeToString(), threads)
+        return OnnxRuntime(graph.SerializeToString(), threads, LIMIT_S)
     if network is None:
         return None
     import tempfile
@@ -219,7 +221,7 @@ def _with_weights(
     p = Preprocessing.from_json(manifest["preprocessing"])
     with tempfile.TemporaryDirectory() as place:
         file = export_onnx(task.serve(network), (len(p.mean), *p.hw), Path(place) / "fold.onnx")
-        return OnnxRuntime(file.read_bytes(), threads)
+        return OnnxRuntime(file.read_bytes(), threads, LIMIT_S)
 
 
 def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | str | None) -> tuple[nn.Module | None, str]:

@@ -29,24 +29,21 @@ class OnnxRuntime:
     """One ONNX model in ONNX Runtime's CPU provider, deterministic.
 
     model: a path or the bytes of a file. threads: of the session; None takes all available cores. limit_s: seconds that one
-    run may take, None for ever; it is looked at between the graph's nodes. quiet: a run that fails writes no line of ONNX
-    Runtime's own to standard error.
+    image may take, None for ever; it is looked at between the graph's nodes.
     inputs: (name, shape) of each, a free side by its name; outputs: their names.
     Raises DownresError when the content is not an ONNX model that ONNX Runtime can run, and where a run fails.
     """
 
     name = "onnxruntime"
 
-    def __init__(
-        self, model: str | Path | bytes, threads: int | None = None, limit_s: float | None = None, *, quiet: bool = False
-    ) -> None:
+    def __init__(self, model: str | Path | bytes, threads: int | None = None, limit_s: float | None = None) -> None:
         self.limit_s, self._told = limit_s, "This content" if isinstance(model, bytes) else str(model)
         self.threads = check_threads(threads)
         self.versions = {"onnxruntime": onnxruntime.__version__}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 4 if quiet else 3
+        options.log_severity_level = 4  # what fails is raised, and said in a sentence
         options.use_deterministic_compute = True
         # An idle session's threads would otherwise keep spinning for a while and slow down whoever is timed next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -65,7 +62,9 @@ class OnnxRuntime:
         """(b, c, h, w) float32 → the outputs, in the graph's order."""
         given = {self.inputs[0][0]: np.ascontiguousarray(batch, dtype=np.float32)}
         try:
-            return tuple(self._session.run(None, given) if self.limit_s is None else self._in_time(given, self.limit_s))
+            return tuple(
+                self._session.run(None, given) if self.limit_s is None else self._in_time(given, self.limit_s * len(batch))
+            )
         except DownresError:
             raise
         except Exception as error:  # ONNX Runtime's exceptions have no common base
@@ -149,7 +148,7 @@ def resize_onnx(source: Path, model: nn.Module, input_size: tuple[int, int, int]
     image = np.random.default_rng(0).standard_normal((2, *input_size), dtype=np.float32)
     try:
         content = onnx.shape_inference.infer_shapes(graph, strict_mode=True).SerializeToString()
-        answers = OnnxRuntime(content, quiet=True)(image)
+        answers = OnnxRuntime(content)(image)
         expected = TorchRuntime(model)(image)
     except Exception:  # whatever a graph of another size fails with: it is exported anew
         return False

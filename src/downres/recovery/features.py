@@ -108,6 +108,10 @@ class FeatureBank(Bank):
         super().forget()
         self._stores = {}
 
+    def count_anew(self) -> None:
+        for rows in self._stores.values():
+            rows.counted[:] = False
+
     def logits(self, state: State, indices: np.ndarray, *, serving: bool = True) -> np.ndarray:
         """(len(indices), K): the state's head on the features of its backbone, which a head's refit leaves as they are."""
         found = self.features(state.without(REFITTED), indices, serving=serving)

@@ -23,6 +23,7 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
     assert best is not None and best.recovery is not None
     states = [State.from_json(s) for s in store.get(f"quality/{best.candidate}")["states"]]
     crossed = len(states) > 1
+    bank.count_anew()  # the manifest of a resumed run says what that of an uninterrupted one says
     state, recovery = task.final(bank, best.candidate, states, best.recovery, run.budget, rungs)
     recalibrated = [s.step(RECALIBRATED) is not None for s in states]
     export(
