@@ -54,18 +54,22 @@ def found(findings):
     return {f.what: f.ok for f in findings}
 
 
-ALL = {"files": True, "preprocessing = PIL": True, "torch = onnxruntime": True, "quality": True}
+ALL = {
+    "files": True, "preprocessing = PIL": True, "torch = onnxruntime": True, "quality": True, "serve.py = predict": True,
+}  # fmt: skip
 
 
 def test_the_files_and_what_the_manifest_says(real_run):
     run, dataset = real_run
     assert {p.name for p in run.artifact.iterdir()} == {
-        "model.onnx", "model.safetensors", "folds.safetensors", "manifest.json",
+        "model.onnx", "model.safetensors", "folds.safetensors", "manifest.json", "serve.py", "proof.json",
     }  # fmt: skip
     manifest = read_manifest(run.artifact)
     assert manifest["format"] == 3 and manifest["candidate"]["resolution"] == 64
-    assert manifest["input"] == {"name": "input", "shape": ["batch", 3, 64, 64], "dtype": "float32"}
-    assert manifest["output"] == {"name": "logits", "shape": ["batch", 2]}
+    assert manifest["input"] == {"name": "input", "shape": ["batch", 3, 64, 64], "dtype": "float32", "layout": "NCHW"}
+    assert {**manifest["output"], "meaning": ""} == {
+        "name": "logits", "shape": ["batch", 2], "dtype": "float32", "values": "logits", "meaning": "",
+    }  # fmt: skip
     assert Preprocessing.from_json(manifest["preprocessing"]).hw == (64, 64)
     assert manifest["classes"] == ["intact", "defective"]
     assert manifest["result"] == run.best.to_json() and manifest["original"] == run.original.to_json()
