@@ -1,11 +1,13 @@
 """serve.py: what whoever has the folder alone gets, for every task and every way to make a network's input."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from downres import Arrays, DownresError, Record, Score, Task, check, load_model, open_photos, predict, search
+from downres.artifacts import read_manifest, served
 from downres.artifacts.serving import program, steps
 from downres.images import decode, preprocess
-from downres.records import CLASSES, FITS, LOGITS, Dense, Preprocessing
+from downres.records import CLASSES, FITS, LOGITS, Candidate, Dense, Preprocessing
+from downres.recovery.state import RECALIBRATED, REFITTED, State, Step
+from downres.searching.ship import changed
 from downres.tasks.agreement.task import OfEmbeddings
 from downres.tasks.classification.task import Classification
 from downres.tasks.multilabel.task import Multilabel
@@ -230,3 +236,220 @@ def test_probabilities_numbers_and_embeddings(tmp_path):
     assert sizes.meaning(HALF)["unit"] == "mm"
     assert answer(OfEmbeddings(None, 2), [1.5, -2.0]) == {"embedding": [1.5, -2.0]}
     assert len(answer(classifier(1000), np.arange(1000))["classes"]) == 5
+
+
+# --- run, as whoever has the folder alone runs it, and checked ---
+
+OPTIONS = {"max_drop": 60.0, "resolutions": [32], "stem_scales": (), "runtime": "torch", "threads": 1}
+WHAT = "serve.py = predict"
+
+
+@pytest.fixture(scope="module")
+def shipped(tiny_file, tiny_preprocessing, cells, tmp_path_factory):
+    """(folder, data set, model, a picture) of a tiny network with a fitted head."""
+    model = dataclasses.replace(load_model(f"{tiny_file}:make"), preprocessing=tiny_preprocessing)
+    place = tmp_path_factory.mktemp("served")
+    with pytest.warns(UserWarning, match="the shipped model.onnx is checked against it"):
+        run = search(model, cells.dataset(), out=place / "run", fit_head=True, **OPTIONS)
+    Image.fromarray(cells.pictures[0]).save(place / "photo.png")
+    return run.artifact, cells.dataset(), model, place / "photo.png"
+
+
+@pytest.fixture
+def folder(shipped, tmp_path):
+    return shutil.copytree(shipped[0], tmp_path / "best")
+
+
+def finding(folder, shipped, what=WHAT):
+    return next(f for f in check(folder, model=shipped[2], data=shipped[1], threads=1) if f.what == what)
+
+
+def sign(folder, change=lambda manifest: None):
+    """As whoever forges an artifact would: all digests are right."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    for name in manifest["sha256"]:
+        file = folder / name
+        manifest["sha256"][name] = "" if name == "manifest.json" else hashlib.sha256(file.read_bytes()).hexdigest()
+    text = json.dumps(manifest, indent=1) + "\n"
+    manifest["sha256"]["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def test_it_serves_elsewhere_with_neither_torch_nor_downres(shipped, folder, tmp_path):
+    code = (
+        "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "found = {name.partition('.')[0] for name in sys.modules} & {'torch', 'torchvision', 'downres', 'timm', 'onnx'}\n"
+        "assert not found, found"
+    )
+    code = f"import sys; sys.argv = sys.argv[1:]\n{code}"
+    command = [sys.executable, "-P", "-c", code, str(folder / "serve.py"), str(shipped[3]), str(shipped[3])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    (expected,) = predict(folder, [shipped[3]], threads=1)
+    assert first == second and first["image"] == str(shipped[3]) and first["classes"] == list(expected.classes)
+    assert first["probabilities"] == pytest.approx(expected.probabilities, abs=1)
+    assert {file.name for file in tmp_path.iterdir()} == {"best"}  # it leaves nothing behind
+    assert done.stderr == ""
+
+
+def test_check_runs_it_on_proof_images(shipped):
+    found = finding(shipped[0], shipped)
+    assert found.ok is True and "same first class on 8 of 8 real images, probabilities at most " in found.detail
+
+
+def test_an_edited_one_is_noticed_and_never_run(shipped, folder, tmp_path):
+    evil = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    file = folder / "serve.py"
+    file.write_text(file.read_text().replace("session =", f"{evil}session ="))
+    assert [(f.what, f.ok) for f in check(folder)] == [("files", False)]
+    with pytest.raises(DownresError, match="changed: serve.py"):
+        predict(folder, [shipped[3]])
+    sign(folder)
+    found = finding(folder, shipped)
+    assert found.ok is False and found.detail == "serve.py is not the one that downres writes: it was not run"
+    sign(folder, lambda manifest: manifest["versions"].update(downres="0.0.1"))  # which may have written another
+    found = finding(folder, shipped)
+    assert found.ok is None and "0.0.1 wrote it" in found.detail and "it was not run" in found.detail
+    assert not (tmp_path / "ran").exists()
+
+
+def test_modules_beside_it_are_not_imported(shipped, folder, tmp_path):
+    for name in ("numpy", "onnxruntime", "json", "PIL"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert finding(folder, shipped).ok is True and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("change", ["steps", "output"])
+def test_a_manifest_that_says_other_steps_is_wrong(shipped, folder, change):
+    def falsify(manifest):
+        (manifest["steps"]["normalise"] if change == "steps" else manifest["output"]).update(rule="", meaning="")
+
+    sign(folder, falsify)
+    found = finding(folder, shipped)
+    assert found.ok is False and found.detail.startswith("what the manifest says of serving is not the one that downres writes")
+
+
+@pytest.mark.parametrize(("wrong", "said"), [("/ 200", "points apart"), ("/ 0", "it failed: ValueError")])
+def test_other_answers_are_wrong(shipped, folder, monkeypatch, wrong, said):
+    """Were there a mistake in what downres writes."""
+    text = (folder / "serve.py").read_text().replace("/ divide_by", wrong)
+    (folder / "serve.py").write_text(text)
+    sign(folder)
+    monkeypatch.setattr(served, "program", lambda task, p: text)
+    found = finding(folder, shipped)
+    assert found.ok is False and said in found.detail, found.detail
+
+
+def test_an_older_artifact_has_none(shipped, folder):
+    (folder / "serve.py").unlink()
+    sign_without = json.loads((folder / "manifest.json").read_text())
+    del sign_without["sha256"]["serve.py"]
+    (folder / "manifest.json").write_text(json.dumps(sign_without))
+    sign(folder)
+    found = finding(folder, shipped)
+    assert found.ok is None and found.detail.startswith("there is no serve.py")
+
+
+def test_the_proof_images_are_named_with_checksums(shipped, folder, cells):
+    listed = json.loads((folder / "proof.json").read_text())
+    proof = shipped[1].folds[0].test
+    crc = [zlib.crc32(cells.pictures[i].tobytes(), zlib.crc32(repr(cells.pictures[i].shape).encode())) for i in proof]
+    assert listed["images"] == [[f"cell {i}", f"{c:08x}"] for i, c in zip(proof, crc, strict=True)]
+    assert (folder / "proof.json").read_text().count("\n") == len(proof) - 1
+    listed["images"][0][1] = "00000000"
+    (folder / "proof.json").write_text(json.dumps(listed))
+    sign(folder)
+    with pytest.raises(DownresError, match="proof.json does not list the images"):
+        finding(folder, shipped)
+
+
+def test_the_source_says_what_was_changed(shipped):
+    source = read_manifest(shipped[0])["source"]["model"]
+    assert source["changed"][0] == "reduced to 32, from 48"
+    assert source["changed"][-1].startswith("the last linear layer fitted anew on ")
+    task = classifier()
+    task._model = shipped[2]
+    history = (Step(RECALIBRATED, 0, 256), Step(REFITTED, 0, 100, "x"), Step("distilled", 0, 7))
+    assert changed(task, State(Candidate(32), 0.875, history)) == [
+        "reduced to 32, from 48",
+        "crop ratio 0.875, from 1",
+        "statistics of BatchNorm averaged anew on 256 images",
+        "the last linear layer fitted anew on 100 images",
+        "distilled on 7 images",
+    ]
+    assert changed(task, State(Candidate(48), 1.0)) == []
+
+
+# --- a task of one's own ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Brightness(Score):
+    error: float
+    n: int
+    metric = "error"
+    lower_is_better = True
+    score = property(lambda self: self.error)
+    interval = property(lambda self: (self.error, self.error))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bright(Record):
+    image: str
+    bright: float
+
+
+class Own(Task, register=False):
+    """How bright a picture is, as the network's first number says."""
+
+    name, score = "bright", Brightness
+
+    @classmethod
+    def make(cls, model, answer, data, question):
+        return cls(model, answer.outputs)
+
+    def open(self, data, question, **options):
+        return open_photos(data, **options)
+
+    def judge(self, answers, indices, preprocessing):
+        return Arrays(error=np.abs(np.stack(list(answers))[:, 0]))
+
+    def points(self, evidence):
+        return -evidence["error"]
+
+    def quality(self, evidence):
+        return Brightness(float(evidence["error"].mean()), len(evidence["error"]))
+
+    def predict(self, answer, picture, image, preprocessing, top, out):
+        return Bright(image, 100 * float(answer[0]))
+
+
+class Told(Own, register=False):
+    factor = 100
+
+    def serving(self, preprocessing):
+        return f"""
+def answer(output, picture, name):
+    return {{"bright": {self.factor} * float(output[0])}}
+"""
+
+
+class Wrong(Told, register=False):
+    factor = 103
+
+
+@pytest.mark.parametrize(
+    ("task", "ok", "said"),
+    [(Own, True, "output at most"), (Told, True, "bright at most"), (Wrong, False, "bright at most 3 %")],
+)
+def test_a_task_of_ones_own(tiny, cells, tmp_path, monkeypatch, task, ok, said):
+    from downres.tasks import KINDS
+
+    monkeypatch.setitem(KINDS, "bright", task)
+    data = cells.write(tmp_path / "photos", parts=("all",))
+    with pytest.warns(UserWarning):
+        run = search(tiny, data, task=task, out=tmp_path / "run", **OPTIONS)
+    found = next(f for f in check(run.artifact, model=tiny, threads=1) if f.what == WHAT)
+    assert found.ok is ok and found.detail.startswith(said), found

@@ -46,7 +46,7 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
                 "outputs": task.outputs,
                 "num_classes": task.model.num_classes,
                 "preprocessing": task.model.preprocessing.to_json(),
-                "changed": _changed(task, state),
+                "changed": changed(task, state),
             },
             "data": {**store.settings["data_source"], **store.get("data")},
         },
@@ -58,7 +58,7 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
     )
 
 
-def _changed(task: Task, state: State) -> list[str]:
+def changed(task: Task, state: State) -> list[str]:
     """What parts the shipped network from the one that `source` names: pixels and tokens, the crop, and the weights."""
     said = [] if state.candidate == task.native else [f"reduced to {state.candidate}, from {task.native}"]
     if state.crop_ratio != task.native_state.crop_ratio:
