@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from downres import check, load_model, predict, search
+from downres import check, predict, search
 from downres.artifacts import proof, read_manifest, write
 from downres.artifacts.manifest import changed_files
 from downres.engines.onnxruntime import OnnxRuntime
@@ -34,14 +34,6 @@ def ship(model, data, out, **options):
         run = search(model, data, out=out, **{**OPTIONS, **options})
     assert run.artifact is not None
     return run.artifact
-
-
-@pytest.fixture(scope="module")
-def shipped(tiny_file, tiny_preprocessing, cells, tmp_path_factory):
-    """(folder, data set, model) of a tiny network from a user's file, fitted and proven on one split."""
-    model = dataclasses.replace(load_model(f"{tiny_file}:make"), preprocessing=tiny_preprocessing)
-    dataset = cells.dataset()
-    return ship(model, dataset, tmp_path_factory.mktemp("tiny") / "run"), dataset, model
 
 
 @pytest.fixture
