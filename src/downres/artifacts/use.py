@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import DownresError
 from ..images import Unreadable, decode, preprocess
 from ..records import Preprocessing
@@ -41,17 +43,20 @@ def predict(
     if own.writes and (twice := [name for name, n in Counter(Path(i).stem for i in images).items() if n > 1]):
         raise DownresError(f"Files are named after their pictures, {twice[0]} would be written twice: predict them apart.")
 
-    def answer(image: str | Path) -> Any:
-        try:
-            pixels = decode(image, len(p.mean))
-        except Unreadable as error:
-            raise DownresError(f"Cannot read {image}: {error}; give a photograph.") from None
-        (found,) = runtime(preprocess(pixels, p)[None].numpy())
-        try:
-            return own.predict(found[0], pixels, str(image), p, top, Path(out))
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
-            raise DownresError(
-                f"What {folder} answers does not fit its manifest ({type(error).__name__}: {error}): export the model again."
-            ) from error
+    return [answered(own, runtime, image, p, top, Path(out))[1] for image in images]
 
-    return [answer(image) for image in images]
+
+def answered(task: Task, graph: Graph, image: str | Path, p: Preprocessing, top: int, out: Path) -> tuple[np.ndarray, Any]:
+    """(what the graph answers to a picture, without the batch axis; what the task makes of it, a record)"""
+    try:
+        pixels = decode(image, len(p.mean))
+    except Unreadable as error:
+        raise DownresError(f"Cannot read {image}: {error}; give a photograph.") from None
+    (found,) = graph(preprocess(pixels, p)[None].numpy())
+    try:
+        return found[0], task.predict(found[0], pixels, str(image), p, top, out)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise DownresError(
+            f"What {graph.file.parent} answers does not fit its manifest ({type(error).__name__}: {error}): "
+            "export the model again."
+        ) from error

@@ -1,5 +1,6 @@
 """Writing an artifact: model.onnx (the small input, batch free), model.safetensors (the same weights for torch),
-manifest.json and, where the quality was cross-fitted, folds.safetensors (the tensors that it was measured with).
+manifest.json, serve.py (a program that needs nothing else), proof.json (which images were the proof) and, where the quality was
+cross-fitted, folds.safetensors (the tensors that it was measured with).
 """
 
 import hashlib
@@ -18,7 +19,8 @@ from ..record import settled, sha256, write_json
 from ..records import Preprocessing, Recovery, Result
 from ..recovery.state import State
 from ..tasks import Task
-from .manifest import FORMAT
+from .manifest import FORMAT, PROOF, SERVE
+from .serving import output_of, program, proof_of, steps
 
 
 def export(
@@ -55,14 +57,17 @@ def export(
     if fold_tensors:
         folds_own = save({k: torch.from_numpy(v).contiguous() for k, v in fold_tensors.items()})
         (partial / "folds.safetensors").write_bytes(folds_own)
+    (partial / SERVE).write_text(program(task, preprocessing))
+    (partial / PROOF).write_text(write_json(proof_of(task)).replace("], [", "],\n["))
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner may read
         settled(file)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "candidate": result.candidate.to_json(),
-        "input": {"name": "input", "shape": ["batch", *size], "dtype": "float32"},
-        "output": {"name": task.output_name, "shape": task.shape()},
+        "input": {"name": "input", "shape": ["batch", *size], "dtype": "float32", "layout": "NCHW"},
+        "output": output_of(task, preprocessing),
+        "steps": steps(preprocessing),
         "task": task.described(),
         "preprocessing": preprocessing.to_json(),
         **task.facts(),

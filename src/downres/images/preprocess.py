@@ -44,13 +44,13 @@ def resize_and_crop(image: np.ndarray, p: Preprocessing) -> torch.Tensor:
         pixels = torch.from_numpy(image).permute(2, 0, 1)
     if p.fit != "crop":
         return _whole(pixels, p, by)
-    height, width = (math.floor(side / p.crop_ratio + 1e-6) for side in p.hw)
-    size = _covering_size((pixels.shape[2], pixels.shape[1]), (width, height))
+    height, width = cover_of(p)
+    size = covering_size((pixels.shape[2], pixels.shape[1]), (width, height))
     if math.prod(size) > MAX_PIXELS:
         # A sliver such as 5000 x 1 would grow to gigabytes that the crop then throws away: cut before.
         keep_width, keep_height = _needed_part((pixels.shape[2], pixels.shape[1]), (width, height))
         pixels = v2.center_crop(pixels, [keep_height, keep_width]).clone()
-        size = _covering_size((keep_width, keep_height), (width, height))
+        size = covering_size((keep_width, keep_height), (width, height))
     return v2.center_crop(_resized(pixels, (size[1], size[0]), p), list(p.hw))
 
 
@@ -103,15 +103,28 @@ def _whole(pixels: torch.Tensor, p: Preprocessing, by: float) -> torch.Tensor:
     resized = _resized(pixels, (height, width), p)
     if (height, width) == p.hw:
         return resized
-    means = p.mean[::-1] if p.channel_order == BGR else p.mean
-    means = means if len(means) == len(resized) else (sum(means) / len(means),)
-    fill: list[float] = [m * by for m in means]
-    if resized.dtype is torch.uint8:
-        fill = [min(255, max(0, round(level))) for level in fill]
+    fill = fill_of(p, len(resized), None if resized.dtype is torch.uint8 else by)
     return v2.pad(resized, [0, 0, p.hw[1] - width, p.hw[0] - height], fill=fill)
 
 
-def _covering_size(size: tuple[int, int], cover: tuple[int, int]) -> tuple[int, int]:
+def fill_of(p: Preprocessing, channels: int, by: float | None = None) -> list[float]:
+    """What is put beside a padded picture, for each of its channels: the mean; for grey pictures the mean of means. by: what its
+    pixels are divided by, None for those of 8 bits, which are whole.
+    """
+    means = p.mean[::-1] if p.channel_order == BGR else p.mean
+    means = means if len(means) == channels else (sum(means) / len(means),)
+    if by is not None:
+        return [m * by for m in means]
+    return [min(255, max(0, round(m * (1 / p.scale)))) for m in means]
+
+
+def cover_of(p: Preprocessing) -> tuple[int, int]:
+    """(height, width) that a picture is resized to cover before its centre is cropped."""
+    height, width = (math.floor(side / p.crop_ratio + 1e-6) for side in p.hw)
+    return height, width
+
+
+def covering_size(size: tuple[int, int], cover: tuple[int, int]) -> tuple[int, int]:
     """The smallest (width, height) of size's aspect ratio with both sides at least `cover`; rounds as torchvision does."""
     width, height = size
     if cover[0] * height >= cover[1] * width:

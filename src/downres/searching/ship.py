@@ -7,10 +7,15 @@ import numpy as np
 from ..artifacts import export
 from ..environment import versions
 from ..recovery.bank import Bank
-from ..recovery.state import RECALIBRATED, State
+from ..recovery.state import RECALIBRATED, REFITTED, State
 from ..tasks import Task
 from .results import Run
 from .store import Store
+
+STEPS = {
+    RECALIBRATED: "statistics of BatchNorm averaged anew",
+    REFITTED: "the last linear layer fitted anew",
+}
 
 
 def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...]) -> None:
@@ -42,6 +47,7 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
                 "outputs": task.outputs,
                 "num_classes": task.model.num_classes,
                 "preprocessing": task.model.preprocessing.to_json(),
+                "changed": changed(task, state),
             },
             "data": {**store.settings["data_source"], **store.get("data")},
         },
@@ -51,6 +57,14 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
         fold_tensors=_fold_tensors(bank, state, states) if crossed else None,
         versions=versions(),
     )
+
+
+def changed(task: Task, state: State) -> list[str]:
+    """What parts the shipped network from the one that `source` names: pixels and tokens, the crop, and the weights."""
+    said = [] if state.candidate == task.native else [f"reduced to {state.candidate}, from {task.native}"]
+    if state.crop_ratio != task.native_state.crop_ratio:
+        said.append(f"crop ratio {state.crop_ratio:g}, from {task.native_state.crop_ratio:g}")
+    return said + [f"{STEPS.get(step.done, step.done)} on {step.images} images" for step in state.history]
 
 
 def _fold_tensors(bank: Bank, shipped: State, states: Sequence[State]) -> dict[str, np.ndarray]:

@@ -25,6 +25,13 @@ from .question import Question
 
 Progress = Callable[[str, int, int], None]
 
+SERVED_ALIKE = 0.01
+"""Largest difference of numbers between serve.py and `predict`, of the largest of them: the resizes of PIL and torchvision,
+which is six times as fast, differ by 1 or 2 of 255 levels in a few pixels of a thousand."""
+SERVING = """
+def answer(output, picture, name):  # the bare numbers
+    return {"output": output.tolist()}
+"""
 TOLERANCE = 1e-3
 """Largest difference of answers between torch and onnxruntime, relative to the largest of them."""
 
@@ -314,6 +321,37 @@ class Task(ABC):
         alike = worst <= TOLERANCE * scale
         return alike, f"largest difference {worst:.2g} at {self.output_name} up to {scale:.3g}, on {n} real images"
 
+    # Whoever serves the file has PIL, NumPy and a runtime
+
+    dtype: str = "float32"
+
+    def meaning(self, preprocessing: Preprocessing) -> dict[str, Any]:
+        """What the shipped graph's output is, for the manifest: `values` in a word, `meaning` in a sentence, whatever `serving`
+        reads of it as MANIFEST["output"]; plain JSON values.
+        """
+        return {"values": self.output_name, "meaning": f"what the network answers to one picture, for the task {self.name}"}
+
+    def serving(self, preprocessing: Preprocessing) -> str:
+        """Source of `answer(output, picture, name)`, a function of serve.py: the answer to one picture as a dictionary of JSON
+        values, best under the names that the record of `predict` has. output: of the graph, without the batch axis; picture: a
+        PIL image, upright; name: of its file. It may read MANIFEST, and use np and Image.
+        """
+        return SERVING
+
+    def alike(
+        self, served: Sequence[dict[str, Any]], predicted: Sequence[dict[str, Any]], answers: Sequence[np.ndarray]
+    ) -> tuple[bool, str]:
+        """Whether what serve.py prints is what `predict` says, image by image, and how nearly: here value by value under names
+        that both have; `output` is compared with the graph's answers.
+        """
+        expected = [{"output": a.tolist(), **p} for a, p in zip(answers, predicted, strict=True)]
+        names = [name for name in served[0] if name in expected[0] and name != "image"]
+        apart = [nearness([one.get(name) for one in served], [one[name] for one in expected]) for name in names]
+        worst = max(apart, default=np.inf)
+        apart_by = f"at most {100 * worst:.2g} % of the largest number apart" if worst < np.inf else "not the same"
+        said = f"{', '.join(names) or 'nothing that predict says'} {apart_by}"
+        return worst <= SERVED_ALIKE, f"{said}, on {len(served)} real images"
+
     def as_stated(self, found: Score, stated: Score) -> tuple[bool, str]:
         """Whether a quality measured again is what the manifest says, and both in words."""
         ok = found.images == stated.images and abs(found.score - stated.score) <= 0.001 * abs(stated.score)
@@ -325,6 +363,25 @@ class Task(ABC):
         self, answer: np.ndarray, picture: np.ndarray, image: str, preprocessing: Preprocessing, top: int, out: Path
     ) -> Any:
         """One picture's answer in words: a record with `to_json`. out: folder for files that it writes."""
+
+
+def nearness(ours: Any, theirs: Any) -> float:
+    """By how much the numbers in two JSON values differ, of the largest in the second; infinite where anything else does."""
+
+    def apart(a: Any, b: Any) -> float:
+        if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+            return abs(a - b)
+        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+            return max((apart(a[name], b[name]) for name in a), default=0.0)
+        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+            return max(map(apart, a, b), default=0.0)
+        return 0.0 if a == b else np.inf
+
+    def largest(a: Any) -> float:
+        inside = a.values() if isinstance(a, dict) else a if isinstance(a, (list, tuple)) else ()
+        return abs(a) if isinstance(a, (int, float)) else max(map(largest, inside), default=0.0)
+
+    return apart(ours, theirs) / max(largest(theirs), 1e-12)
 
 
 class Logits(nn.Module):

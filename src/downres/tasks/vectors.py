@@ -1,7 +1,7 @@
 """What tasks share whose networks answer with one vector an image: features kept, and a linear head that can be fitted anew."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,7 +16,7 @@ from ..recovery.features import FeatureBank, Head
 from ..recovery.state import REFITTED, State
 from .evidence import Arrays
 from .question import refuse_mask_options
-from .task import Question, Task
+from .task import SERVED_ALIKE, Question, Task
 
 
 class VectorTask(Task):
@@ -126,6 +126,20 @@ def stacked(answers: Any) -> np.ndarray:
     return answers if isinstance(answers, np.ndarray) else np.stack(list(answers))
 
 
+def ranked_alike(served: Sequence[dict[str, Any]], predicted: Sequence[dict[str, Any]]) -> tuple[bool, str]:
+    """`Task.alike` of classes with probabilities in percent, the likeliest first; where only one side names a class, it has at
+    most the smallest probability of the other. As near as demanded they have the same first, but for ties.
+    """
+    worst, same = 0.0, 0
+    for pair in zip(served, predicted, strict=True):
+        ours, theirs = (dict(zip(one["classes"], one["probabilities"], strict=True)) for one in pair)
+        for name in ours.keys() | theirs.keys():
+            worst = max(worst, abs(ours.get(name, min(ours.values())) - theirs.get(name, min(theirs.values()))))
+        same += next(iter(ours)) == next(iter(theirs))
+    said = f"same first class on {same} of {len(served)} real images, probabilities at most {worst:.2g} points apart"
+    return worst <= 100 * SERVED_ALIKE, said
+
+
 def standardised(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(features with mean 0 and deviation 1, float32; the mean; the scale), in float64: the sums run over many images."""
     mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
@@ -140,4 +154,4 @@ def folded(weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, scale: np.nda
     return Head(weight.astype(np.float32), (bias - weight @ mean).astype(np.float32))
 
 
-__all__ = ["Arrays", "VectorTask", "folded", "stacked", "standardised"]
+__all__ = ["Arrays", "VectorTask", "folded", "ranked_alike", "stacked", "standardised"]

@@ -49,7 +49,7 @@ def test_the_whole_way_with_classes(painted: tuple[Path, np.ndarray], tmp_path: 
         threads=1, out=tmp_path / "run",
     )  # fmt: skip
     assert run.best is not None and run.task.name == "agreement"
-    assert [f.ok for f in check(tmp_path / "run" / "best")] == [True, True, None, True]
+    assert [f.ok for f in check(tmp_path / "run" / "best")] == [True, True, None, True, True]
     (found,) = predict(tmp_path / "run" / "best", [folder / "00.png"])
     assert found.classes[0].startswith("class ")
     assert "Agreement" in (tmp_path / "run" / "report.html").read_text()
@@ -63,7 +63,7 @@ def test_embeddings_by_cosine_and_neighbours(painted: tuple[Path, np.ndarray], t
     )  # fmt: skip
     assert run.original.quality.cosine == pytest.approx(100.0, abs=1e-4) and run.original.quality.neighbours == 100.0
     assert 0 < run.results[0].quality.neighbours <= 100 and run.best is not None
-    assert [f.ok for f in check(tmp_path / "run" / "best")] == [True, True, None, True]
+    assert [f.ok for f in check(tmp_path / "run" / "best")] == [True, True, None, True, True]
     (found,) = predict(tmp_path / "run" / "best", [folder / "00.png"])
     assert len(found.embedding) == 3
 
@@ -76,7 +76,7 @@ def test_masks_against_the_originals(painted: tuple[Path, np.ndarray], tmp_path:
     )  # fmt: skip
     assert run.original.quality.miou == 100.0 and run.results[0].quality.miou < 100.0
     assert run.best is not None
-    assert [f.ok for f in check(tmp_path / "run" / "best")] == [True, True, None, True]
+    assert [f.ok for f in check(tmp_path / "run" / "best")] == [True, True, None, True, True]
 
 
 def test_a_broken_artifact_is_noticed(painted: tuple[Path, np.ndarray], tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_the_whole_way(painted: tuple[Path, np.ndarray], tmp_path: Path) -> None
     truth, scores = (colours > 0.5)[:, 0], colours[:, 0]
     assert average_precision_score(truth, scores) == 1.0
     assert run.best is not None and run.best.candidate.resolution == 8
-    assert [f.ok for f in check(tmp_path / "run" / "best")] == [True, True, None, True]  # a module given in Python
+    assert [f.ok for f in check(tmp_path / "run" / "best")] == [True, True, None, True, True]  # a module given in Python
     (found,) = predict(tmp_path / "run" / "best", [folder / "00.png"], top=2)
     assert len(found.classes) == 2 and found.probabilities[0] >= found.probabilities[1]
     page = (tmp_path / "run" / "report.html").read_text()

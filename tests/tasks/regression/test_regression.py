@@ -58,7 +58,7 @@ def test_the_whole_way(painted: tuple[Path, np.ndarray], tmp_path: Path) -> None
         resolutions=[16, 8], stem_scales=(), snap=False, max_drop=150.0, threads=1, out=tmp_path / "run",
     )  # fmt: skip
     assert run.best is not None and run.best.candidate.resolution == 8  # 150 of the label's unit is more than can be lost
-    assert [f.ok for f in check(tmp_path / "run" / "best")] == [True, True, None, True]
+    assert [f.ok for f in check(tmp_path / "run" / "best")] == [True, True, None, True, True]
     (found,) = predict(tmp_path / "run" / "best", [folder / "00.png"])
     assert found.names == ("red [%]",) and found.values[0] == pytest.approx(100 * colours[0, 0], abs=3)
     page = (tmp_path / "run" / "report.html").read_text()

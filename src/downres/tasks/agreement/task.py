@@ -29,6 +29,10 @@ from .photos import Photos, open_photos
 
 KINDS_OF_ANSWER = ("classes", "embeddings", "masks")
 NEIGHBOURS = 10
+SERVING = """
+def answer(output, picture, name):  # to be compared by cosine
+    return {"embedding": output.tolist()}
+"""
 
 
 @dataclass(frozen=True)
@@ -294,6 +298,13 @@ class OfEmbeddings(VectorTask, register=False):
             f"{100 * budget.confidence:g} % confidence.{many}",
             "Lowered only": "The original's own weights on smaller images: what happens without recovery.",
         }
+
+    def meaning(self, preprocessing: Preprocessing) -> dict[str, Any]:
+        said = f"{self.outputs} numbers that say what is in the picture; pictures are compared by the cosine between theirs"
+        return {"values": "embedding", "meaning": said}
+
+    def serving(self, preprocessing: Preprocessing) -> str:
+        return SERVING
 
     def predict(
         self, answer: np.ndarray, picture: np.ndarray, image: str, preprocessing: Preprocessing, top: int, out: Path

@@ -16,13 +16,20 @@ from ...recovery.features import FeatureBank, Head
 from ...recovery.ladder import GLANCE
 from ..evidence import Arrays
 from ..task import TOLERANCE, Question, Section
-from ..vectors import VectorTask, stacked
+from ..vectors import VectorTask, ranked_alike, stacked
 from .elpv import CLASSES, DEMO_DATA, open_elpv
 from .folders import Dataset, class_names, open_folder
 from .head import STRENGTHS, fit_head, log_loss, why_not
 from .labels import Labels, from_dataset, is_dataset, names_of, open_labelled
 from .photos import keep_photos, photos_section
 from .quality import Quality, compare_all, count_correct, quality
+
+SERVING = """
+def answer(output, picture, name):  # the likeliest classes, in percent
+    SHARE
+    order = np.argsort(-share, kind="stable")[:5]
+    return {"classes": [MANIFEST["classes"][i] for i in order], "probabilities": (100 * share[order]).tolist()}
+"""
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,31 @@ class Classification(VectorTask):
         detail = f"largest difference {worst:.2g} at logits up to {scale:.3g}, " if scale else ""
         ok = worst <= TOLERANCE * max(scale, 1.0) and agree == total
         return ok, f"{detail}same class on {agree} of {total} real images"
+
+    def meaning(self, preprocessing: Preprocessing) -> dict[str, Any]:
+        if self.outputs > 1:
+            values, said = (
+                "logits",
+                f"one for each of {self.outputs} classes, in the order of `classes`; softmax makes probabilities",
+            )
+        else:
+            values = "probability" if self.probability else "logit"
+            said = "of the second of `classes`" + ("" if self.probability else ": its sigmoid is the probability")
+            said += "; the rest is that of the first"
+        return {"values": values, "meaning": said}
+
+    def serving(self, preprocessing: Preprocessing) -> str:
+        if self.outputs > 1:
+            share = "share = np.exp(output - output.max())\n    share = share / share.sum()"
+        else:
+            second = "output[0]" if self.probability else "1 / (1 + np.exp(-np.float64(output[0])))"
+            share = f"second = {second}\n    share = np.array([1 - second, second])"
+        return SERVING.replace("SHARE", share)
+
+    def alike(
+        self, served: Sequence[dict[str, Any]], predicted: Sequence[dict[str, Any]], answers: Sequence[np.ndarray]
+    ) -> tuple[bool, str]:
+        return ranked_alike(served, predicted)
 
     def as_stated(self, found: Quality, stated: Quality) -> tuple[bool, str]:  # type: ignore[override]
         n = found.n

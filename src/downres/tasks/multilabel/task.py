@@ -20,12 +20,18 @@ from ...reports import words
 from ..evidence import Arrays
 from ..table import Table, TableData, labels_beside, no_class, number_in, numbers, open_rows, read_table
 from ..task import Question, Section
-from ..vectors import VectorTask, folded, stacked, standardised
+from ..vectors import VectorTask, folded, ranked_alike, stacked, standardised
 from .quality import MultilabelQuality, class_precision, compare_scores, multilabel_quality, resampled_map
 
 SEPARATORS = "|;, "
 _TRUTHS = {"false": "0", "true": "1"}
 """As pandas writes them."""
+SERVING = """
+def answer(output, picture, name):  # every label by itself, in percent, the likeliest first
+    share = 1 / (1 + np.exp(-output.astype(np.float64)))
+    order = np.argsort(-share, kind="stable")[:5]
+    return {"classes": [MANIFEST["classes"][i] for i in order], "probabilities": (100 * share[order]).tolist()}
+"""
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,21 @@ class Multilabel(VectorTask):
             f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
         )
         return Section(body=Markup(body))
+
+    def meaning(self, preprocessing: Preprocessing) -> dict[str, Any]:
+        said = (
+            f"one for each of {self.outputs} labels, in the order of `classes`; its sigmoid is the label's probability; "
+            "`thresholds` of it are an even chance: the search judged the order of the images and chose none"
+        )
+        return {"values": "logits", "meaning": said, "thresholds": [0.5] * self.outputs}
+
+    def serving(self, preprocessing: Preprocessing) -> str:
+        return SERVING
+
+    def alike(
+        self, served: Sequence[dict[str, Any]], predicted: Sequence[dict[str, Any]], answers: Sequence[np.ndarray]
+    ) -> tuple[bool, str]:
+        return ranked_alike(served, predicted)
 
     def predict(
         self, answer: np.ndarray, picture: np.ndarray, image: str, preprocessing: Preprocessing, top: int, out: Path

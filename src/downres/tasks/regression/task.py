@@ -20,6 +20,11 @@ from ..table import TableData, labels_beside, numbers, open_rows, read_table
 from ..task import Question
 from ..vectors import VectorTask, folded, stacked, standardised
 
+SERVING = """
+def answer(output, picture, name):  # numbers by their names, as they are
+    return {"names": MANIFEST["classes"], "values": output.tolist()}
+"""
+
 
 @dataclass(frozen=True)
 class RegressionQuality(Score):
@@ -175,6 +180,17 @@ class Regression(VectorTask):
             f"by paired bootstrap over images at {100 * budget.confidence:g} % confidence.{many}",
             "Lowered only": "The original's own weights on smaller images: what happens without recovery.",
         }
+
+    def meaning(self, preprocessing: Preprocessing) -> dict[str, Any]:
+        unit = _unit(self.classes[0]) if self.classes else ""
+        said = (
+            f"the numbers themselves, in the order of `classes` and in {unit or 'the unit of the labels'}: nothing is to be "
+            "multiplied or added"
+        )
+        return {"values": "numbers", "meaning": said, "unit": unit, "multiply_by": 1.0, "add": 0.0}
+
+    def serving(self, preprocessing: Preprocessing) -> str:
+        return SERVING
 
     def predict(
         self, answer: np.ndarray, picture: np.ndarray, image: str, preprocessing: Preprocessing, top: int, out: Path

@@ -30,6 +30,7 @@ from .counted import classes_of, dense_of
 from .mask_layouts import locate
 from .masks import MaskDataset, MaskFolder, find_masks, mask_classes, open_masks
 from .quality import SegmentationQuality, Tallies, compare_tallies, segmentation_quality, tally
+from .serving import masks_alike, meaning, serving
 from .show import keep_scenes, kept_scenes, scenes_html
 
 PIXELS_ALIKE = 0.9999
@@ -270,6 +271,21 @@ class Segmentation(Task):
         detail = f"largest difference {worst:.2g} at logits up to {scale:.3g}, " if scale else ""
         ok = worst <= TOLERANCE * max(scale, 1.0) and agree >= total * PIXELS_ALIKE
         return ok, f"{detail}same class on {100 * agree / total:.4f} % of the pixels of {n} real images"
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return "float32" if self.dense.output != CLASSES else "uint8" if self.outputs <= 255 else "int16"
+
+    def meaning(self, preprocessing: Preprocessing) -> dict[str, Any]:
+        return meaning(self.dense, preprocessing)
+
+    def serving(self, preprocessing: Preprocessing) -> str:
+        return serving(self.dense, len(self.classes), preprocessing)
+
+    def alike(
+        self, served: Sequence[dict[str, Any]], predicted: Sequence[dict[str, Any]], answers: Sequence[np.ndarray]
+    ) -> tuple[bool, str]:
+        return masks_alike(served, predicted)
 
     def as_stated(self, found: SegmentationQuality, stated: SegmentationQuality) -> tuple[bool, str]:  # type: ignore[override]
         ok = found.n == stated.n and abs(found.miou - stated.miou) <= MIOU_TOLERANCE

@@ -1,0 +1,66 @@
+"""serve.py, run as whoever has nothing but the folder runs it, against `predict`."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..environment import versions
+from ..errors import DownresError, first_line
+from ..records import Preprocessing
+from ..tasks import Task
+from .graph import Graph
+from .manifest import SERVE
+from .serving import output_of, program, steps
+from .use import answered
+
+IMAGES = 8
+LIMIT_S = 300.0
+
+
+def served_alike(task: Task, folder: Path, manifest: dict[str, Any], graph: Graph, p: Preprocessing) -> tuple[bool | None, str]:
+    """Whether serve.py answers as `predict` does on some of the proof images, and in words. It is run only where it is, to the
+    byte, what downres would write for this manifest; of another version of downres, or an older artifact, None.
+    """
+    if not (folder / SERVE).is_file():
+        return None, f"there is no {SERVE}: the model was exported before there was one"
+    described = manifest.get("steps") == steps(p) and manifest["output"] == output_of(task, p)
+    if (folder / SERVE).read_bytes() != program(task, p).encode() or not described:
+        theirs, ours = manifest.get("versions", {}).get("downres"), versions()["downres"]
+        which = "what the manifest says of serving is" if described is False else f"{SERVE} is"
+        other = f" ({theirs} wrote it, this is {ours})" if theirs != ours else ""
+        return (None if other else False), f"{which} not the one that downres writes{other}: it was not run"
+    chosen = task.proof[:: max(1, len(task.proof) // IMAGES)][:IMAGES]
+    with tempfile.TemporaryDirectory(prefix="downres-") as place:
+        files = [Path(place) / f"{k}.png" for k in range(len(chosen))]
+        for file, i in zip(files, chosen, strict=True):
+            Image.fromarray(task.data.images[int(i)].squeeze()).save(file)
+        try:
+            both = [answered(task, graph, file, p, 5, Path(place) / "predicted") for file in files]
+        except DownresError as error:
+            return None, f"predict does not answer: {error}"
+        served, why = _served(folder, files)
+        if served is None:
+            return False, why
+        predicted = [record.to_json() for _, record in both]
+        return task.alike(served, predicted, [answer for answer, _ in both])
+
+
+def _served(folder: Path, files: list[Path]) -> tuple[list[dict[str, Any]] | None, str]:
+    """What serve.py prints of the pictures, or None and why; it runs where they are, without what lies beside it as modules."""
+    command = [sys.executable, "-P", str((folder / SERVE).resolve()), *map(str, files)]
+    try:
+        done = subprocess.run(command, cwd=files[0].parent, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return None, f"no answer in {LIMIT_S:g} s"
+    try:
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+    except ValueError:
+        lines = []
+    if done.returncode or [line.get("image") for line in lines] != [str(file) for file in files]:
+        return None, f"it failed: {first_line(RuntimeError(done.stderr.strip().rpartition(chr(10))[2] or done.stdout))[:200]}"
+    return lines, ""

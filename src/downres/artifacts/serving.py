@@ -1,0 +1,205 @@
+"""What whoever serves a model has to know, said in its manifest; and `serve.py`, a program that serves with that alone."""
+
+from typing import Any
+
+from ..images.preprocess import cover_of, covering_size, fill_of, shown_size
+from ..records import BGR, RGB, Preprocessing
+from ..tasks import Task
+
+MOST_LINES = 60
+EXAMPLE = (480, 640)
+"""(height, width) of the picture that the manifest follows from step to step."""
+
+
+def steps(p: Preprocessing) -> dict[str, Any]:
+    """From a file to the network's input, in the order in which it is done: every number, and every rule in words."""
+    how = f"{p.interpolation}, with antialiasing" if p.antialias else f"{p.interpolation}, without antialiasing"
+    passes = (
+        "as Pillow's Image.resize: the filter grows with the factor; first along the width, then along the height, each pass "
+        "rounded to 8 bits"
+        if p.antialias
+        else "as OpenCV's resize: of each pixel's centre the nearest "
+        f"{'2 by 2' if p.interpolation == 'bilinear' else '4 by 4 (a = -0.75)'} pixels alone; rounded to 8 bits, half to even"
+    )
+    resized = _resized(EXAMPLE, p)
+    offset = [max(0, round((have - want) / 2)) for have, want in zip(resized, p.hw, strict=True)]
+    return {
+        "decode": {
+            "colours": "L" if len(p.mean) == 1 else "RGB",
+            "exif_orientation": True,
+            "rule": "the first picture of the file, turned upright as its EXIF orientation says; 8 bits a channel, of 16-bit "
+            "grey (v * 255 + 32767) // 65535; palettes and CMYK become RGB, grey is repeated, alpha is dropped and not blended"
+            + ("; colours become grey by ITU-R 601 before anything else" if len(p.mean) == 1 else ""),
+        },
+        "resize": {
+            "fit": p.fit,
+            "to": list(cover_of(p) if p.fit == "crop" else p.hw),
+            "filter": p.interpolation,
+            "antialias": p.antialias,
+            "rule": f"{how}, {passes}; {_FITTED[p.fit]}",
+        },
+        **_fitted(p),
+        "normalise": {
+            "channels": "L" if len(p.mean) == 1 else p.channel_order.upper(),
+            "divide_by": 1 / p.scale,
+            "mean": list(p.mean),
+            "std": list(p.std),
+            "rule": "(pixel / divide_by - mean) / std in float32, mean and std in the order of channels; then height, width, "
+            "channels become channels, height, width",
+        },
+        "example": {
+            "picture": list(EXAMPLE),
+            "resized": list(resized),
+            **({"cropped_at": offset} if p.fit == "crop" else {}),
+        },
+    }
+
+
+def _fitted(p: Preprocessing) -> dict[str, Any]:
+    """What is done to a resized picture whose size is not that of the input."""
+    if p.fit == "crop":
+        rule = "top = round((height - size[0]) / 2), left = round((width - size[1]) / 2), half to even"
+        return {"crop": {"size": list(p.hw), "rule": rule}}
+    if p.fit == "pad":
+        rule = "at the right and the bottom, with a value for each channel of `decode`"
+        return {"pad": {"size": list(p.hw), "fill": fill_of(p, len(p.mean)), "rule": rule}}
+    return {}
+
+
+def output_of(task: Task, p: Preprocessing) -> dict[str, Any]:
+    """What the graph returns: a name, a shape, a type, and what it means."""
+    return {"name": task.output_name, "shape": task.shape(), "dtype": task.dtype, **task.meaning(p)}
+
+
+def proof_of(task: Task) -> dict[str, Any]:
+    """Which images the quality was measured on."""
+    images, proof = task.data.images, task.proof
+    return {
+        "checksum": "zlib.crc32(pixels.tobytes(), zlib.crc32(repr(pixels.shape).encode())) of the decoded picture, an array "
+        "uint8 (height, width, 3) or, given so, (height, width)",
+        "images": [[images.names[i], f"{images.checksums[i]:08x}"] for i in proof],
+    }
+
+
+def _resized(picture: tuple[int, int], p: Preprocessing) -> tuple[int, int]:
+    if p.fit != "crop":
+        return shown_size(picture, p)
+    width, height = covering_size(picture[::-1], cover_of(p)[::-1])
+    return height, width
+
+
+_FITTED = {
+    "crop": "to the smallest size with the picture's aspect ratio that covers `to` (height, width): where to[1] * height >= "
+    "to[0] * width the width is to[1] and the height max(to[0], floor(to[1] * height / width)), else the height is to[0] and "
+    "the width max(to[1], floor(to[0] * width / height))",
+    "stretch": "to `to` (height, width), whatever the picture's aspect ratio",
+    "pad": "with scale = min(to[0] / height, to[1] / width) to min(to[0], max(1, round(height * scale))) by "
+    "min(to[1], max(1, round(width * scale))), half to even",
+}
+
+
+def program(task: Task, p: Preprocessing) -> str:
+    """The text of serve.py: under 60 lines, of those parts that are needed. Its numbers it reads from the manifest."""
+    answer, grey = task.serving(p).strip(), len(p.mean) == 1
+    cubic = "bicubic(" in answer or (not p.antialias and p.interpolation == "bicubic")
+    before, resized = _RESIZED["antialias" if p.antialias else p.interpolation]
+    parts = [
+        _OPENED.replace('convert("RGB")', 'convert("RGB").convert("L")' if grey else 'convert("RGB")'),
+        *([_BICUBIC] if cubic else []),
+        _FIT[p.fit].replace("    BEFORE\n", before).replace("RESIZED", resized),
+        _INPUT.replace("PIXELS", "np.float32(fitted(picture))" + ("[..., None]" if grey else _ORDER[p.channel_order])),
+        answer,
+        _RUN,
+    ]
+    text = _HEAD + "".join(f"\n{part.strip()}\n" for part in parts)
+    return text if text.count("\n") < MOST_LINES else text.replace("\n\ndef", "\ndef")
+
+
+_ORDER = {RGB: "", BGR: "[..., ::-1]"}
+_HEAD = '''"""`python serve.py photo.jpg …` prints what model.onnx answers, a line of JSON for each picture.
+Written by downres. Needs Pillow, NumPy and onnxruntime; all numbers are those of manifest.json, which explains them."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+HERE = Path(__file__).resolve().parent
+MANIFEST = json.loads((HERE / "manifest.json").read_text())
+STEPS, OUTPUT = MANIFEST["steps"], MANIFEST["output"]
+'''
+_OPENED = """
+def opened(name):  # upright, 8 bits a channel, nothing transparent
+    picture = ImageOps.exif_transpose(Image.open(name))
+    if picture.mode[0] in "IF":  # 16 bits: `convert` would make nearly all of it white
+        values = np.asarray(picture).astype(np.int64)
+        assert picture.mode != "F" and 0 <= values.min() <= values.max() < 65536, f"{name} has not 8 or 16 bits a channel"
+        picture = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    return picture.convert("RGB")
+"""
+_BICUBIC = """
+def bicubic(plane, size, corners=False):  # (h, w) to (height, width), without antialiasing, a = -0.75
+    for have, want in zip(plane.shape, size):
+        at = np.arange(want) * (have - 1) / max(want - 1, 1) if corners else (np.arange(want) + 0.5) * have / want - 0.5
+        near = np.floor(at)[:, None] + np.arange(-1, 3)
+        d = abs(at[:, None] - near)
+        weights = np.where(d <= 1, (1.25 * d - 2.25) * d * d + 1, -0.75 * (((d - 5) * d + 8) * d - 4))
+        plane = np.einsum("ok,okx->xo", weights, plane[near.clip(0, have - 1).astype(int)])
+    return plane
+"""
+"""PIL's is another one where there is no antialiasing."""
+_MERGED = "Image.merge(picture.mode, [Image.fromarray(np.rint(plane).clip(0, 255).astype(np.uint8)) for plane in planes])"
+_RESIZED = {
+    "antialias": ("", 'picture.resize(size, Image.Resampling[STEPS["resize"]["filter"].upper()])'),
+    "bilinear": (
+        "    box, planes = (0, 0, *picture.size), picture.split()\n"
+        '    planes = [plane.convert("F").transform(size, Image.EXTENT, box, Image.BILINEAR) for plane in planes]\n',
+        _MERGED,
+    ),
+    "bicubic": ("    planes = [bicubic(np.float32(plane), size[::-1]) for plane in picture.split()]\n", _MERGED),
+}
+"""(A line before, the resized picture)."""
+_FIT = {
+    "crop": """
+def fitted(picture):  # it covers STEPS["resize"]["to"], and its centre is what counts
+    (tall, wide), (height, width) = STEPS["resize"]["to"], STEPS["crop"]["size"]
+    size = wide, max(tall, wide * picture.height // picture.width)
+    if wide * picture.height < tall * picture.width:
+        size = max(wide, tall * picture.width // picture.height), tall
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    BEFORE
+    picture = RESIZED
+    return picture.crop((left, top, left + width, top + height))
+""",
+    "stretch": """
+def fitted(picture):  # the whole of it, whatever its aspect ratio
+    size = tuple(STEPS["resize"]["to"][::-1])
+    BEFORE
+    return RESIZED
+""",
+    "pad": """
+def shown(picture):  # (height, width) of the input that the picture fills
+    scale = min(STEPS["resize"]["to"] / np.array(picture.size[::-1]))
+    return [min(to, max(1, round(side * scale))) for to, side in zip(STEPS["resize"]["to"], picture.size[::-1])]
+
+def fitted(picture):  # the whole of it with its aspect ratio, the rest filled
+    size, whole = shown(picture)[::-1], Image.new(picture.mode, STEPS["pad"]["size"][::-1], tuple(STEPS["pad"]["fill"]))
+    BEFORE
+    whole.paste(RESIZED)
+    return whole
+""",
+}
+_INPUT = """
+def network_input(picture):  # float32 (1, channels, height, width)
+    divide_by, mean, std = (np.float32(STEPS["normalise"][name]) for name in ("divide_by", "mean", "std"))
+    return np.ascontiguousarray(((PIXELS / divide_by - mean) / std).transpose(2, 0, 1)[None])
+"""
+_RUN = """
+session = onnxruntime.InferenceSession(str(HERE / "model.onnx"), providers=["CPUExecutionProvider"])
+for name in sys.argv[1:]:
+    picture = opened(name)
+    (output,) = session.run(None, {MANIFEST["input"]["name"]: network_input(picture)})
+    print(json.dumps({"image": name, **answer(output[0], picture, name)}, allow_nan=False))
+"""
