@@ -108,7 +108,7 @@ def _whole(pixels: torch.Tensor, p: Preprocessing, by: float) -> torch.Tensor:
 
 
 def fill_of(p: Preprocessing, channels: int, by: float | None = None) -> list[float]:
-    """What is put beside a padded picture, for each of its channels: the mean; for grey pictures the mean of means. by: what its
+    """What is put beside a padded picture, for each of its channels: the mean; for grey ones the mean of means. by: what its
     pixels are divided by, None for those of 8 bits, which are whole.
     """
     means = p.mean[::-1] if p.channel_order == BGR else p.mean
