@@ -263,7 +263,7 @@ def _latency_gate(
         runtimes, inputs = {}, {}
         for i, candidate in enumerate(candidates):
             state = State(candidate, subject.model.preprocessing.crop_ratio)
-            runtimes[str(candidate)] = bank.runtime(state)
+            runtimes[str(candidate)] = bank.timed(state)
             shape = (1, subject.channels, *bank.preprocessing_of(state).hw)
             inputs[str(candidate)] = random_batch(shape)
             if progress:
