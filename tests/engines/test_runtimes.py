@@ -49,6 +49,11 @@ def test_onnxruntime_equals_torch_at_any_batch(lite0, tmp_path, capfd):
         assert np.abs(ours - plain).max() < 1e-4 and np.abs(theirs - plain).max() < 1e-4
     assert np.array_equal(ort(images(2))[0], ort(images(2))[0])
     assert np.array_equal(OnnxRuntime(path.read_bytes())(images(2))[0], ort(images(2))[0])
+    spread = OnnxRuntime(path, 3, spread=True)  # fewer images than threads, as many, and a rest
+    for n in (1, 2, 3, 7):
+        assert np.array_equal(spread(images(n))[0], ort(images(n))[0])
+    with pytest.raises(DownresError, match="cannot run on"):
+        spread(images(3)[:, :2])
 
 
 def test_names_and_free_batch_in_the_file(tmp_path):
@@ -66,7 +71,7 @@ def test_names_and_free_batch_in_the_file(tmp_path):
     assert [i.name for i in graph.input] == ["input"] and [o.name for o in graph.output] == ["logits", "label"]
     dims = graph.input[0].type.tensor_type.shape.dim
     assert dims[0].dim_param and [d.dim_value for d in dims[1:]] == [3, 8, 8]
-    scores, label = OnnxRuntime(path)(images(3, (3, 8, 8)))
+    scores, label = OnnxRuntime(path, 2, spread=True)(images(3, (3, 8, 8)))
     assert scores.shape == (3, 4) and label.shape == (3,) and label.dtype == np.int64
     theirs = TorchRuntime(Two())(images(3, (3, 8, 8)))
     assert len(theirs) == 2 and theirs[1].dtype == np.int64

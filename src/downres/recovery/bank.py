@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..engines import Runtime
 from ..engines.onnxruntime import OnnxRuntime, export_onnx, resize_onnx
 from ..engines.torch import TorchRuntime
 from ..errors import DownresError
@@ -59,7 +60,7 @@ class Bank:
         self.progress = progress
         self.passes = 0
         self.stage = ""
-        self._runtimes: dict[tuple[State, bool], OnnxRuntime | TorchRuntime] = {}
+        self._runtimes: dict[tuple[State, bool], Runtime] = {}
         self._networks: dict[State, nn.Module] = {}
         self._exported: Path | None = None
 
@@ -101,8 +102,16 @@ class Bank:
             return self.any_size or candidate.resolution == self.preprocessing.resolution
         return False
 
-    def runtime(self, state: State, serving: bool = True) -> OnnxRuntime | TorchRuntime:
-        """The state's network ready to run; for onnxruntime exported once to the run's folder.
+    def timed(self, state: State) -> Runtime:
+        """The state's network as it is timed on one image: every operator on all threads."""
+        return self.runtime(state) if self._in_torch else OnnxRuntime(self.onnx(state), self.threads)
+
+    @property
+    def _in_torch(self) -> bool:
+        return self.runtime_name == "torch" or self.folder is None
+
+    def runtime(self, state: State, serving: bool = True) -> Runtime:
+        """The state's network ready to run over images; for onnxruntime exported once to the run's folder.
 
         serving: whether it must be the runtime that numbers are stated for. A recalibrated network that is only tried
         on a few tuning images runs in torch, which is ready at once where an export takes seconds.
@@ -113,11 +122,12 @@ class Bank:
             same = state.candidate.at(self.preprocessing.resolution) if self._is_original(state.candidate) else state.candidate
             state = State(same, 1.0)
         if (state, trial) not in self._runtimes:
-            if self.runtime_name == "torch" or self.folder is None or trial:
-                ready: OnnxRuntime | TorchRuntime = TorchRuntime(self.served(state), self.threads)
-            else:
-                ready = OnnxRuntime(self.onnx(state), self.threads)
-            self._runtimes[state, trial] = ready
+            in_torch = self._in_torch or trial
+            self._runtimes[state, trial] = (
+                TorchRuntime(self.served(state), self.threads)
+                if in_torch
+                else OnnxRuntime(self.onnx(state), self.threads, spread=True)
+            )
         return self._runtimes[state, trial]
 
     def onnx(self, state: State) -> Path:

@@ -284,7 +284,7 @@ def _latency_gate(
         for i, candidate in enumerate(candidates):
             state = State(candidate, subject.model.preprocessing.crop_ratio)
             try:
-                runtimes[str(candidate)] = bank.runtime(state)
+                runtimes[str(candidate)] = bank.timed(state)
             except NotExported as error:
                 if i > 0:
                     unexported[str(candidate)] = f"could not be exported to ONNX: {error.why}"
@@ -293,7 +293,7 @@ def _latency_gate(
                     raise
                 store.put(IN_TORCH, error.why)
                 bank.runtime_name = "torch"
-                runtimes[str(candidate)] = bank.runtime(state)
+                runtimes[str(candidate)] = bank.timed(state)
             shape = (1, subject.channels, *bank.preprocessing_of(state).hw)
             inputs[str(candidate)] = random_batch(shape)
             if progress:
