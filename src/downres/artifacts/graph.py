@@ -11,7 +11,7 @@ from .manifest import Port
 
 
 class Graph:
-    """`model.onnx` of an artifact; call it as a `Runtime`.
+    """`model.onnx` of an artifact; call it as a `Runtime`. spread: see `OnnxRuntime`.
 
     Raises DownresError where its inputs or outputs are not those of the manifest, where a run fails or takes longer than
     `limit_s` seconds an image, and for an answer of another shape, or with NaN or infinity in it: of a class map, without both,
@@ -19,11 +19,17 @@ class Graph:
     """
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], threads: int | None = None, limit_s: float | None = None
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        threads: int | None = None,
+        limit_s: float | None = None,
+        *,
+        spread: bool = False,
     ) -> None:
         self.file = folder / "model.onnx"
         self.taken, self.given = (Port.from_json(manifest[name]) for name in ("input", "output"))
-        self._runtime = OnnxRuntime(self.file, threads, limit_s)
+        self._runtime = OnnxRuntime(self.file, threads, limit_s, spread=spread)
         self.name, self.versions, self.threads = self._runtime.name, self._runtime.versions, self._runtime.threads
         found = self._runtime.inputs
         if len(found) != 1 or found[0][0] != self.taken.name or not _fits(found[0][1], self.taken.shape):

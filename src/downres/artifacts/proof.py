@@ -89,7 +89,7 @@ def _looked_at(
     """All but the files."""
     preprocessing = Preprocessing.from_json(manifest["preprocessing"])
     own = restored(manifest["task"], manifest)
-    runtime = Graph(folder, manifest, threads, LIMIT_S)
+    runtime = Graph(folder, manifest, threads, LIMIT_S, spread=True)
     network, why_no_network = _network(folder, manifest, model)
     dataset, why_no_data = _dataset(own, folder, manifest, data)
     if dataset is None:
@@ -215,7 +215,7 @@ def _with_weights(
         for name, tensor in own.items():
             target = by_name[name]
             target.CopyFrom(numpy_helper.from_array(tensor.numpy(), target.name))
-        return OnnxRuntime(graph.SerializeToString(), threads, LIMIT_S)
+        return OnnxRuntime(graph.SerializeToString(), threads, LIMIT_S, spread=True)
     if network is None:
         return None
     import tempfile
@@ -225,7 +225,7 @@ def _with_weights(
     p = Preprocessing.from_json(manifest["preprocessing"])
     with tempfile.TemporaryDirectory() as place:
         file = export_onnx(task.serve(network), (len(p.mean), *p.hw), Path(place) / "fold.onnx")
-        return OnnxRuntime(file.read_bytes(), threads, LIMIT_S)
+        return OnnxRuntime(file.read_bytes(), threads, LIMIT_S, spread=True)
 
 
 def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | str | None) -> tuple[nn.Module | None, str]:
