@@ -1,12 +1,18 @@
 """Networks as users keep them: not to be copied, wrapped, lazy, in another precision, or of other channels than three."""
 
+import copy
+import io
+import pickle
 import threading
 import warnings
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from downres import DownresError, costs, measure_cost, measure_latency, reduce
 from downres.copying import copied, first_float, modules, named_modules, unwrapped
@@ -227,6 +233,117 @@ def test_a_copy_shares_nothing_and_keeps_what_is_shared_inside() -> None:
     made = copied(model)
     assert made[1].twin is made[0][4] and not {id(p) for p in made.parameters()} & {id(p) for p in model.parameters()}
     assert [name for name, _ in named_modules(model)] == [name for name, _ in model.named_modules()]
+
+
+# Roots that forget their hooks when they are copied.
+
+
+class OwnCopy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, image):
+        return self.net(image)
+
+    def __deepcopy__(self, known):
+        made = OwnCopy()
+        made.net = copy.deepcopy(self.net, known)
+        return made
+
+
+class Inside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.fx.symbolic_trace(net()[:2]), net()[2:]
+
+    def forward(self, image):
+        return self.head(self.body(image))
+
+
+def extractor():
+    """torchvision's has a graph for each mode; a batch norm tells them apart."""
+    model = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 8, 3, 2, 1), norm=nn.BatchNorm2d(8), rest=net()[1:]))
+    return create_feature_extractor(model.eval(), {"conv": "map", "rest": "logits"})
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+FORGETFUL = {
+    "fx": (lambda: torch.fx.symbolic_trace(net()), {"resolution": (24, 32)}),
+    "fx, behind the stem": (lambda: torch.fx.symbolic_trace(net()), {"stem_scale": 0.5}),
+    "extractor": (extractor, {"resolution": (24, 32)}),
+    "own copy": (OwnCopy, {"resolution": (24, 32)}),
+    "inside": (Inside, {"stem_scale": 0.5, "stem": "body"}),
+}
+WAYS = {
+    "deepcopy": copy.deepcopy,
+    "twice": lambda model: copy.deepcopy(copy.deepcopy(model)),
+    "copy": copy.copy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(copy.deepcopy(model))),
+    "save": saved,
+    "ours": copied,
+    "trained": lambda model: copy.deepcopy(model).train().eval(),
+}
+
+
+@pytest.mark.parametrize("kind", FORGETFUL)
+@torch.no_grad()
+def test_a_copy_of_a_reduced_model_is_reduced(kind) -> None:
+    make, how = FORGETFUL[kind]
+    model, x = nn.Module.eval(make()), torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    small = reduce(model, input_size=(3, 48, 64), **how)
+    assert not small.training and list(small.state_dict()) == list(model.state_dict())
+    assert [name for name, _ in small.named_parameters()] == [name for name, _ in model.named_parameters()]
+    wanted = small(x)
+    if "resolution" in how:
+        by_hand = nn.functional.interpolate(x, (24, 32), mode="bilinear", antialias=True)
+        inside = tree_leaves(model(by_hand))
+        torch.testing.assert_close(tree_leaves(wanted)[-1], inside[-1])
+    macs = measure_cost(small, (3, 48, 64)).macs
+    assert macs != measure_cost(model, (3, 48, 64)).macs
+    for name, way in WAYS.items():
+        made = way(small)
+        for found, expected in zip(tree_leaves(made(x)), tree_leaves(wanted), strict=True):
+            torch.testing.assert_close(found, expected, msg=name)
+        assert made.downres == small.downres and not made.training and list(made.state_dict()) == list(model.state_dict())
+        with pytest.raises(DownresError, match="reduced before"):
+            reduce(made, resolution=24)
+    assert measure_cost(copy.deepcopy(small), (3, 48, 64)).macs == macs
+    for weights in (model.state_dict(), {key: 0 * value for key, value in model.state_dict().items()}):
+        made = copy.deepcopy(small)
+        made.load_state_dict(weights)
+        again = reduce(model, input_size=(3, 48, 64), **how)
+        for key, value in again.state_dict().items():
+            value.copy_(weights[key])
+        torch.testing.assert_close(tree_leaves(made(x)), tree_leaves(again(x)))
+
+
+@pytest.mark.parametrize("kind", ["fx", "own copy"])
+@torch.no_grad()
+def test_a_copy_of_a_reduced_model_is_compiled_and_exported(kind) -> None:
+    make, how = FORGETFUL[kind]
+    x = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    small = copy.deepcopy(reduce(nn.Module.eval(make()), input_size=(3, 48, 64), **how))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(small, backend="eager", fullgraph=True)(x), small(x))
+    torch.testing.assert_close(copy.deepcopy(torch.compile(small, backend="eager"))(x), small(x))
+    for strict in (False, True):
+        shapes = ({0: torch.export.Dim("batch", min=1, max=8)},)
+        program = torch.export.export(small, (x,), dynamic_shapes=shapes, strict=strict)
+        torch.testing.assert_close(program.module()(x[:1]), small(x[:1]))
+
+
+def test_hooks_of_the_users_own_go_along() -> None:
+    model = torch.fx.symbolic_trace(net())
+    plain = reduce(model, resolution=24)(x := torch.rand(1, 3, 48, 48))
+    model.register_forward_hook(lambda module, inputs, output: output + 1)
+    torch.testing.assert_close(copy.deepcopy(reduce(model, resolution=24))(x), plain + 1)
 
 
 # Channels.

@@ -1,8 +1,10 @@
 """The one place that copies a network, and torch's own walk over its modules, whatever attributes it has."""
 
+import contextlib
 import copy
 import copyreg
 import functools
+import inspect
 import sys
 import types
 from collections import OrderedDict
@@ -190,6 +192,9 @@ def _copied(value: Any, known: dict[int, Any]) -> Any:
                 state["forward"] = _copied(plain, known)
             made.__setstate__(state)
             return made
+        made = copy.deepcopy(value, known)
+        _carry(value, made, known)
+        return made
     return copy.deepcopy(value, known)
 
 
@@ -201,6 +206,98 @@ def _attribute(module: nn.Module, name: str, value: Any, known: dict[int, Any]) 
         raise DownresError(
             f"The attribute {name!r} of {type(module).__name__} cannot be copied ({reason}): delete it from the network first."
         ) from error
+
+
+class Root(nn.Module):
+    """Stands before a module whose own way of copying forgets hooks, or which torch.export takes apart past them
+    (torch.fx.GraphModule), and has the hooks in its place: the same tensors, parts and attributes by the same names.
+
+    Made by `rooted`, each in a class of its own, so that its `forward` has the module's signature.
+    """
+
+    def __reduce__(self) -> tuple:
+        state = {key: value for key, value in vars(self).items() if key not in (*_SHARED, "network")}
+        return rooted, (self.network,), (state, [m.training for m in modules(self)])
+
+    def __setstate__(self, state: tuple[dict[str, Any], list[bool]]) -> None:
+        vars(self).update(state[0])
+        _train_as(self, state[1])
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):  # how to copy it, for one
+                raise
+            return getattr(vars(self)["network"], name)
+
+    def train(self, mode: bool = True) -> "Root":
+        self.network.train(mode)
+        self.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.network._load_from_state_dict(*args, **kwargs)
+
+
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def rooted(network: nn.Module) -> Root:
+    """A `Root` before the module, which takes over its hooks."""
+
+    def forward(self: Root, *args: Any, **kwargs: Any) -> Any:
+        return self.network(*args, **kwargs)
+
+    with contextlib.suppress(ValueError, TypeError):  # of a kind that Python cannot look into
+        parameters = list(inspect.signature(network.forward).parameters.values())
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = inspect.Signature([itself, *parameters])  # type: ignore[attr-defined]
+    made: Root = types.new_class(type(network).__name__, (Root,), {}, lambda names: names.update(forward=forward))()
+    vars(made).update({name: vars(network)[name] for name in _SHARED}, network=network, training=network.training)
+    for name in _HOOKS:
+        if name in vars(network):
+            vars(made)[name], vars(network)[name] = vars(network)[name], OrderedDict()
+    return made
+
+
+def keeps_hooks(module: nn.Module) -> bool:
+    """Whether its copies have the hooks that it has, and what `reduce` says of itself."""
+    names = [name for name in (*_HOOKS, "downres") if vars(module).get(name)]
+    kind: Any = type(module)
+    if not names or _is_copied_by_attributes(kind) or isinstance(module, Root):
+        return True
+    made = copy.deepcopy(module, {id(t): t for t in tensors_of(module)})
+    return all(vars(made).get(name) for name in names)
+
+
+def _carry(module: nn.Module, made: nn.Module, known: dict[int, Any]) -> None:
+    """Gives a copy what the module's own way of copying forgot: hooks, and who was in train mode."""
+    for name in _HOOKS:
+        if (value := vars(module).get(name)) and not vars(made).get(name):
+            vars(made)[name] = copy.deepcopy(value, known)
+    _train_as(made, [m.training for m in modules(module)])
+
+
+def _train_as(model: nn.Module, modes: list[bool]) -> None:
+    found = list(modules(model))
+    if [m.training for m in found] != modes:
+        model.train(modes[0])
+        for module, mode in zip(found[1:], modes[1:], strict=False):
+            module.training = mode
 
 
 _AS_IS = frozenset((type(None), bool, int, float, str, bytes, type, types.FunctionType, torch.dtype, torch.Size, torch.device))

@@ -1,22 +1,22 @@
 """One forward pass that computes nothing: what a model executes at an input size, without touching the model."""
 
-import dataclasses
 import functools
 import inspect
 import logging
 import math
 import sys
 import traceback
-import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .copying import children, copied, first_float, is_lazy, modules, named_modules, tensors_of, unwrapped
 from .engines.torch import plain_attention, uncompiled
@@ -109,6 +109,8 @@ def _does_not_run(model: nn.Module, size: tuple[int, ...], error: Exception) -> 
     kind, then = type(model).__name__, "give a size that it accepts"
     if "channels" in reason and (takes := _stated_channels(model)) not in (None, size[1]):
         then = f"its first convolution takes {takes} channel{'s' * (takes > 1)}, give {(takes, *size[2:])}"
+    elif len(asked := required_inputs(model)) > 1:
+        then = f"it takes {', '.join(p.name for p in asked)}, give a network that takes one image and fills in the rest"
     return DoesNotRun(f"{kind} does not run on an input of {shape} ({reason}): {then}.", reason)
 
 
@@ -405,6 +407,11 @@ def logits_of(output: Any, which: int | str | None = None) -> Tensor:
             f"A classifier returns logits of shape (batch, classes), a segmentation network (batch, classes, height, width), "
             f"this model returns {shape}: give another model."
         )
+    if not found.is_floating_point():
+        raise DownresError(
+            f"Logits are real numbers, this model returns {str(found.dtype).removeprefix('torch.')}: give it without what "
+            "makes classes of them (argmax or a threshold)."
+        )
     return found
 
 
@@ -483,22 +490,38 @@ def find_answers(model: nn.Module, input_size: tuple[int, ...]) -> dict[int | st
     seen = _look_at_answer(model, input_size)
     output = seen["output"]
     items: Any = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, (list, tuple)) else ()
-    found: dict[int | str | None, Tensor] = {k: v for k, v in items if isinstance(v, Tensor) and v.ndim in (2, 4)}
+    found: dict[int | str | None, Tensor] = {
+        k: v for k, v in items if isinstance(v, Tensor) and v.ndim in (2, 4) and v.is_floating_point()
+    }
     told = not items or hasattr(output, "logits") or (isinstance(output, dict) and not {"logits", "out"}.isdisjoint(output))
     answers = {key: _answer(model, seen, key) for key in found}
     return {None: _answer(model, seen), **answers} if told or list(found) in ([], [0]) else answers
 
 
-def answer_and_outputs(model: nn.Module, input_size: tuple[int, ...]) -> tuple[Answer | None, Outputs]:
-    """`find_answer`, None where there are no logits, and all that the model returns, from the same run; it may ask for several
+@dataclass(frozen=True)
+class Tried:
+    """What one run without numbers returned. answer: None where there are no logits; main: where they are; align_corners: as
+    in the last upsampling of the network's own.
+    """
+
+    outputs: Outputs
+    answer: Answer | None = None
+    main: Path | None = None
+    align_corners: bool = False
+
+
+def try_once(model: nn.Module, input_size: tuple[int, ...]) -> Tried:
+    """All that a model returns, and what kind of answer that is, from one run as `fake_run` does it; it may ask for several
     images. Raises `DoesNotRun` when it does not run.
     """
     seen = _look_at_answer(model, input_size, several=True)
+    outputs, align_corners = dict(tensors_in(seen["output"])), seen["operators"].align_corners
     try:
-        answer: Answer | None = _answer(model, seen)
-    except DownresError:  # features, boxes, …
-        answer = None
-    return answer, dict(tensors_in(seen["output"]))
+        answer, logits = _answer(model, seen), logits_of(seen["output"])
+    except DownresError:  # features, boxes, classes, …
+        return Tried(outputs, align_corners=align_corners)
+    main = next((path for path, tensor in outputs.items() if tensor is logits), None)
+    return Tried(outputs, answer, main, align_corners)
 
 
 def outputs_of(model: nn.Module, input_size: tuple[int, ...]) -> Outputs:
@@ -513,23 +536,92 @@ def outputs_of(model: nn.Module, input_size: tuple[int, ...]) -> Outputs:
     return dict(tensors_in(fake_run(model, input_size, watch, several=True)[-1]))
 
 
-def tensors_in(output: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """The tensors in what a network returns, with the keys, indices and names of attributes that lead to each."""
+def rows_of(model: nn.Module, input_size: tuple[int, ...]) -> tuple[list[tuple[str, int]], list[int]]:
+    """([(module, rows of what it is given)] in order, rows of every tensor that the model returns), from one run as `fake_run`
+    does it.
+    """
+
+    @contextmanager
+    def watch(copied: nn.Module, x: Tensor) -> Iterator[tuple[list[tuple[str, int]], list[int]]]:
+        given: list[tuple[str, int]] = []
+        returned: list[int] = []
+        for name, module in named_modules(copied):
+            module.register_forward_pre_hook(
+                lambda module, inputs, name=name: given.extend(
+                    (f"{name} ({type(module).__name__})", n) for n in rows(inputs)[:1]
+                )
+            )
+        copied.register_forward_hook(lambda _module, _inputs, output: returned.extend(rows(output)))
+        yield given, returned
+
+    return fake_run(model, input_size, watch, several=True)
+
+
+def rows(values: Any) -> list[int]:
+    """The first side of every tensor in these."""
+    return [leaf.shape[0] for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.ndim]
+
+
+def check_rows(model: nn.Module, input_size: tuple[int, ...], returned: list[int]) -> None:
+    """Raises DownresError for a network that returns a row for each image at its own size and not at this one: what flattens
+    with a fixed number of features (`view(-1, 400)`) makes rows of parts of images, or of several.
+
+    returned: the rows of what it returns here.
+    """
+    images, *shape = batched(input_size)
+    if all(n == images for n in returned):
+        return
+    own = images, shape[0], *input_size_of(model)[1:]
+    try:
+        given_there, returned_there = rows_of(model, own)
+    except DownresError:  # its own size is another
+        return
+    if len(returned_there) != len(returned) or not any(
+        there == images != here for there, here in zip(returned_there, returned, strict=True)
+    ):
+        return
+    given_here, _ = rows_of(model, input_size)
+    pairs = zip(given_there, given_here, strict=False)
+    where = next((name for (_, there), (name, here) in pairs if there == images != here), "")
+    count = next(here for there, here in zip(returned_there, returned, strict=True) if there == images != here)
+    many = "1 image" if images == 1 else f"{images} images"
+    here, there = "x".join(map(str, shape)), "x".join(map(str, own[1:]))
+    raise DownresError(
+        f"{type(model).__name__} returns {count} row{'s' * (count > 1)} for {many} of {here}, and one an image of {there}: "
+        f"what flattens{f' before {where}' if where else ''} counts on one size, give a size that it is made for."
+    )
+
+
+def tensors_in(output: Any, path: Path = (), seen: set[int] | None = None) -> Iterator[tuple[Path, Tensor]]:
+    """The tensors, arrays and lists of numbers in what a network returns, with the keys, indices and names of attributes that
+    lead to each; those in one container by the first way to it.
+    """
+    seen = set() if seen is None else seen
     if isinstance(output, Tensor):
         yield path, output
-    elif (items := items_of(output)) is not None:
+    elif isinstance(output, np.ndarray):
+        if output.dtype.kind in "biuf":
+            yield path, torch.as_tensor(output)
+    elif isinstance(output, (list, tuple)) and output and all(isinstance(value, (int, float)) for value in output):
+        yield path, torch.tensor(output)
+    elif id(output) not in seen and (items := items_of(output)) is not None:
+        seen.add(id(output))
         for key, value in items:
-            yield from tensors_in(value, (*path, key))
+            yield from tensors_in(value, (*path, key), seen)
 
 
 def items_of(output: Any) -> list[tuple[Any, Any]] | None:
-    """What a container or a record holds, by key, index or name; None of anything else."""
+    """What a container or a record of any class holds, by key, index or name; None of anything else."""
     if isinstance(output, dict):
         return list(output.items())
     if isinstance(output, (list, tuple)):
         return list(enumerate(output))
-    is_record = (dataclasses.is_dataclass(output) and not isinstance(output, type)) or isinstance(output, types.SimpleNamespace)
-    return list(vars(output).items()) if is_record or hasattr(output, "logits") else None
+    if isinstance(output, (type, Tensor, nn.Module)) or callable(output):
+        return None
+    slots = [vars(kind).get("__slots__", ()) for kind in type(output).__mro__]
+    names = [name for found in slots for name in ((found,) if isinstance(found, str) else found)]
+    held = {name: getattr(output, name) for name in names if hasattr(output, name)}
+    return list((held | getattr(output, "__dict__", {})).items()) or None
 
 
 def _look_at_answer(model: nn.Module, input_size: tuple[int, ...], several: bool = False) -> dict[str, Any]:

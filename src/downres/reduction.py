@@ -11,23 +11,23 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .copying import copied, modules, named_modules, refuse_sealed, unwrapped
+from .copying import copied, keeps_hooks, modules, named_modules, refuse_sealed, rooted, unwrapped
 from .errors import DownresError
 from .families.adapter import Adapter, Size
 from .families.find import find_adapter, library_transformers
 from .parse import Resolution, as_hw, format_resolution
 from .probe import (
-    Answer,
     DoesNotRun,
     Outputs,
     Path,
-    answer_and_outputs,
+    Tried,
     channels_of,
     input_size_of,
     materialised,
     outputs_of,
     required_inputs,
     total_stride,
+    try_once,
 )
 from .records import Candidate, Change, Merge, Record
 from .reductions.dense import FullSize, Map, Tokens, as_map
@@ -126,7 +126,11 @@ def reduce(
         warnings.warn(
             f"reduce changed nothing: it looked for {', '.join(first)} and {last}, and the candidate has none.", stacklevel=2
         )
-    work.small.downres = Reduction(candidate, tuple(work.changes))  # type: ignore[assignment]
+    work.small.downres = done = Reduction(candidate, tuple(work.changes))  # type: ignore[assignment]
+    for name, module in list(named_modules(work.small)):
+        if not keeps_hooks(module):
+            work.replace(name, rooted(module))
+    work.small.downres = done  # type: ignore[assignment]
     return work.small
 
 
@@ -330,40 +334,37 @@ class Work:
             raise DownresError(
                 f"The size of logits is 'input' or (height, width), {size!r} is neither: give for example 'input'."
             )
-        image, kind = (self.native[0], *own), type(original).__name__
-        found: Answer | None = None
+        image = (self.native[0], *own)
         try:
-            found, whole = answer_and_outputs(original, image)
+            whole = try_once(original, image)
         except DoesNotRun as error:
-            whole = {}
-            if size is None:
-                return self._untried(original, error)
-        dense = found is not None and found.size is not None and not _is_channels_last(whole, found.size, own)
-        if size is not None and not dense:
+            self._untried(original, error, needed=size is not None)
+            return
+        maps, stay = self._maps(original, whole.outputs, self._outputs(image))
+        main = maps.get(whole.main) if whole.main is not None else None  # type: ignore[arg-type]
+        grows = isinstance(main, Map) and (main.ndim, main.rows) == (4, 2)
+        answer = whole.answer
+        if size is not None and (main is not None and not grows or not _is_dense(whole, own)):
             raise DownresError(
-                f"Only logits for every pixel (batch, classes, height, width) have a size, {kind} returns none: "
-                "leave output_size out."
+                f"Only logits for every pixel (batch, classes, height, width) have a size, {type(original).__name__} returns "
+                "none: leave output_size out."
             )
-        small = self._outputs(image)
-        maps = self._maps(original, whole, small)
-        if (dense or maps) and c.ragged != "error":
+        if not maps and size is None:
+            return
+        if c.ragged != "error":
             raise DownresError(
                 "An answer to every pixel needs an input that is neither cut nor padded: reduce to a resolution that "
                 "the network divides, with ragged='error'."
             )
-        if dense:
-            assert found is not None and found.size is not None
-            dense = size is not None or any(isinstance(m, Map) and (m.ndim, m.rows) == (4, 2) for m in maps.values())
-        if not dense and not maps:
-            return
-        aligned = (found is not None and found.align_corners) if align_corners is None else align_corners
+        dense = grows or size is not None
+        aligned = whole.align_corners if align_corners is None else align_corners
         fixed = None if size is None or isinstance(size, str) else as_hw(size)
         # Of the original: resampling behind the embedding changes what the reduced network gives.
         strides = None
         if dense:
-            assert found is not None and found.size is not None
-            strides = (1.0, 1.0) if size == "input" else (own[0] / found.size[0], own[1] / found.size[1])
-        full = FullSize(fixed, strides, maps, interpolation, aligned)
+            assert answer is not None and answer.size is not None
+            strides = (1.0, 1.0) if size == "input" else (own[0] / answer.size[0], own[1] / answer.size[1])
+        full = FullSize(fixed, strides, maps, frozenset(stay - {whole.main}), interpolation, aligned)
         self.small.register_forward_pre_hook(full.before, with_kwargs=True, prepend=True)
         self.small.register_forward_hook(full.after, with_kwargs=True)
         what = format_resolution(fixed) if fixed else f"the size of the {'input' if size else 'original'}"
@@ -392,22 +393,27 @@ class Work:
                         f"it counts on images of {own} px, give a network that takes any size."
                     )
 
-    def _untried(self, original: nn.Module, error: DoesNotRun) -> None:
-        """Of an original that does not run on one image alone nothing is known; of others the size to try at is asked for."""
+    def _untried(self, original: nn.Module, error: DoesNotRun, needed: bool) -> None:
+        """Of an original that does not run on one image alone nothing is known; of others, and where that is `needed`, the size
+        to try at is asked for.
+        """
         image = (self.native[0], *self.own)
         try:
-            outputs_of(self.small, image)
+            if not needed:
+                outputs_of(self.small, image)
         except DoesNotRun:
-            if len(required_inputs(original)) == 1:
-                shape = "x".join(str(n) for n in image)
-                raise DownresError(
-                    f"{type(original).__name__} does not run on an image of {shape} ({error.reason}), so what it becomes "
-                    "cannot be tried: give the size that it is used at as input_size=(channels, height, width)."
-                ) from error
+            needed = len(required_inputs(original)) == 1
+        if needed:
+            shape = "x".join(str(n) for n in image)
+            raise DownresError(
+                f"{type(original).__name__} does not run on an image of {shape} ({error.reason}), so what it becomes "
+                "cannot be tried: give the size that it is used at as input_size=(channels, height, width)."
+            ) from error
 
-    def _maps(self, original: nn.Module, whole: Outputs, small: Outputs) -> dict[Path, Map | Tokens]:
+    def _maps(self, original: nn.Module, whole: Outputs, small: Outputs) -> tuple[dict[Path, Map | Tokens], set[Path]]:
         """Where the answers of original and reduced model are maps whose size follows the image, which may not show at the
-        original's own size. DownresError for an answer that changes its shape and is none.
+        original's own size; and where they are of a size that does not. DownresError for an answer that changes its shape
+        and is no map.
         """
         own = self.own
         ratio = (self.target[0] / own[0], self.target[1] / own[1])
@@ -415,26 +421,38 @@ class Work:
         for path in {**whole, **small}:
             shapes = [tuple(answer[path].shape) if path in answer else None for answer in (whole, small)]
             if shapes[0] == shapes[1]:
+                if shapes[0] and shapes[0][0] != 1 and _is_length(path):  # no row an image: a row for each thing that it finds
+                    raise DownresError(
+                        f"{type(original).__name__} returns {'.'.join(map(str, path))!r} of what it finds in pixels of what it "
+                        "sees: give resize_input=False, and images of the lower resolution."
+                    )
                 continue
             found = None
             if shapes[0] and shapes[1]:
                 found = as_map(shapes[0], shapes[1], own, ratio) or self._as_tokens(shapes[0], shapes[1])
-            if found is None or _LENGTHS.search(".".join(map(str, path))):
+            if found is None or _is_length(path):
                 name = f" as {'.'.join(map(str, path))!r}" if path else ""
-                why = "holds lengths in pixels of what it sees" if found else "is no map that can be brought back to size"
+                why = "is no map that can be brought back to size"
+                then = "give resize_input=False if what uses it can do with another shape"
+                if found is not None:
+                    why = "holds lengths in pixels of what it sees"
+                elif shapes[0] and shapes[1] and shapes[0][0] != shapes[1][0]:
+                    why, then = "is no row an image any more", "give a network that takes any size"
                 raise DownresError(
                     f"{type(original).__name__} returns{name} {shapes[0] or 'nothing'} and, reduced to '{self.candidate}', "
-                    f"{shapes[1] or 'nothing'}, which {why}: give resize_input=False if what uses it can do with another shape."
+                    f"{shapes[1] or 'nothing'}, which {why}: {then}."
                 )
             maps[path] = found
-        same = [path for path in whole if path not in maps and whole[path].ndim > 2]
+        same = {path for path in whole if path not in maps and whole[path].ndim > 2}
+        known = self.target != own
         if same and not (self.adapter is not None and self.adapter.image):
             with contextlib.suppress(DoesNotRun):
                 twice = outputs_of(original, (self.native[0], *(2 * side for side in own)))
+                known = True
                 for path in same:
                     if path in twice and (found := as_map(whole[path].shape, twice[path].shape, own, (2, 2))):
                         maps[path] = found
-        return maps
+        return maps, same - maps.keys() if known else set()
 
     def _as_tokens(self, whole: tuple[int, ...], small: tuple[int, ...]) -> Tokens | None:
         """The sequence of a transformer that hands out its tokens (B, prefix + N, C)."""
@@ -455,6 +473,10 @@ class Work:
                 )
 
 
+def _is_length(path: Path) -> bool:
+    return _LENGTHS.search(".".join(map(str, path))) is not None
+
+
 def _runs(model: nn.Module, native: tuple[int, ...]) -> bool:
     adapter = find_adapter(model)
     size = (adapter.image if adapter is not None else None) or native[-2:]
@@ -465,14 +487,16 @@ def _runs(model: nn.Module, native: tuple[int, ...]) -> bool:
     return True
 
 
-def _is_channels_last(outputs: Outputs, size: Size, image: Size) -> bool:
-    """Whether the logits (B, ?, ?, ?), whose last two sides are `size`, are (B, h, w, K)."""
-    shape = next(tuple(t.shape) for t in outputs.values() if t.ndim == 4 and tuple(t.shape[-2:]) == size)
+def _is_dense(found: Tried, image: Size) -> bool:
+    """Whether there are logits (B, K, h, w); (B, h, w, K) is told by which sides are in the proportion of the image's."""
+    if found.answer is None or found.answer.size is None or found.main is None:
+        return False
 
     def skewed(rows: int, columns: int) -> float:
         return abs(math.log(rows * image[1] / (columns * image[0])))
 
-    return skewed(*shape[1:3]) < 0.1 < skewed(*size)
+    _batch, first, second, third = found.outputs[found.main].shape
+    return not skewed(first, second) < 0.1 < skewed(second, third)
 
 
 def _output_shapes(model: nn.Module, input_size: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -343,6 +343,50 @@ def test_a_size_that_the_model_refuses():
         measure_cost(timm.create_model("vit_tiny_patch16_224", depth=1), (3, 225, 225))
 
 
+class Flattening(nn.Module):
+    """Made for 64 px: a convolution of stride 4 leaves 16×16 cells of 4 channels."""
+
+    def __init__(self, flatten=lambda x: x.reshape(-1, 4 * 16 * 16)):
+        super().__init__()
+        self.conv, self.fc, self.flatten = nn.Conv2d(3, 4, 4, 4), nn.Linear(4 * 16 * 16, 2), flatten
+        self.pretrained_cfg = {"input_size": (3, 64, 64)}
+
+    def forward(self, x):
+        return {"logits": self.fc(self.flatten(self.conv(x)))}
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ((3, 128, 128), "returns 4 rows for 1 image of 3x128x128, and one an image of 3x64x64: .* before fc .Linear. counts"),
+        ((4, 3, 32, 32), "returns 1 row for 4 images of 3x32x32, and one an image"),
+        ((2, 3, 64, 128), "returns 4 rows for 2 images of 3x64x128"),
+        ((3, 48, 48), "fc|shape"),
+    ],
+)
+def test_rows_that_are_no_images_are_refused(size, says):
+    with pytest.raises(DownresError, match=says):
+        measure_cost(Flattening(), size)
+
+
+def test_rows_that_are_as_at_the_networks_own_size_are_counted():
+    conv, fc = 16 * 16 * 4 * 3 * 16, 4 * 16 * 16 * 2
+    for batch in (1, 3):
+        assert measure_cost(Flattening(), (batch, 3, 64, 64)).macs == batch * (conv + fc)
+    assert measure_cost(Flattening(lambda x: x.flatten(0)), (3, 64, 64)).macs == conv + fc  # a row in all, as it always has
+    for rows in (lambda x: x.flatten(0, 1), lambda x: x[0], lambda x: x.permute(0, 2, 3, 1).reshape(-1, 3), lambda x: x.sum()):
+        assert macs(rows, (2, 3, 32, 32)) == macs(rows, (2, 3, 48, 48)) == 0
+
+
+def test_a_network_of_several_inputs_is_named():
+    class Pair(nn.Module):
+        def forward(self, left, right):
+            return left + right
+
+    with pytest.raises(DownresError, match="it takes left, right, give a network that takes one image"):
+        measure_cost(Pair(), (3, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("name", "side", "stride", "stem"),
     [

@@ -285,6 +285,149 @@ def test_gradients_reach_the_input():
     assert x.grad.abs().sum() > 0 and all(p.grad is not None for n, p in small.named_parameters() if not n.startswith("aux"))
 
 
+# --- maps of every type, in answers of every kind -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slots:
+    mask: object
+    score: float = 0.5
+
+
+class Plain:
+    """A class of the user's own, which holds itself."""
+
+    def __init__(self, masks):
+        self.masks, self.me = masks, self
+
+
+class Many(list):
+    pass
+
+
+def fixed(logits):
+    return F.adaptive_avg_pool2d(logits, 8)
+
+
+ANSWERS = {
+    "classes": lambda y, x: y.argmax(1),
+    "classes, one channel": lambda y, x: y.argmax(1, keepdim=True),
+    "bytes, channels last": lambda y, x: y.argmax(1)[..., None].to(torch.uint8),
+    "a mask": lambda y, x: y[:, :1] > 0,
+    "probability and mask": lambda y, x: (y[:, :1].sigmoid(), y[:, :1] > 0),
+    "depth": lambda y, x: y[:, 0],
+    "channels last": lambda y, x: y.permute(0, 2, 3, 1),
+    "logits and a fixed map": lambda y, x: (y, fixed(y)),
+    "a fixed map and logits": lambda y, x: {"small": fixed(y), "out": y},
+    "a fixed map first": lambda y, x: (fixed(y), y),
+    "a fixed map alone": lambda y, x: fixed(y),
+    "channels last and a fixed one": lambda y, x: [y.permute(0, 2, 3, 1), fixed(y).permute(0, 2, 3, 1)],
+    "tiles": lambda y, x: y.unflatten(1, (1, CLASSES)),
+    "slots": lambda y, x: Slots(y),
+    "a record that holds itself": lambda y, x: Plain(y.argmax(1)),
+    "torch.max": lambda y, x: y.max(1),
+    "nested": lambda y, x: Pair(y, {"deep": [y.argmax(1, keepdim=True), (y[:, 0], None, "text", 1, 2.5, torch.tensor(3))]}),
+    "a list of another class": lambda y, x: Many([y, y[:, 0]]),
+    "an array": lambda y, x: {"map": y.argmax(1).numpy(), "strides": [8, 16]},
+}
+
+
+def leaves(answer):
+    """What is in an answer, in order, by looking at each kind as a user would."""
+    if isinstance(answer, (Slots, Plain)):
+        answer = [answer.mask, answer.score] if isinstance(answer, Slots) else [answer.masks]
+    if isinstance(answer, dict):
+        answer = list(answer.values())
+    return [leaf for part in answer for leaf in leaves(part)] if isinstance(answer, (list, tuple)) else [answer]
+
+
+@pytest.mark.parametrize("how", [{"resolution": (32, 48)}, {"stem_scale": 0.5}], ids=str)
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_every_map_gets_its_size_and_keeps_its_type(kind, how):
+    torch.manual_seed(0)
+    answer = ANSWERS[kind]
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, CLASSES, 1)
+
+        def forward(self, x):
+            features = self.down(x).relu()
+            return answer(F.interpolate(self.head(features), size=x.shape[-2:], mode="bilinear"), x)
+
+    net, x = Small().eval(), picture((64, 96), 2)
+    small = reduce(net, input_size=(3, 64, 96), **how)
+    wanted, found = run(net, x), run(small, x)
+    assert type(found) is type(wanted)
+    if "resolution" in how:
+        inside = leaves(run(net, F.interpolate(x, size=(32, 48), mode="bilinear", antialias=True)))
+    else:
+        inside = [None] * len(leaves(wanted))
+    for mine, theirs, before in zip(leaves(found), leaves(wanted), inside, strict=True):
+        assert type(mine) is type(theirs)
+        if not hasattr(theirs, "shape"):
+            assert mine == theirs
+            continue
+        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+        if before is None:
+            continue
+        mine, before = torch.as_tensor(mine), torch.as_tensor(before)
+        if mine.shape == before.shape:
+            assert torch.equal(mine, before)
+        elif mine.is_floating_point():
+            last = mine.shape[-1] == CLASSES
+            planes = before.movedim(-1, 1) if last else before[:, None] if before.ndim == 3 else before
+            tiles = planes.reshape(2, -1, 32, 48)
+            grown = F.interpolate(tiles, size=(64, 96), mode="bilinear").reshape(*planes.shape[:-2], 64, 96)
+            near(mine, grown.movedim(1, -1) if last else grown.reshape(mine.shape))
+        else:  # every value is that of the cell it falls into
+            axis = 1 if mine.shape[-1] == 96 and mine.ndim == 3 or mine.shape[-1] == 1 else 2
+            assert torch.equal(mine, before.repeat_interleave(2, axis).repeat_interleave(2, axis + 1))
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda y, x: y.argmax(1).tolist(), r"returns as '0\.0' \(96,\) and, reduced to '32x48', \(48,\)"),
+        (lambda y, x: [{"boxes": x.new_zeros(0, 4), "scores": x.new_zeros(0)}], "'0.boxes' of what it finds in pixels"),
+        (
+            lambda y, x: [{"boxes": x.new_zeros(7, 4)}],
+            "'0.boxes' of what it finds in pixels of what it sees: give resize_input",
+        ),
+        (lambda y, x: y.flatten(2).transpose(1, 2), r"\(1, 6144, 5\) and, reduced to '32x48', \(1, 1536, 5\), which is no map"),
+        (lambda y, x: {"flow": y[:, :2]}, "'flow' .* holds lengths in pixels of what it sees"),
+    ],
+)
+def test_what_cannot_be_brought_back_is_refused(answer, says):
+    net = nn.Conv2d(3, CLASSES, 1)
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return answer(self.net(x), x)
+
+    with pytest.raises(DownresError, match=says):
+        reduce(Whole().eval(), resolution=(32, 48), input_size=(3, 64, 96))
+
+
+def test_boxes_that_follow_no_size_are_kept():
+    """As DETR gives them: a row for each query of each image, as shares of the image."""
+
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Conv2d(3, 40, 3, 2)
+
+        def forward(self, x):
+            return {"pred_boxes": self.net(x).mean((2, 3)).unflatten(1, (10, 4)).sigmoid()}
+
+    assert run(reduce(Queries().eval(), resolution=32), picture((64, 64)))["pred_boxes"].shape == (1, 10, 4)
+
+
 # --- align_corners and the size of the answer ---------------------------------------------------------------------
 
 

@@ -365,6 +365,23 @@ def test_bad_arguments(net):
         reduce(nn.Linear(4, 2), resolution=96)
 
 
+def test_rows_that_are_no_images_are_refused():
+    class Flattening(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 4, 4), nn.Linear(4 * 16 * 16, 2)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).reshape(-1, 4 * 16 * 16))
+
+    with pytest.raises(
+        DownresError, match=r"\(1, 2\) and, reduced to '128', \(4, 2\), which is no row an image any more: give"
+    ):
+        reduce(Flattening(), resolution=128, input_size=(3, 64, 64))
+    with pytest.raises(DownresError, match="does not run as '32'"):
+        reduce(Flattening(), resolution=32, input_size=(3, 64, 64))
+
+
 def test_the_stem_of_another_input_size():
     grey = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 2 * 2, 2)).eval()
     assert reduce(grey, stem_scale=0.5).downres.changes[0].module == "0"  # one channel: the first convolution says so

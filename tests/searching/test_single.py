@@ -5,10 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from downres import Candidate, curve, evaluate, recover
+from downres import Candidate, curve, evaluate, measure_cost, recover, reduce
 from downres.errors import DownresError
 from downres.images import preprocess
+from downres.searching.prepare import refuse_random
 from downres.tasks.classification.head import fit_head
 from downres.tasks.classification.quality import count_correct
 
@@ -64,6 +67,76 @@ def test_recover_gives_a_network_that_is_what_its_record_says(trained, cells):
     assert recovery.tuning.n == tune_n == len(dataset.folds[0].train) // 4
     assert all(torch.equal(before[k], v) for k, v in trained.module.state_dict().items())
     assert network(torch.zeros(3, 3, 16, 16)).shape == (3, 2)
+
+
+class Restless(nn.Module):
+    """Random in eval mode too. kind: of what."""
+
+    def __init__(self, body, kind):
+        super().__init__()
+        self.body, self.kind = body, kind
+
+    def forward(self, x):
+        if self.kind == "noise":
+            x = x + 0.1 * torch.randn_like(x)
+        if self.kind == "dropped inputs":
+            x = F.dropout(x, 0.1)
+        y = self.body(x)
+        if self.kind == "dropout":
+            return F.dropout(y, 0.5)
+        if self.kind == "rounding":  # as threads make it
+            return y * (1 + 1e-6 * torch.rand(()))
+        return y
+
+
+@pytest.mark.parametrize("kind", ["dropout", "dropped inputs", "noise"])
+def test_a_network_that_stays_random_is_noticed_before_anything_is_proven(tiny, cells, kind):
+    model, dataset = dataclasses.replace(tiny, module=Restless(tiny.module, kind).eval()), cells.dataset()
+    before = torch.random.get_rng_state()
+    for run in (
+        lambda: evaluate(model, dataset, threads=1),
+        lambda: curve(model, dataset, [32], threads=1),
+        lambda: recover(model, dataset, resolution=32, threads=1),
+    ):
+        with pytest.raises(DownresError, match="Restless answers differently when it runs twice on the same 1 image .by up to"):
+            run()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert measure_cost(model.module, (3, 48, 48)).macs == measure_cost(tiny.module, (3, 48, 48)).macs
+    assert reduce(model.module, resolution=32)(torch.rand(1, 3, 48, 48)).shape == (1, 2)
+
+
+def test_rounding_is_no_randomness(tiny, cells):
+    for kind in ("rounding", "none"):
+        model = dataclasses.replace(tiny, module=Restless(tiny.module, kind).eval())
+        assert evaluate(model, cells.dataset(), threads=1).n > 0
+
+
+def test_what_counts_as_random():
+    x = torch.zeros(1, 3, 8, 8)
+
+    class Says(nn.Module):
+        def __init__(self, answers):
+            super().__init__()
+            self.answers = iter(answers)
+
+        def forward(self, x):
+            return next(self.answers)
+
+        def __deepcopy__(self, known):
+            return self
+
+    maps = torch.arange(1000).view(1, 1000)
+    close = maps.clone()
+    close[0, 3] = 7
+    for alike in ([maps, close], [torch.ones(1, 2), torch.ones(1, 2) + 1e-5], [torch.full((1, 2), torch.nan)] * 2):
+        refuse_random(Says(alike), x)
+    for apart, says in (
+        ([maps, maps + 1], "in 100% of its values"),
+        ([torch.ones(1, 2), torch.ones(1, 3)], r"shapes \(1, 2\) and \(1, 3\)"),
+        ([[maps, {"a": torch.ones(2)}], [maps, {"a": torch.ones(2) + 1e-3}]], "by up to 0.001"),
+    ):
+        with pytest.raises(DownresError, match=says):
+            refuse_random(Says(apart), x)
 
 
 def test_recover_looks_at_no_proof_image(trained, cells):

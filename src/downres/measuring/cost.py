@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..copying import first_float, refuse_sealed, unwrapped
 from ..copying import parameters as parameters_of
 from ..engines.fuse import fused, is_fusible, noise
-from ..probe import batched, channels_of, fake_run, materialised
+from ..probe import batched, channels_of, check_rows, fake_run, materialised, rows
 from ..records import Cost
 from . import fastpath, shapes
 from .macs import does_arithmetic, macs_of, op_name
@@ -43,13 +43,15 @@ def measure_cost(model: nn.Module, input_size: tuple[int, ...] | None = None, *,
     input_size: (channels, height, width) for a batch of one, or (batch, channels, height, width); None: 224×224 pixels of as
     many channels as the first convolution takes. fuse: branches that are for training alone (RepVGG, MobileOne, …) are put
     together first, by the network's own code and where that gives the same outputs.
-    Raises DownresError when the size is neither, or when the model does not run at it.
+    Raises DownresError when the size is neither, or when the model does not run at it or gives other rows than one an image
+    there, which it gives at its own size.
     """
     refuse_sealed(model)
     input_size = batched(input_size or (channels_of(unwrapped(model)), 224, 224))
     model = materialised(unwrapped(model), input_size)
     model = fused(model, noise((1, *input_size[1:]), first_float(model))) if fuse and is_fusible(model) else model
     seen = fake_run(model, input_size, partial(_watch, fast_path=torch.backends.mha.get_fastpath_enabled()))
+    check_rows(model, input_size, seen.rows)
     parameters = list(parameters_of(model))
     return Cost(
         macs=seen.macs,
@@ -62,12 +64,14 @@ def measure_cost(model: nn.Module, input_size: tuple[int, ...] | None = None, *,
 
 
 @contextmanager
-def _watch(_model: nn.Module, x: Tensor, fast_path: bool = False) -> "Iterator[_Observer]":
+def _watch(model: nn.Module, x: Tensor, fast_path: bool = False) -> "Iterator[_Observer]":
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(fast_path and x.device.type == "cpu")  # elsewhere it is plain attention
     try:
         with _Observer(x) as observer:
+            handle = model.register_forward_hook(lambda _model, _inputs, output: observer.rows.extend(rows(output)))
             yield observer
+            handle.remove()
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
@@ -80,6 +84,7 @@ class _Observer(TorchDispatchMode):
         self.x = x
         self.macs = 0
         self.uncounted: Counter[str] = Counter()
+        self.rows: list[int] = []
         self.live = LiveStorages(x)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

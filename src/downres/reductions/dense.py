@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -147,7 +148,9 @@ class FullSize:
     """Two hooks of one reduced model: `before` its input is resized it is looked at, `after` it has run its logits get the
     size that the original's would have for that input, or `size`; so do auxiliary logits and other maps beside them.
 
-    strides: input over logits of the original, None where it gives none. maps: where in the answer there are others.
+    strides: input over logits of the original, None where it gives none. maps: where in the answer there are others; stay:
+    where there are some that are as large for every input. What is elsewhere (in train mode, or asked for) is auxiliary
+    logits where it has as many channels as the logits, else it stays as it is.
     """
 
     def __init__(
@@ -155,11 +158,13 @@ class FullSize:
         size: Size | None,
         strides: tuple[float, float] | None,
         maps: dict[Path, Map | Tokens],
+        stay: frozenset[Path],
         interpolation: str,
         align_corners: bool,
     ) -> None:
-        self.size, self.strides, self.maps = size, strides, maps
+        self.size, self.strides, self.maps, self.stay = size, strides, maps, stay
         self.interpolation, self.align_corners = interpolation, align_corners
+        self._records = {path[:depth] for path in [(), *maps] for depth in range(len(path) or 1)}
         self._input: Size = (0, 0)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -179,15 +184,25 @@ class FullSize:
                     value[key] = made
         elif isinstance(value, (list, tuple)):
             items = [self._changed(item, main, (*path, i)) for i, item in enumerate(value)]
-            return items if isinstance(value, list) else type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        elif type(value) not in _NO_RECORDS:
-            for name, tensor in items_of(value) or ():
-                object.__setattr__(value, name, self._changed(tensor, main, (*path, name)))
+            if type(value) is list:
+                return items
+            if isinstance(value, list):
+                value[:] = items
+            else:
+                return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        elif isinstance(value, np.ndarray):
+            return self._full(torch.from_numpy(value), main, path).numpy() if path in self.maps else value
+        elif path in self._records:
+            for name, item in items_of(value) or ():
+                if (made := self._changed(item, main, (*path, name))) is not item:
+                    object.__setattr__(value, name, made)
         return value
 
     def _full(self, x: Tensor, main: Tensor | None, path: Path) -> Tensor:
         """`x` where it is the network's answer (`main`), auxiliary, of as many classes, perhaps at another stride, or a map."""
-        if main is not None and self.strides is not None and x.ndim == main.ndim == 4 and x.shape[1] == main.shape[1]:
+        if path in self.stay:
+            return x
+        if main is not None and self.strides is not None and _as_logits(x, main):
             size = self.size or full_size(self._input, self.strides)
             if self.size is not None:
                 check_size(self.size, (main.shape[-2], main.shape[-1]))
@@ -213,7 +228,8 @@ class FullSize:
         return planes.movedim((-2, -1), (found.rows, found.rows + 1))
 
 
-_NO_RECORDS = (type(None), bool, int, float, str)
+def _as_logits(x: Tensor, main: Tensor) -> bool:
+    return x.ndim == main.ndim == 4 and x.shape[1] == main.shape[1] and x.is_floating_point()
 
 
 def _answer(output: Any) -> Tensor:

@@ -5,14 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from ..copying import copied
 from ..engines import check_threads
 from ..errors import DownresError
 from ..families import Model
 from ..images.images import cache_bytes
+from ..images.preprocess import preprocess
 from ..parse import user_path
 from ..records import Candidate, Preprocessing, Record
+from ..reduction import made_for
 from ..tasks import Data, Question, Task, find_task
 from .design import as_model
 from .plan import check_trained
@@ -89,7 +94,7 @@ def open_data(
     parts: tuple[str, ...] = ("train", "val"),
     progress: Progress | None = None,
 ) -> None:
-    """The data opened and checked against the model."""
+    """The data opened and checked against the model, which must answer alike whenever it sees the same images."""
     if task.fit_new and "train" not in parts:
         raise DownresError("No head is fitted here, these would be numbers of an empty one: leave fit_head out, or use search.")
     part = measuring.part(fitted="train" in parts)
@@ -99,6 +104,40 @@ def open_data(
         how["channels"] = task.channels
     opened = task.open(data, parts=parts, progress=progress, question=question, **how)
     task.begin(opened, measuring.seed)
+    shown = task.data.folds[0].train if len(task.data.folds[0].train) else task.proof
+    refuse_random(task.model.module, preprocess(task.data.images[int(shown[0])], task.model.preprocessing)[None])
+
+
+def refuse_random(network: nn.Module, x: torch.Tensor) -> None:
+    """Raises DownresError for a network that answers differently when it runs twice on the same images x (B, C, H, W): nothing
+    could be proven of it. Sums in another order, of other threads, are no difference.
+    """
+    network = nn.Module.eval(copied(made_for(network, (x.shape[-2], x.shape[-1]))))
+    try:
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            one, other = ([y for y in tree_leaves(network(x)) if isinstance(y, torch.Tensor)] for _ in range(2))
+    except Exception:  # whatever a network fails with; where its answers are measured it is said in words
+        return
+    for apart in (_apart(a, b) for a, b in zip(one, other, strict=False)):
+        if apart:
+            raise DownresError(
+                f"{type(network).__name__} answers differently when it runs twice on the same {len(x)} "
+                f"image{'s' * (len(x) > 1)} ({apart}), so nothing can be proven of it: turn off what stays random in eval "
+                "mode, for example F.dropout without training=self.training."
+            )
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> str:
+    """In which way two answers differ by more than sums of threads in any order do, '' where they do not."""
+    if a.shape != b.shape:
+        return f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    if a.numel() == 0:
+        return ""
+    if not a.is_floating_point():  # classes, of which a few are close calls
+        share = float((a != b).double().mean())
+        return f"in {share:.0%} of its values" if share > 0.01 else ""
+    worst, largest = (float(t.double().abs().nan_to_num().max()) for t in (a - b, a))
+    return f"by up to {worst:.2g}" if worst > 1e-4 * largest else ""
 
 
 def describe(task: Task) -> dict[str, Any]:
