@@ -58,6 +58,7 @@ def test_a_side_that_only_follows_goes_to_the_stride_where_the_one_named_is_on_i
     candidates, notes = plan(Design((360, 480), 32), Axes((320, 180, (180, 200))))
     assert [c.hw for c in candidates] == [(320, 416), (180, 240), (180, 200)]
     assert len(notes) == 1 and notes[0].endswith(": 180x240, 180x200")
+    assert plan(Design((320, 427), 32), Axes((320,))) == ([], [])  # the original itself
 
 
 def test_a_pair_is_height_and_width_and_what_means_the_same_is_tried_once():

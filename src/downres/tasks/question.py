@@ -36,15 +36,10 @@ class Question(Record):
 def refuse_mask_options(question: Question) -> None:
     """DownresError for options that are of answers to every pixel, which a network does not give."""
     if question.ignore_output is not None:
-        raise DownresError(
-            "Only a segmentation network has an output for void, this one answers once an image: leave `ignore_output` out."
-        )
+        raise DownresError("Only a segmentation network has an output for void, this one is none: leave `ignore_output` out.")
     if question.label_size is not None:
-        raise DownresError(
-            "Only a segmentation network's answer has a size, this one answers once an image: leave `label_size` out."
-        )
+        raise DownresError("Only the answers of segmentation networks have a size, this one is none: leave `label_size` out.")
     if question.output != LOGITS or question.upsampling != "bilinear":
         raise DownresError(
-            "Only a segmentation network's answer is upsampled, this one answers once an image: leave `output` and "
-            "`upsampling` out."
+            "Only the answers of segmentation networks are upsampled, this one is none: leave `output` and `upsampling` out."
         )

@@ -180,7 +180,7 @@ def placed(resolution: Resolution, design: Design) -> Resolution:
     360x480 and a stride of 32, 320 is 320x416 and not 320x427.
     """
     size = like(design.native, resolution)
-    if not isinstance(resolution, int) or isinstance(size, int) or resolution % design.stride:
+    if not isinstance(resolution, int) or isinstance(size, int) or size == design.native or resolution % design.stride:
         return size
     height, width = (_nearest(side, design.stride) for side in size)
     return height, width
