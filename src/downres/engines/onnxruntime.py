@@ -1,8 +1,10 @@
 """Export to ONNX and run there, on the CPU."""
 
 import contextlib
+import errno
 import io
 import logging
+import os
 import re
 import threading
 import traceback
@@ -117,6 +119,8 @@ def export_onnx(
             )
         _check_batch_is_free(path, example.numpy()[:1])
     except Exception as error:
+        if (full := _full_disk(error)) is not None:
+            raise full from error
         raise DownresError(
             f"The model could not be exported to ONNX: {_why(error)}; runtime 'torch' measures without."
         ) from error
@@ -174,6 +178,15 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """That the disk is full, where an error or what it came from says so: no fault of the model."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _why(error: BaseException) -> str:
