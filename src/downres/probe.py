@@ -22,6 +22,7 @@ from .copying import children, copied, first_float, is_lazy, modules, named_modu
 from .engines.torch import plain_attention, uncompiled
 from .errors import DownresError, first_line
 from .lazy import no_collector
+from .parse import MAX_RESOLUTION
 
 Seen = TypeVar("Seen")
 Watch = Callable[[nn.Module, Tensor], AbstractContextManager[Seen]]
@@ -158,10 +159,17 @@ def materialised(model: nn.Module, input_size: tuple[int, ...] | None = None) ->
 
 
 def batched(input_size: tuple[int, ...]) -> tuple[int, ...]:
-    """(batch, channels, height, width) of a size given with or without the batch; DownresError for anything else."""
+    """(batch, channels, height, width) of a size given with or without the batch; DownresError for anything else, and for more
+    pixels than MAX_RESOLUTION squared: what a network makes real by its size, such as positions, would fill the memory.
+    """
     size = tuple(input_size)
     if len(size) not in (3, 4) or not all(isinstance(n, int) and n > 0 for n in size):
         raise DownresError(f"An input size is (channels, height, width), all above 0, {size} is not: give (3, 224, 224).")
+    if math.prod(size[-2:]) > MAX_RESOLUTION**2:
+        raise DownresError(
+            f"An input has at most {MAX_RESOLUTION}x{MAX_RESOLUTION} pixels, {size[-2]}x{size[-1]} are more: "
+            "give for example (3, 224, 224)."
+        )
     return size if len(size) == 4 else (1, *size)
 
 

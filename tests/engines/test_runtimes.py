@@ -172,6 +172,14 @@ def test_a_network_that_does_not_stand_channels_last_runs_as_it_was_written(make
     assert np.allclose(found, expected, atol=1e-6)
 
 
+def test_a_full_disk_is_no_fault_of_the_model(tmp_path):
+    """A device that is always full stands for the disk."""
+    (tmp_path / "model.onnx").symlink_to("/dev/full")
+    with pytest.raises(OSError) as told:
+        export_onnx(nn.Conv2d(3, 4, 3), (3, 8, 8), tmp_path / "model.onnx")
+    assert told.value.errno == errno.ENOSPC
+
+
 def test_content_that_is_not_onnx(tmp_path):
     path = tmp_path / "text.onnx"
     path.write_text("hello")

@@ -33,6 +33,13 @@ def macs(model, size=(3, 16, 16)):
     return measure_cost(model if isinstance(model, nn.Module) else Apply(model), size).macs
 
 
+def test_absurd_sizes_are_refused():
+    """Not as what is long and narrow, such as sound."""
+    with pytest.raises(DownresError, match="An input has at most 8192x8192 pixels, 100000x100000 are more"):
+        measure_cost(nn.Conv2d(3, 8, 3), (3, 100_000, 100_000))
+    assert macs(nn.Conv2d(1, 8, 1), (1, 1, 480_000)) == 8 * 480_000
+
+
 # --- arithmetic ---------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
 """Export to ONNX and run there, on the CPU."""
 
 import contextlib
+import errno
 import io
 import logging
+import os
 import re
 import threading
 import traceback
@@ -138,8 +140,8 @@ def export_onnx(
             )
         _check_batch_is_free(path, example.numpy()[:1])
     except Exception as error:
-        if full := next((one for one in _chain(error) if getattr(one, "errno", None) in NO_SPACE), None):
-            raise full from None  # which is no fault of the network
+        if any(getattr(one, "errno", None) in NO_SPACE or "No space left" in str(one) for one in _chain(error)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error  # which is no fault of the network
         raise NotExported(_why(error)) from error
     return path
 
