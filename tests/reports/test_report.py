@@ -26,7 +26,8 @@ from downres.records import (
     Rung,
 )
 from downres.reports import ReportView, build_report, words, write_report
-from downres.reports.pictures import AXES, log_ticks, pareto_front, png_data_uri, tick_texts
+from downres.reports.page import columns
+from downres.reports.pictures import AXES, SHOWN, log_ticks, pareto_front, png_data_uri, tick_texts
 from downres.tasks.classification.photos import Photo, View, photos_html
 from downres.tasks.classification.quality import Quality
 
@@ -220,6 +221,30 @@ def test_page_has_its_parts_and_no_outside_address():
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", page)
 
 
+def test_numbers_are_written_one_way_and_short():
+    own = Preprocessing(128, 0.95, "bilinear", (127 / 255,) * 3, (128 / 255,) * 3)
+    page = without_plotly(build_report(sample(preprocessing=own)))
+    told = re.sub(r"<(script|style)>.*?</\1>|<[^>]+>", " ", page, flags=re.S)
+    assert "mean 0.498, 0.498, 0.498; std 0.502, 0.502, 0.502" in told
+    assert not re.search(r"\d\.\d{6}", told)
+    assert words.count(2624, "image") == "2624 images" and "\u2009" not in page  # no space at which a number breaks
+
+
+def test_a_network_without_tokens_is_not_told_of_any():
+    assert "token" not in re.sub(r"<[^>]+>", " ", without_plotly(build_report(sample())))
+
+
+def test_what_was_not_recovered_has_one_name():
+    page = re.sub(r"<[^>]+>", " ", without_plotly(build_report(sample()))).lower()
+    assert "lowered only" in page and "naive" not in page and "no recovery" not in page
+
+
+def test_no_picture_stands_alone_in_its_row():
+    for pictures in range(1, SHOWN + 3):
+        across = columns(pictures)
+        assert across <= 4 and (pictures < 4) <= (across == pictures) and pictures % across != 1 or pictures == 1
+
+
 def test_page_without_photographs_latency_or_candidates():
     bare = Result(Candidate(300), "measured", quality=quality(97.0))
     page = without_plotly(
@@ -294,6 +319,16 @@ def test_nothing_overflows_and_images_load(visit, width):
     shown = page.evaluate("[...document.images].map(i => i.getBoundingClientRect()).map(b => `${b.width} ${b.height}`)")
     assert len(set(shown)) == 1 and float(shown[0].split()[0]) > 90
     assert page.evaluate("document.querySelector('#plot .main-svg').getBoundingClientRect().width") <= width
+
+
+def test_a_table_that_goes_on_beyond_the_edge_says_so(visit):
+    page = visit(390)
+    table = page.locator(".scroll").first
+    hint = "e => getComputedStyle(e, '::before').display"
+    assert "more" in table.get_attribute("class") and table.evaluate(hint) == "block"
+    table.evaluate("e => { e.scrollLeft = e.scrollWidth }")
+    page.wait_for_function("e => !e.classList.contains('more')", arg=table.element_handle())
+    assert visit(1280).locator(".scroll").first.evaluate(hint) == "none"
 
 
 def test_plot_draws_switches_and_hovers(visit):

@@ -14,7 +14,7 @@ import torch
 from onnx import numpy_helper
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
 from ..copying import copied
@@ -175,7 +175,7 @@ def _quality(
 ) -> Finding:
     """On all proof images through onnxruntime; with cross-fitting, each fold by the weights that never saw it."""
     parts = []
-    tensors = load_file(folder / "folds.safetensors") if (folder / "folds.safetensors").exists() else {}
+    tensors = load((folder / "folds.safetensors").read_bytes()) if (folder / "folds.safetensors").exists() else {}
     for i, fold in enumerate(task.data.folds):
         one: Runtime = runtime
         how = p
@@ -251,7 +251,7 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
         module.set_submodule(answer.head, nn.Linear(answer.width, source["outputs"]))
     module = reduce(module, candidate, input_size=(len(native.mean), *native.hw), resize_input=False)
     try:
-        module.load_state_dict(load_file(folder / "model.safetensors"))
+        module.load_state_dict(load((folder / "model.safetensors").read_bytes()))
     except (RuntimeError, SafetensorError):
         raise DownresError(
             f"The network given is not the one in {folder}: its weights do not fit; give the one that was searched."

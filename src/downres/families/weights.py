@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from ..copying import modules
-from ..errors import DownresError
+from ..errors import DownresError, shown
 
 _WRAPPERS = (
     "state_dict", "model_state_dict", "model_state", "model", "model_ema", "state_dict_ema", "net", "network",
@@ -59,7 +59,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise DownresError(f"There is no weights file {path}: give a .safetensors or .pth file to `weights`.")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            # It takes names in UTF-8 alone.
+            return load_file(path) if shown(path) == str(path) else load(path.read_bytes())
         with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
             warnings.simplefilter("ignore")  # torch warns of pickles that it then refuses
             loaded = torch.load(path, map_location="cpu", weights_only=True)

@@ -35,7 +35,7 @@ def _emphasise(sentence: str) -> Markup:
     return Markup(re.sub(r"(\d[\d.]*×)", r"<em>\1</em>", str(escape(kept))))
 
 
-def _columns(pictures: int, most: int = 4) -> int:
+def columns(pictures: int, most: int = 4) -> int:
     """Of a grid of so many pictures, at most `most`: rows as even as they can be, so that no picture stands alone."""
     rows = max(1, math.ceil(pictures / most))
     return max(1, math.ceil(pictures / rows))
@@ -71,7 +71,7 @@ def _environment(folder: Path) -> jinja2.Environment:
         "bound": words.bound,
         "count": words.count,
         "channels": words.channels,
-        "columns": _columns,
+        "columns": columns,
         "verdict_key": words.verdict_key,
         "shown_verdict": words.shown_verdict,
         "budget_words": words.budget_words,
