@@ -162,9 +162,9 @@ def test_report(cli, run_folder):
 
 def test_check(cli, run_folder, model, data):
     done = cli("check", run_folder / "best", "--model", model, "--threads", 1)
-    assert done.code == 0 and done.out.count("ok ") == 4
+    assert done.code == 0 and done.out.count("ok ") == 5
     document = cli("check", run_folder / "best", "--threads", 1, "--json").json
-    assert document["ok"] is True and [f["ok"] for f in document["findings"]] == [True, True, None, True]
+    assert document["ok"] is True and [f["ok"] for f in document["findings"]] == [True, True, None, True, True]
 
 
 def test_check_of_a_changed_file(cli, run_folder, tmp_path):

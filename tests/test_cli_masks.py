@@ -95,7 +95,7 @@ def test_check(cli, model, scenes, run_folder, tmp_path):
     done = cli("check", run_folder / "best", "--model", model, "--threads", "1")
     assert done.code == 0 and done.out.count("ok") >= 4 and "mIoU" in done.out
     found = cli("check", run_folder / "best", "--data", scenes, "--json").json
-    assert found["ok"] and [f["ok"] for f in found["findings"]] == [True, True, None, True]
+    assert found["ok"] and [f["ok"] for f in found["findings"]] == [True, True, None, True, True]
     spoilt = shutil.copytree(run_folder / "best", tmp_path / "best")
     (spoilt / "model.onnx").write_bytes(b"")
     done = cli("check", spoilt)
