@@ -45,15 +45,15 @@ def segmenter(classes=3, **dense):
     return task
 
 
-def loaded(folder: Path, task, p: Preprocessing) -> dict:
+def loaded(folder: Path, task, p: Preprocessing, numbers: bool = False) -> dict:
     """The names in serve.py, as it would be written for the task, beside a manifest that says what it reads."""
     folder.mkdir(exist_ok=True)
     output = {"name": "x", "shape": [], **task.meaning(p)}
     colours = [list(c) for c in getattr(task, "colours", ())]
-    manifest = {"steps": steps(p), "output": output, "classes": list(getattr(task, "classes", ())), "colours": colours}
+    manifest = {"steps": steps(p, numbers), "output": output, "classes": list(getattr(task, "classes", ())), "colours": colours}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     file = folder / "serve.py"
-    file.write_text(program(task, p))
+    file.write_text(program(task, p, numbers))
     names = {"__file__": str(file)}
     exec(compile(file.read_text().partition("\nsession = ")[0], str(file), "exec"), names)  # all but the loop
     return names
@@ -79,7 +79,7 @@ def test_every_variant_is_short_and_compiles():
             p = Preprocessing(
                 32, 0.9, how, (0.5,) * channels, (0.25,) * channels, fit=fit, channel_order=order, antialias=antialias
             )
-            text = program(task, p)
+            text = program(task, p, numbers=fit == "pad" and order == "rgb")
             compile(text, "serve.py", "exec")
             lines = text.splitlines()
             assert len(lines) <= MOST_LINES and max(map(len, lines)) <= 128, (len(lines), task.name, p)
@@ -142,6 +142,43 @@ def test_the_input_is_that_of_downres_but_for_rounding(pictures, tmp_path, p):
         assert ours.dtype == np.float32 and ours.shape == theirs.shape, file.name
         apart = np.abs(ours - theirs) * np.array(p.std, np.float32)[:, None, None] / p.scale
         assert apart.max() < 2.01 and (apart > 0.01).mean() < 0.02, (file.name, apart.max(), (apart > 0.01).mean())
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "ending"),
+    [
+        ((37, 50, 4), "uint8", "png"),
+        ((37, 50, 6), "uint8", "npy"),
+        ((50, 37, 5), "uint16", "tif"),
+        ((37, 50), "uint16", "tif"),
+        ((37, 50, 3), "uint16", "npy"),
+        ((2, 37, 50), "float32", "npy"),
+    ],
+)
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(("interpolation", "antialias"), list(itertools.product(("bilinear", "bicubic"), (True, False))))
+def test_numbers_are_served_as_downres_reads_them(tmp_path, shape, dtype, ending, fit, interpolation, antialias):
+    rng = np.random.default_rng(0)
+    levels = {"uint8": 255, "uint16": 65535, "float32": 1}[dtype]
+    coarse = rng.random((6, 7) if len(shape) == 2 else (6, 7, min(shape)))
+    sides = shape[:2] if len(shape) == 2 or shape[2] == min(shape) else shape[1:]
+    smooth = F.interpolate(torch.from_numpy(coarse.reshape(6, 7, -1)).permute(2, 0, 1)[None], sides, mode="bilinear")[0]
+    values = (levels * smooth.permute(1, 2, 0).numpy()).astype(dtype)
+    channels = values.shape[2]
+    values = values.reshape(shape) if len(shape) == 2 else np.moveaxis(values, 2, shape.index(min(shape)))
+    file = tmp_path / f"picture.{ending}"
+    if ending == "npy":
+        np.save(file, values)
+    elif ending == "png":
+        Image.fromarray(values).save(file)
+    else:
+        pytest.importorskip("tifffile").imwrite(file, values, photometric="minisblack", planarconfig="contig" if values.ndim == 3 else None)
+    p = Preprocessing((24, 20), 0.9, interpolation, (0.4,) * channels, (0.25,) * channels, fit=fit, antialias=antialias)
+    serve = loaded(tmp_path / "served", classifier(), p, numbers=True)
+    ours = preprocess(decode(file, channels), p).numpy()
+    theirs = serve["network_input"](*serve["opened"](str(file)))[0]
+    assert theirs.shape == ours.shape and ours.std() > 0.1
+    assert np.abs(theirs - ours).max() * 0.25 * 255 <= 2.01  # levels of 255
 
 
 def test_what_is_no_picture_of_8_or_16_bits_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..environment import versions
@@ -15,7 +16,7 @@ from ..records import Preprocessing
 from ..tasks import Task
 from .graph import Graph
 from .manifest import SERVE
-from .serving import output_of, program, steps
+from .serving import output_of, program, steps, takes_numbers
 from .use import answered
 
 IMAGES = 8
@@ -28,17 +29,16 @@ def served_alike(task: Task, folder: Path, manifest: dict[str, Any], graph: Grap
     """
     if not (folder / SERVE).is_file():
         return None, f"there is no {SERVE}: the model was exported before there was one"
-    described = manifest.get("steps") == steps(p) and manifest["output"] == output_of(task, p)
-    if (folder / SERVE).read_bytes() != program(task, p).encode() or not described:
+    numbers = takes_numbers(task, p)
+    described = manifest.get("steps") == steps(p, numbers) and manifest["output"] == output_of(task, p)
+    if (folder / SERVE).read_bytes() != program(task, p, numbers).encode() or not described:
         theirs, ours = manifest.get("versions", {}).get("downres"), versions()["downres"]
         which = "what the manifest says of serving is" if described is False else f"{SERVE} is"
         other = f" ({theirs} wrote it, this is {ours})" if theirs != ours else ""
         return (None if other else False), f"{which} not the one that downres writes{other}: it was not run"
     chosen = task.proof[:: max(1, len(task.proof) // IMAGES)][:IMAGES]
     with tempfile.TemporaryDirectory(prefix="downres-") as place:
-        files = [Path(place) / f"{k}.png" for k in range(len(chosen))]
-        for file, i in zip(files, chosen, strict=True):
-            Image.fromarray(task.data.images[int(i)].squeeze()).save(file)
+        files = [_written(task.data.images[int(i)], Path(place) / str(k)) for k, i in enumerate(chosen)]
         try:
             both = [answered(task, graph, file, p, 5, Path(place) / "predicted") for file in files]
         except DownresError as error:
@@ -48,6 +48,16 @@ def served_alike(task: Task, folder: Path, manifest: dict[str, Any], graph: Grap
             return False, why
         predicted = [record.to_json() for _, record in both]
         return task.alike(served, predicted, [answer for answer, _ in both])
+
+
+def _written(pixels: np.ndarray, stem: Path) -> Path:
+    """A picture as a file that has all of it: PNG, or .npy where that has not the type or the channels."""
+    pixels = pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels
+    if pixels.dtype == np.uint8 and (pixels.ndim == 2 or pixels.shape[2] in (3, 4)):
+        Image.fromarray(pixels).save(file := stem.with_suffix(".png"))
+    else:
+        np.save(file := stem.with_suffix(".npy"), pixels)
+    return file
 
 
 def _served(folder: Path, files: list[Path]) -> tuple[list[dict[str, Any]] | None, str]:

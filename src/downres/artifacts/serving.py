@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from ..images.preprocess import cover_of, covering_size, fill_of, shown_size
+import numpy as np
+
+from ..images.preprocess import cover_of, covering_size, divisor, fill_of, shown_size
 from ..records import BGR, RGB, Preprocessing
 from ..tasks import Task
 
@@ -11,8 +13,16 @@ EXAMPLE = (480, 640)
 """(height, width) of the picture that the manifest follows from step to step."""
 
 
-def steps(p: Preprocessing) -> dict[str, Any]:
-    """From a file to the network's input, in the order in which it is done: every number, and every rule in words."""
+def takes_numbers(task: Task, p: Preprocessing) -> bool:
+    """Whether the network gets numbers as they are in a file (TIFF, .npy), or colours with transparency: no 8-bit colours."""
+    return len(p.mean) not in (1, 3) or task.data.images[int(task.proof[0])].dtype != np.uint8
+
+
+def steps(p: Preprocessing, numbers: bool = False) -> dict[str, Any]:
+    """From a file to the network's input, in the order in which it is done: every number, and every rule in words.
+
+    numbers: see `takes_numbers`.
+    """
     how = f"{p.interpolation}, with antialiasing" if p.antialias else f"{p.interpolation}, without antialiasing"
     passes = (
         "as Pillow's Image.resize: the filter grows with the factor; first along the width, then along the height, each pass "
@@ -24,7 +34,9 @@ def steps(p: Preprocessing) -> dict[str, Any]:
     resized = _resized(EXAMPLE, p)
     offset = [max(0, round((have - want) / 2)) for have, want in zip(resized, p.hw, strict=True)]
     return {
-        "decode": {
+        "decode": _NUMBERS
+        if numbers
+        else {
             "colours": "L" if len(p.mean) == 1 else "RGB",
             "exif_orientation": True,
             "rule": "the first picture of the file, turned upright as its EXIF orientation says; 8 bits a channel, of 16-bit "
@@ -38,10 +50,10 @@ def steps(p: Preprocessing) -> dict[str, Any]:
             "antialias": p.antialias,
             "rule": f"{how}, {passes}; {_FITTED[p.fit]}",
         },
-        **_fitted(p),
+        **_fitted(p, numbers),
         "normalise": {
-            "channels": "L" if len(p.mean) == 1 else p.channel_order.upper(),
-            "divide_by": 1 / p.scale,
+            "channels": len(p.mean) if numbers else "L" if len(p.mean) == 1 else p.channel_order.upper(),
+            "divide_by": {t: divisor(np.dtype(t), p) for t in ("uint8", "uint16", "float32")} if numbers else 1 / p.scale,
             "mean": list(p.mean),
             "std": list(p.std),
             "rule": "(pixel / divide_by - mean) / std in float32, mean and std in the order of channels; then height, width, "
@@ -55,13 +67,23 @@ def steps(p: Preprocessing) -> dict[str, Any]:
     }
 
 
-def _fitted(p: Preprocessing) -> dict[str, Any]:
+_NUMBERS = {
+    "colours": None,
+    "exif_orientation": True,
+    "rule": "numbers as they are in a TIFF or an .npy file, uint8, uint16 or float32 (height, width, channels), each resized "
+    "by itself, 8 bits rounded and others not; of other files 8-bit colours, with four channels those with transparency",
+}
+
+
+def _fitted(p: Preprocessing, numbers: bool) -> dict[str, Any]:
     """What is done to a resized picture whose size is not that of the input."""
     if p.fit == "crop":
         rule = "top = round((height - size[0]) / 2), left = round((width - size[1]) / 2), half to even"
         return {"crop": {"size": list(p.hw), "rule": rule}}
     if p.fit == "pad":
         rule = "at the right and the bottom, with a value for each channel of `decode`"
+        if numbers:
+            return {"pad": {"size": list(p.hw), "rule": "at the right and the bottom, with mean * divide_by of each channel"}}
         return {"pad": {"size": list(p.hw), "fill": fill_of(p, len(p.mean)), "rule": rule}}
     return {}
 
@@ -98,19 +120,33 @@ _FITTED = {
 }
 
 
-def program(task: Task, p: Preprocessing) -> str:
-    """The text of serve.py: under 60 lines, of those parts that are needed. Its numbers it reads from the manifest."""
-    answer, grey = task.serving(p).strip(), len(p.mean) == 1
+def program(task: Task, p: Preprocessing, numbers: bool = False) -> str:
+    """The text of serve.py: under 60 lines, of those parts that are needed. Its numbers it reads from the manifest.
+
+    numbers: see `takes_numbers`.
+    """
+    answer, channels = task.serving(p).strip(), len(p.mean)
     cubic = "bicubic(" in answer or (not p.antialias and p.interpolation == "bicubic")
     before, resized = _RESIZED["antialias" if p.antialias else p.interpolation]
-    parts = [
-        _OPENED.replace('convert("RGB")', 'convert("RGB").convert("L")' if grey else 'convert("RGB")'),
-        *([_BICUBIC] if cubic else []),
-        _FIT[p.fit].replace("    BEFORE\n", before).replace("RESIZED", resized),
-        _INPUT.replace("PIXELS", "np.float32(fitted(picture))" + ("[..., None]" if grey else _ORDER[p.channel_order])),
-        answer,
-        _RUN,
-    ]
+    fit, order = _FIT[p.fit], _ORDER[p.channel_order]
+    if numbers:
+        before, resized = "", _RESIZED_NUMBERS["antialias" if p.antialias else p.interpolation]
+        opened = _OPENED_NUMBERS.replace("COLOURS", {1: "L", 4: "RGBA"}.get(channels, "RGB"))
+        if p.fit == "pad":
+            fit = fit.replace("fitted(picture)", "fitted(picture, fill)").replace('tuple(STEPS["pad"]["fill"])', _LEVEL)
+            each = f"[fitted(plane, fill) for plane, fill in zip(planes, (mean * divide_by){order}, strict=True)]"
+        else:
+            each = "[fitted(plane) for plane in planes]"
+        taken = _INPUT_NUMBERS.replace("EACH", each).replace("ORDER", order)
+        run = _RUN.replace("picture = opened", "planes, kind = opened")
+        run = run.replace("network_input(picture)", "network_input(planes, kind)")
+        run = run.replace("answer(output[0], picture,", "answer(output[0], planes[0],")
+    else:
+        opened = _OPENED.replace('convert("RGB")', 'convert("RGB").convert("L")' if channels == 1 else 'convert("RGB")')
+        taken = _INPUT.replace("PIXELS", "np.float32(fitted(picture))" + ("[..., None]" if channels == 1 else order))
+        run = _RUN
+    fitted = fit.replace("    BEFORE\n", before).replace("RESIZED", resized)
+    parts = [opened, *([_BICUBIC] if cubic else []), fitted, taken, answer, run]
     text = _HEAD + "".join(f"\n{part.strip()}\n" for part in parts)
     return text if text.count("\n") < MOST_LINES else text.replace("\n\ndef", "\ndef")
 
@@ -139,6 +175,23 @@ def opened(name):  # upright, 8 bits a channel, nothing transparent
         picture = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     return picture.convert("RGB")
 """
+_OPENED_NUMBERS = """
+def opened(name):  # a plane for each channel in its own numbers, and their type
+    if name.lower().endswith((".tif", ".tiff")):
+        import tifffile
+        values = tifffile.imread(name)
+    elif name.lower().endswith(".npy"):
+        values = np.load(name)
+    else:
+        values = np.asarray(ImageOps.exif_transpose(Image.open(name)).convert("COLOURS"))
+    channels = STEPS["normalise"]["channels"]
+    if values.ndim == 3 and values.shape[2] != channels:
+        values = np.moveaxis(values, 0, 2)
+    values = values.reshape(*values.shape[:2], -1)
+    assert values.shape[2] == channels or (values.shape[2], channels) == (1, 3), f"{name} has other channels"
+    planes = np.moveaxis(values if values.dtype == np.uint8 else np.float32(values), 2, 0)
+    return [Image.fromarray(plane) for plane in planes], values.dtype.name if values.dtype.kind == "u" else "float32"
+"""
 _BICUBIC = """
 def bicubic(plane, size, corners=False):  # (h, w) to (height, width), without antialiasing, a = -0.75
     for have, want in zip(plane.shape, size):
@@ -161,6 +214,12 @@ _RESIZED = {
     "bicubic": ("    planes = [bicubic(np.float32(plane), size[::-1]) for plane in picture.split()]\n", _MERGED),
 }
 """(A line before, the resized picture)."""
+_RESIZED_NUMBERS = {
+    "antialias": _RESIZED["antialias"][1],
+    "bilinear": 'picture.convert("F").transform(size, Image.EXTENT, (0, 0, *picture.size), Image.BILINEAR)',
+    "bicubic": "Image.fromarray(np.float32(bicubic(np.float32(picture), size[::-1])))",
+}
+_LEVEL = 'round(fill) if picture.mode == "L" else float(fill)'
 _FIT = {
     "crop": """
 def fitted(picture):  # it covers STEPS["resize"]["to"], and its centre is what counts
@@ -195,6 +254,13 @@ _INPUT = """
 def network_input(picture):  # float32 (1, channels, height, width)
     divide_by, mean, std = (np.float32(STEPS["normalise"][name]) for name in ("divide_by", "mean", "std"))
     return np.ascontiguousarray(((PIXELS / divide_by - mean) / std).transpose(2, 0, 1)[None])
+"""
+_INPUT_NUMBERS = """
+def network_input(planes, kind):  # float32 (1, channels, height, width)
+    divide_by = np.float32(STEPS["normalise"]["divide_by"][kind])
+    mean, std = (np.float32(STEPS["normalise"][name]) for name in ("mean", "std"))
+    pixels = np.stack(EACH, -1, dtype=np.float32)ORDER
+    return np.ascontiguousarray(((pixels / divide_by - mean) / std).transpose(2, 0, 1)[None])
 """
 _RUN = """
 session = onnxruntime.InferenceSession(str(HERE / "model.onnx"), providers=["CPUExecutionProvider"])

@@ -20,7 +20,7 @@ from ..records import Preprocessing, Recovery, Result
 from ..recovery.state import State
 from ..tasks import Task
 from .manifest import FORMAT, PROOF, SERVE
-from .serving import output_of, program, proof_of, steps
+from .serving import output_of, program, proof_of, steps, takes_numbers
 
 
 def export(
@@ -57,7 +57,8 @@ def export(
     if fold_tensors:
         folds_own = save({k: torch.from_numpy(v).contiguous() for k, v in fold_tensors.items()})
         (partial / "folds.safetensors").write_bytes(folds_own)
-    (partial / SERVE).write_text(program(task, preprocessing))
+    numbers = takes_numbers(task, preprocessing)
+    (partial / SERVE).write_text(program(task, preprocessing, numbers))
     (partial / PROOF).write_text(write_json(proof_of(task)).replace("], [", "],\n["))
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner may read
@@ -67,7 +68,7 @@ def export(
         "candidate": result.candidate.to_json(),
         "input": {"name": "input", "shape": ["batch", *size], "dtype": "float32", "layout": "NCHW"},
         "output": output_of(task, preprocessing),
-        "steps": steps(preprocessing),
+        "steps": steps(preprocessing, numbers),
         "task": task.described(),
         "preprocessing": preprocessing.to_json(),
         **task.facts(),
