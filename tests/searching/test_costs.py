@@ -72,6 +72,29 @@ def test_one_hollow_network_counted_at_many_sizes_is_a_fresh_one_at_each(kind, m
         assert row.cost == measure_cost(fresh, (3, *row.candidate.hw)), row.candidate
 
 
+def test_a_drop_in_that_needs_more_memory_than_the_original_is_told():
+    """Three channels in and two out: the original holds its image and its map, a drop-in what the resize holds."""
+
+    class Thin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pretrained_cfg = nn.Conv2d(3, 2, 3, 1, 1), {"input_size": (3, 64, 80)}
+
+        def forward(self, x):
+            return self.conv(x).mean((2, 3))
+
+    for batch in (1, 5):
+        rows, notes = (found := costs(Thin(), [48, (16, 20)], batch_size=batch)).rows, found.notes
+        assert rows[0].cost.peak_activation_bytes == batch * 4 * 5 * 64 * 80
+        whole = [batch * 4 * 3 * (64 * 80 + 64 * w + h * w) for h, w in ((48, 60), (16, 20))]
+        for row, peak in zip(rows[1:], whole, strict=True):
+            drop_in = reduce(Thin(), row.candidate, input_size=(3, 64, 80))
+            assert measure_cost(drop_in, (batch, 3, 64, 80)).peak_activation_bytes == peak
+        (note,) = notes
+        assert f"48x60 px {whole[0] / 1000:.3g} kB" in note and "16x20" not in note and "resize_input=False" in note
+    assert not costs(timm.create_model("resnet10t"), [128]).notes
+
+
 def test_rows_are_in_their_families(found):
     rows = [(row.family, str(row.candidate)) for row in found.rows]
     assert rows == [

@@ -18,7 +18,7 @@ from ..errors import DownresError
 from ..families import Model, load_model
 from ..families.find import find_adapter
 from ..measuring.cost import CONVENTION, measure_cost
-from ..parse import Resolution
+from ..parse import Resolution, format_quantity, format_resolution
 from ..probe import Answer, chosen_answer, find_answers
 from ..records import Candidate, Cost, Merge
 from ..reduction import made_for, reduce
@@ -120,8 +120,31 @@ def costs(
             refused.append((candidate, error))
     if refused and len(rows) == 1:
         raise refused[0][1]
-    notes += [*measure.notes, *(f"{candidate} left out: {str(error).rstrip('.')}" for candidate, error in refused)]
+    notes += [*measure.notes, *_higher_peaks(rows)]
+    notes += [f"{candidate} left out: {str(error).rstrip('.')}" for candidate, error in refused]
     return Costs(model.spec, tuple(rows), batch_size, CONVENTION, tuple(notes))
+
+
+def _higher_peaks(rows: Sequence[Row]) -> list[str]:
+    """Which networks need more memory as drop-ins than the original, and what avoids it; or nothing."""
+    native, *others = rows
+    batch, channels, *own = native.cost.input_size
+    found = {}
+    for row in others:
+        side = row.cost.input_size[2:]
+        if row.candidate.resolution is not None and list(side) != own:
+            # The resize holds what comes in, all its rows at their new width, and the small image.
+            peak = 4 * batch * channels * (own[0] * own[1] + own[0] * side[1] + side[0] * side[1])
+            if peak > native.cost.peak_activation_bytes:
+                found[format_resolution(row.candidate.resolution)] = format_quantity(peak, "B")
+    if not found:
+        return []
+    many = ", ".join(f"{size} px {peak}" for size, peak in found.items())
+    return [
+        "peaks are of networks given images of their own size; a drop-in, which holds the native image beside the resized one, "
+        f"needs more than the original's {format_quantity(native.cost.peak_activation_bytes, 'B')}: {many}; reduce with "
+        "resize_input=False and resize before"
+    ]
 
 
 def _family(candidate: Candidate, design: Design) -> str:
