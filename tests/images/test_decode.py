@@ -142,6 +142,24 @@ def test_tiff_of_16_bit_colours_keeps_them_all(tmp_path):
     np.testing.assert_array_equal(decode(tmp_path / "a.tif", 6), np.rot90(values, -1))
 
 
+@pytest.mark.parametrize("compression", [None, "deflate"])
+def test_a_cut_tiff_of_many_channels_is_no_picture_of_zeros(tmp_path, compression):
+    tifffile = pytest.importorskip("tifffile")
+    values = RNG.integers(1, 200, (40, 30, 5)).astype(np.uint16)
+    options = {"photometric": "minisblack", "planarconfig": "contig", "rowsperstrip": 4, "compression": compression}
+    tifffile.imwrite(tmp_path / "a.tif", values, **options)
+    whole = (tmp_path / "a.tif").read_bytes()
+    np.testing.assert_array_equal(decode(tmp_path / "a.tif", 5), values)
+    for length in range(9, len(whole) - 1, len(whole) // 40):
+        (tmp_path / "a.tif").write_bytes(whole[:length])
+        with pytest.raises(Unreadable, match="^(broken|truncated|not an image|cannot be read)$"):
+            decode(tmp_path / "a.tif", 5)
+    at = whole.index(struct.pack("<H", 257))  # the tag of the height, made nothing
+    (tmp_path / "a.tif").write_bytes(whole[: at + 8] + bytes(4) + whole[at + 12 :])
+    with pytest.raises(Unreadable):
+        decode(tmp_path / "a.tif", 5)
+
+
 def test_tiff_without_its_library_says_what_to_install(tmp_path, monkeypatch):
     tifffile = pytest.importorskip("tifffile")
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 4, 6), np.uint8), photometric="minisblack", planarconfig="contig")

@@ -1,5 +1,6 @@
 """Files of numbers and not of colours: .npy, and TIFF of 16 bits or other channels than a picture has. Nothing is rescaled."""
 
+import logging
 import math
 import os
 from typing import Any, BinaryIO
@@ -48,21 +49,26 @@ def tiff(file: BinaryIO, channels: int) -> np.ndarray:
         import tifffile
     except ImportError:
         raise Unreadable("a TIFF of 16 bits or many channels: pip install 'downres[tiff]'") from None
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # it prints what it finds wrong, and goes on
+    length = os.fstat(file.fileno()).st_size
     try:
         with tifffile.TiffFile(file) as found:
             series: Any = found.series[0]
             if len(series.shape) == 3 and series.axes.endswith("YX") and series.shape[0] != channels:
                 series = found.pages[0]
             _check_size(series.shape, series.dtype)
+            for page in getattr(series, "pages", [series]):  # what is not there would be read as zeros
+                if any(start + count > length for start, count in zip(page.dataoffsets, page.databytecounts, strict=True)):
+                    raise Unreadable("truncated")
             values = series.asarray(maxworkers=1)
-            axes = [axis for axis, side in zip(series.axes, series.shape, strict=True) if side > 1 or axis in "YX"]
+            sides = [(axis, side) for axis, side in zip(series.axes, series.shape, strict=True) if side > 1 or axis in "YX"]
             tag = found.pages[0].tags.get("Orientation")
+        values = values.reshape([side for _, side in sides])
     except (Unreadable, MemoryError):
         raise
     except Exception:  # what the library raises on broken data is not limited to any list
         raise Unreadable("broken") from None
-    values = values.reshape([side for axis, side in zip(series.axes, series.shape, strict=True) if side > 1 or axis in "YX"])
-    if axes[-2:] == ["Y", "X"] and values.ndim == 3:
+    if values.ndim == 3 and sides[-1][0] == "X":
         values = np.moveaxis(values, 0, 2)
     return np.ascontiguousarray(_UPRIGHT.get(tag.value if tag is not None else 1, lambda a: a)(_checked(values, channels)))
 
