@@ -269,6 +269,7 @@ def test_pareto_front_keeps_what_nothing_beats():
 def test_ticks_are_round_numbers():
     assert log_ticks(23e6, 1.1e9) == [5e7, 1e8, 2e8, 5e8, 1e9]
     assert log_ticks(3.1, 6.2) == [4, 5, 6]
+    assert log_ticks(15e6, 2.6e9) == [3e7, 1e8, 3e8, 1e9]
     assert log_ticks(0.02, 3e9)[:2] == pytest.approx([0.1, 10])
 
 
@@ -278,6 +279,7 @@ def test_an_axis_has_three_to_six_ticks_that_differ_whatever_its_range():
         high = low * 10**decades
         ticks = log_ticks(low, high)
         assert 3 <= len(ticks) <= 6 and low * (1 - 1e-9) <= ticks[0] and ticks[-1] <= high * (1 + 1e-9), (low, high, ticks)
+        assert math.log10(ticks[-1] / ticks[0]) > 0.3 * math.log10(high / low)  # along the axis, not in one corner
         for axis in AXES:
             assert len({*tick_texts(ticks, axis.text)}) == len(ticks)
     assert tick_texts([1.0, 1.5, 2000.0], AXES[2].text) == ["1 ms", "1.5 ms", "2000 ms"]

@@ -199,7 +199,7 @@ MOST_TICKS = 6
 def log_ticks(low: float, high: float) -> list[float]:
     """Round numbers from `low` to `high` (above 0), for a log axis: three to six, however narrow or wide the range is."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1, 2, 5), (1,)):
+    for digits in ((1, 2, 5), (1, 3), (1,)):
         found = [n for power in powers for digit in digits if low <= (n := digit * 10.0**power) <= high]
         if 3 <= len(found) <= MOST_TICKS:
             return found
