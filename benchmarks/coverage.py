@@ -2,8 +2,9 @@
 
     python benchmarks/coverage.py
 
-One network of every file of timm's models (the smallest that is registered there), every builder of torchvision, every
-architecture of segmentation-models-pytorch with a small encoder, and every class of transformers that answers to one image.
+One network of every file of timm's models (the smallest that is registered there) and of other kinds in it, every builder of
+torchvision, every architecture of segmentation-models-pytorch with a small encoder, and every class of transformers that
+answers to one image.
 Weights are random; what is constant (layer scale, heads of zeros, biases) gets some noise, so that nothing is hidden by a zero.
 
 A network *works* when the reduced one, given images of the original's size, returns the same tree of tensors of the same
@@ -35,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import save
+from measuring import RESULTS, save
 from torch import Tensor, nn
 
 import downres
@@ -50,6 +51,9 @@ TOLERANCE = 1e-3
 """Of the largest value of a tensor, between torch and ONNX Runtime."""
 MOST_SECONDS, MOST_BYTES = 600, 14 * 2**30
 WORKS, IN_TORCH, REFUSED, FAULT = "works", "works in torch", "refused", "fault"
+NOT_BUILT, NOT_YET = "not built", "not run yet"
+RESULTS_OF = (WORKS, IN_TORCH, REFUSED, FAULT, NOT_BUILT, NOT_YET)
+"""What its library does not build here (a package that it needs is missing, a configuration without a default) says nothing."""
 ENCODERS = {"Segformer": "mit_b0", "DPT": "tu-vit_tiny_patch16_224"}
 """Of the architectures of smp that are made for another encoder than a convnet."""
 HUGE = 150_000_000
@@ -81,6 +85,18 @@ def timm_names() -> Iterator[str]:
             yield f"timm:{min(sizes, key=sizes.__getitem__)}"
         else:
             yield f"timm:{names[0]}"
+    yield from (f"timm:{name}" for name in KINDS)
+
+
+KINDS = (
+    "bat_resnext26ts", "botnet26t_256", "lambda_resnet26t", "coatnet_pico_rw_224", "maxxvit_rmlp_nano_rw_256", "mixer_s32_224",
+    "resmlp_12_224", "gmixer_24_224", "mobilevitv2_050", "repvgg_a0", "resnet50_clip", "vit_base_patch16_siglip_224",
+    "vit_small_patch16_18x2_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "vit_small_patch16_rope_224",
+    "vit_small_patch16_rope_mixed_224", "flexivit_small", "deit3_small_patch16_224", "deit_tiny_distilled_patch16_224",
+    "mobilenetv4_conv_small", "caformer_s18", "convformer_s18", "twins_pcpvt_small", "beitv2_base_patch16_224",
+    "vit_pe_core_tiny_patch16_384", "vit_base_mci_224",
+)  # fmt: skip
+"""Networks of timm of another kind than the smallest of their file."""
 
 
 def torchvision_names() -> Iterator[str]:
@@ -211,7 +227,11 @@ def check(model: nn.Module, export: bool = True) -> dict[str, Any]:
     images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-        whole = leaves(model(images))
+        try:
+            whole = leaves(model(images))
+        except Exception as error:
+            downres.reduce(model, resolution=target)
+            raise Unsound(f"it does not run on images ({str(error)[:200]}), and reduce does not say so") from error
         reduced = downres.reduce(model, resolution=target)
         small = leaves(reduced(images))
         _same_tree(whole, small)
@@ -329,7 +349,7 @@ def row_of(name: str, export: bool) -> dict[str, Any]:
     try:
         model = build(name)
     except Exception as error:
-        return row | {"result": FAULT, "sentence": f"not built: {type(error).__name__}: {str(error)[:300]}"}
+        return row | {"result": NOT_BUILT, "sentence": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     try:
         row |= check(model, export)
         return row | {"result": IN_TORCH if "sentence" in row else WORKS}
@@ -367,17 +387,23 @@ def in_a_process(name: str, export: bool) -> dict[str, Any]:
 
 
 def read_rows(file: Path) -> dict[str, dict[str, Any]]:
-    """The last row of each network."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return {row["network"]: row for row in map(json.loads, lines)}
+    """The last row of each network: of the lines in that file, else of the result that is kept."""
+    kept = RESULTS / "coverage.json"
+    if file.is_file():
+        rows = map(json.loads, file.read_text().splitlines())
+    else:
+        rows = json.loads(kept.read_text())["rows"] if kept.is_file() else []
+    return {row["network"]: row for row in rows if row["result"] != NOT_YET}
 
 
 def counts(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """By library: how many were tried, and how many of each result."""
+    """By library: how many networks there are, and how many of each result; of those that work, how many were exported."""
     found = {}
     for library in LIBRARIES:
-        own = [row["result"] for row in rows if row["network"].startswith(f"{library}:")]
-        found[library] = {"tried": len(own)} | {result: own.count(result) for result in (WORKS, IN_TORCH, REFUSED, FAULT)}
+        own = [row for row in rows if row["network"].startswith(f"{library}:")]
+        results = [row["result"] for row in own]
+        found[library] = {"networks": len(own)} | {r: results.count(r) for r in RESULTS_OF}
+        found[library]["exported"] = sum("onnx_difference" in row for row in own)
     return found
 
 
@@ -385,19 +411,23 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rows", type=Path, default=Path("coverage.jsonl"), help="where rows are kept, and read again")
     options.add_argument("--only", default="", help="a regular expression: the networks to run, also those that have a row")
-    options.add_argument("--no-export", action="store_true", help="leave ONNX out: quick, and no result is written")
+    options.add_argument("--no-export", action="store_true", help="leave ONNX out: several times as quick")
+    options.add_argument("--list", action="store_true", help="ask the libraries anew which networks there are (minutes)")
     options.add_argument("--most", type=int, help="so many networks, then end")
     options.add_argument("--date", help="for the result, default today")
     given = options.parse_args()
     torch.set_num_threads(1)
     for library in ("timm", "torchvision", "segmentation_models_pytorch", "transformers", "downres.families.transformers_vit"):
         importlib.import_module(library)  # once, not in each process
-    listed = given.rows.with_suffix(".names.json")
-    if not listed.is_file():
-        listed.write_text(json.dumps([name for names in LIBRARIES.values() for name in names()]))
-    names = json.loads(listed.read_text())
+    kept = RESULTS / "coverage.json"
+    if kept.is_file() and not given.list:
+        names = [row["network"] for row in json.loads(kept.read_text())["rows"]]
+    else:
+        names = list(dict.fromkeys(name for named in LIBRARIES.values() for name in named()))
 
     known, export = read_rows(given.rows), not given.no_export
+    if not given.rows.is_file():
+        given.rows.write_text("".join(json.dumps(row) + "\n" for row in known.values()))
     if given.only:
         wanted = [name for name in names if re.search(given.only, name)] or [given.only]
     else:
@@ -409,12 +439,11 @@ def main() -> None:
         print(f"{name:60s} {row['result']:14s} {row['seconds']:6.1f} s  {row.get('sentence', '')}", flush=True)
 
     known = read_rows(given.rows)
-    rows = [known[name] for name in names if name in known]
+    rows = [known.get(name, {"network": name, "result": NOT_YET}) for name in names]
     for library, found in counts(rows).items():
         print(library, ", ".join(f"{number} {result}" for result, number in found.items()), file=sys.stderr)
-    if len(rows) == len(names) and all(row["exported"] for row in rows):
-        content = {"scale": SCALE, "tolerance": TOLERANCE, "counts": counts(rows), "rows": rows}
-        print(f"{save('coverage', 'python benchmarks/coverage.py', given.date, content)} written")
+    content = {"scale": SCALE, "tolerance": TOLERANCE, "counts": counts(rows), "rows": rows}
+    print(f"{save('coverage', 'python benchmarks/coverage.py', given.date, content)} written")
 
 
 if __name__ == "__main__":

@@ -298,8 +298,14 @@ class Work:
         try:
             found = _output_shapes(self.small, size)
         except DoesNotRun as error:
-            if adapter.sure and not _runs(original, self.native):
-                return  # the original takes something else than one image: this run tells nothing
+            if not _runs(original, self.native):
+                if adapter.sure:
+                    return  # the original takes something else than one image: this run tells nothing
+                shape = "x".join(map(str, (self.native[0], *self.own)))
+                raise DownresError(
+                    f"{kind} does not run on an image of {shape} ({error.reason}), so what it becomes cannot be tried: give "
+                    "the size that it is used at as input_size=(channels, height, width), or a network that takes images."
+                ) from error
             raise DownresError(
                 f"{kind} cannot be made for '{c}' (it fails with: {error.reason}): {self.instead}, or give another resolution."
             ) from error

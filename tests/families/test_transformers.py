@@ -31,6 +31,8 @@ from transformers import (
     PvtForImageClassification,
     SegformerConfig,
     SegformerForImageClassification,
+    Siglip2Config,
+    Siglip2ForImageClassification,
     SiglipConfig,
     SiglipForImageClassification,
     Swin2SRConfig,
@@ -41,6 +43,8 @@ from transformers import (
     Swinv2ForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    ViTMSNConfig,
+    ViTMSNForImageClassification,
 )
 
 from downres.engines.onnxruntime import OnnxRuntime, export_onnx
@@ -669,6 +673,30 @@ def test_built_for_one_size_is_rebuilt(name):
     assert measure_cost(small, (3, side, side)).macs < measure_cost(model, (3, side, side)).macs
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
     assert model.config.image_size != small.config.image_size
+
+
+def test_positions_of_a_grid_that_is_no_square():
+    config = ViTMSNConfig(**{**VISION, "image_size": (48, 32)}, **MLP, num_labels=CLASSES)
+    model = ViTMSNForImageClassification(config).eval()
+    table = nn.init.normal_(model.vit.embeddings.position_embeddings)
+    small = reduce(model, resolution=(24, 16))
+    wanted = resample_abs_pos_embed(table.detach(), [3, 2], old_size=[6, 4], num_prefix_tokens=1)
+    torch.testing.assert_close(small.vit.embeddings.position_embeddings.detach(), wanted)
+    with pytest.raises(DownresError, match="20x16 px is not a multiple of 8"):
+        reduce(model, resolution=(20, 16))
+
+
+def test_what_takes_no_images_is_told_so():
+    """SigLIP 2 takes patches that were cut before."""
+    towers = {
+        "vision_config": {**MLP, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "text_config": TEXT,
+    }
+    model = Siglip2ForImageClassification(Siglip2Config(**towers)).eval()
+    with pytest.raises(
+        DownresError, match="does not run on an image of 3x224x224 .*cannot be tried.*a network that takes images"
+    ):
+        reduce(model, resolution=128)
 
 
 def test_a_size_that_it_cannot_be_built_for():

@@ -23,10 +23,12 @@ _IS_POSITION = re.compile(r"pos|(^|_)rel|bias_table|attention_biases")
 _RUNTIME = ("training", "num_classes", "pretrained_cfg", "default_cfg", "pretrained_model_args")
 
 
-def rebuild(module: Any, fresh: nn.Module, other: nn.Module, new: Size) -> int:
-    """Make `module` for images of the size `new`, in place; returns how many tables of positions were resampled.
+def rebuild(module: Any, fresh: nn.Module, other: nn.Module, old: Size, new: Size) -> int:
+    """Make `module` for images of the size `new` where it is for `old`, in place.
 
-    fresh, other: the same network with new weights, built by its library for the size that it has and for `new`.
+    Returns how many tables of positions were resampled.
+
+    fresh, other: the same network with new weights, built by its library for the one size and for the other.
     Raises DownresError where weights other than positions depend on the size.
     """
     before, after = dict(fresh.named_modules()), dict(other.named_modules())
@@ -35,7 +37,8 @@ def rebuild(module: Any, fresh: nn.Module, other: nn.Module, new: Size) -> int:
     own = dict(module.named_modules())
     if before.keys() != after.keys() or any(type(before[name]) is not type(after[name]) for name in before):
         raise impossible(module, new, "it has other layers at that size")
-    grids = _pairs(before, after)
+    cut = [((old[0] // p, old[1] // p), (new[0] // p, new[1] // p)) for p in range(2, min(new) + 1)]
+    grids = _pairs(before, after) + cut
     resampled = 0
     for name in before:
         for kind in ("_parameters", "_buffers"):
@@ -105,11 +108,10 @@ def _resampled(key: str, mine: Tensor, before: Any, after: Any, like: Tensor, gr
     if "relative_position_bias_table" in key:
         return resize_relative_positions(mine, before.window_size, after.window_size, tuple(new))
     if key == "attention_biases":  # LeViT: (heads, rows·columns) of distances
-        sides = [as_pair(getattr(m, "resolution", math.isqrt(table.shape[-1]))) for m, table in ((before, mine), (after, like))]
+        sides = [as_pair(getattr(m, "resolution", math.isqrt(t.shape[-1]))) for m, t in ((before, mine), (after, like))]
         return _flat(mine, -1, *sides)
     if mine.ndim == 4 and old[1] == new[1] and old[3] == new[3] and _square(old[2]) and _square(new[2]):  # NesT
-        sides = math.isqrt(old[2]), math.isqrt(new[2])
-        return _flat(mine, 2, (sides[0],) * 2, (sides[1],) * 2)
+        return _flat(mine, 2, as_pair(math.isqrt(old[2])), as_pair(math.isqrt(new[2])))
     if mine.ndim == 3:  # (1, prefix + rows·columns, channels)
         pairs = [*grids, *(((i, i), (j, j)) for i in (math.isqrt(old[1]),) for j in (math.isqrt(new[1]),))]
         for (h, w), (rows, columns) in pairs:

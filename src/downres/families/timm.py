@@ -176,7 +176,8 @@ class Rebuilt(Resizable):
     def fit(self, image: Size, patch: Size | None) -> str:
         with warnings.catch_warnings(action="ignore"):
             changed = {} if patch is None else {"patch_size": patch[0]}
-            resampled = rebuild(self.module, _fresh(self.module, self.image, {}), _fresh(self.module, image, changed), image)
+            builds = _fresh(self.module, self.image, {}), _fresh(self.module, image, changed)
+            resampled = rebuild(self.module, *builds, self.image, image)
         try:
             with torch.no_grad():  # a run with numbers: looking up positions that a table does not have shows in no other
                 x = torch.zeros(1, _channels(self.module), *image).to(next(self.module.parameters()))

@@ -59,12 +59,13 @@ def follow(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         return
     with contextlib.suppress(DownresError):  # weights of another network: whoever loads them says so
         positions = match(model, tensors)[0].get("encoder.pos_embedding")
-        side = 0 if positions is None or positions.ndim != 3 else math.isqrt(positions.shape[1] - 1)
-        if side and side**2 == positions.shape[1] - 1 and side * model.patch_size != model.image_size:
+        many = 0 if positions is None or positions.ndim != 3 else positions.shape[1] - 1
+        side = math.isqrt(max(many, 0))
+        if side and side**2 == many and side * model.patch_size != model.image_size:
             Vit("", model).fit((side * model.patch_size,) * 2, None)
 
 
-def preprocessing(model: nn.Module, name: str) -> Preprocessing:
+def preprocessing(model: Any, name: str) -> Preprocessing:
     transform, note = _default(name).transforms(), ""
     if isinstance(model, VisionTransformer) and model.image_size != transform.crop_size[0]:
         others = [w.transforms() for w in models.get_model_weights(name)]

@@ -279,13 +279,19 @@ class Relative(_Patches):
 
 
 class Configured(Unknown):
-    """Whatever else the library builds for the size in its configuration: Hiera, LeViT, PVT, Data2Vec, …"""
+    """Whatever else the library builds for the size in its configuration: Hiera, LeViT, PVT, ViT-MSN, …"""
+
+    @property
+    def unit(self) -> Size:
+        config = self.module.config
+        patch = getattr(config, "patch_stride", None) or getattr(config, "patch_size", None)  # Hiera's patches overlap
+        return as_pair(patch) if isinstance(patch, (int, list, tuple)) and self.image is not None else (1, 1)
 
     def fit(self, image: Size, patch: Size | None) -> str:
         if patch is not None:
             return super().fit(image, patch)
         assert self.image is not None
-        resampled = rebuild(self.module, self._fresh(self.image), self._fresh(image), image)
+        resampled = rebuild(self.module, self._fresh(self.image), self._fresh(image), self.image, image)
         for part in modules(self.module):
             if hasattr(part, "config") and hasattr(part.config, "image_size"):
                 part.config.image_size = restated(part.config.image_size, image)
