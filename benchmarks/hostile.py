@@ -198,7 +198,7 @@ def checkpoints(
     for i in range(cuts):
         ending = chance.choice(list(whole))
         how, content = mutated(whole[ending], whole["w.pth"], chance)
-        yield f"{ending} {how} {i}", ending, None, _writes(content)
+        yield f"{ending} {how} {i}", ending, None, _writes(content)  # a mutated .pth is these weights or refused: see `loaded`
 
 
 def _writes(content: bytes) -> Callable[[Path], Any]:

@@ -149,6 +149,18 @@ def test_broken_files(tmp_path, weights):
         (tmp_path / name).unlink()
 
 
+def test_one_bit_of_a_saved_value_changed_is_refused(tmp_path, weights):
+    """torch would load other weights without a word; the zip file that it saves has checksums."""
+    torch.save(weights, tmp_path / "w.pth")
+    content = bytearray((tmp_path / "w.pth").read_bytes())
+    at = content.index(weights["fc.weight"].numpy().tobytes())
+    content[at + 2] ^= 1
+    (tmp_path / "w.pth").write_bytes(content)
+    assert not torch.equal(torch.load(tmp_path / "w.pth", weights_only=True)["fc.weight"], weights["fc.weight"])
+    with pytest.raises(DownresError, match="w.pth is not a readable checkpoint"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
 def test_files_without_tensors(tmp_path):
     for content in ({}, {"epoch": 3}, [torch.ones(3)], torch.ones(3), {"state_dict": {}}):
         torch.save(content, tmp_path / "w.pth")

@@ -14,8 +14,8 @@ class Graph:
     """`model.onnx` of an artifact; call it as a `Runtime`. spread: see `OnnxRuntime`.
 
     Raises DownresError where its inputs or outputs are not those of the manifest, where a run fails or takes longer than
-    `limit_s` seconds an image, and for an answer of another shape, or with NaN or infinity in it: of a class map, without both,
-    the largest number that its type holds says so.
+    `limit_s` seconds an image, and for an answer of another shape, or with NaN or infinity in it: of a class map, which has
+    neither, the largest number that its type holds says so.
     """
 
     def __init__(

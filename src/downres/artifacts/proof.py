@@ -63,7 +63,7 @@ def check(
 
     model: needed when the network came from a file or from Python, because the manifest never runs code by itself.
     data: where the proof images are now, when they are no longer where the search found them. task: of one's own, where the
-    artifact has one.
+    artifact has one. A graph that takes longer than LIMIT_S for a picture is stopped with a DownresError.
     """
     known_task(task)
     folder = Path(folder)
