@@ -108,8 +108,6 @@ def pictures(tmp_path_factory) -> list[Path]:
     wide = np.asarray(photo.convert("L")).astype(np.uint16) * 257 - np.arange(131, dtype=np.uint16)
     files |= {
         "16.png": Image.fromarray(wide),
-        "16.tif": Image.fromarray(wide),
-        "32.tif": Image.fromarray(wide.astype(np.int32)),
     }
     for name, picture in files.items():
         picture.save(place / name)
@@ -172,7 +170,9 @@ def test_numbers_are_served_as_downres_reads_them(tmp_path, shape, dtype, ending
     elif ending == "png":
         Image.fromarray(values).save(file)
     else:
-        pytest.importorskip("tifffile").imwrite(file, values, photometric="minisblack", planarconfig="contig" if values.ndim == 3 else None)
+        pytest.importorskip("tifffile").imwrite(
+            file, values, photometric="minisblack", planarconfig="contig" if values.ndim == 3 else None
+        )
     p = Preprocessing((24, 20), 0.9, interpolation, (0.4,) * channels, (0.25,) * channels, fit=fit, antialias=antialias)
     serve = loaded(tmp_path / "served", classifier(), p, numbers=True)
     ours = preprocess(decode(file, channels), p).numpy()
@@ -181,11 +181,11 @@ def test_numbers_are_served_as_downres_reads_them(tmp_path, shape, dtype, ending
     assert np.abs(theirs - ours).max() * 0.25 * 255 <= 2.01  # levels of 255
 
 
-def test_what_is_no_picture_of_8_or_16_bits_is_refused(tmp_path):
+def test_numbers_are_no_colours(tmp_path):
     serve = loaded(tmp_path / "best", classifier(), HALF)
-    for values in (np.ones((4, 4), np.float32), np.full((4, 4), 70000, np.int32), np.full((4, 4), -1, np.int32)):
+    for values in (np.ones((4, 4), np.float32), np.full((4, 4), 70000, np.int32), np.ones((4, 4), np.uint16)):
         Image.fromarray(values).save(tmp_path / "x.tif")
-        with pytest.raises(AssertionError, match="has not 8 or 16 bits"):
+        with pytest.raises(AssertionError, match="holds numbers"):
             serve["opened"](tmp_path / "x.tif")
 
 

@@ -168,10 +168,11 @@ STEPS, OUTPUT = MANIFEST["steps"], MANIFEST["output"]
 '''
 _OPENED = """
 def opened(name):  # upright, 8 bits a channel, nothing transparent
-    picture = ImageOps.exif_transpose(Image.open(name))
+    given = Image.open(name)
+    assert given.format != "TIFF" or given.tag_v2.get(258, (1,))[0] <= 8, f"{name} holds numbers, this model takes colours"
+    picture = ImageOps.exif_transpose(given)
     if picture.mode[0] in "IF":  # 16 bits: `convert` would make nearly all of it white
         values = np.asarray(picture).astype(np.int64)
-        assert picture.mode != "F" and 0 <= values.min() <= values.max() < 65536, f"{name} has not 8 or 16 bits a channel"
         picture = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     return picture.convert("RGB")
 """
@@ -185,12 +186,11 @@ def opened(name):  # a plane for each channel in its own numbers, and their type
     else:
         values = np.asarray(ImageOps.exif_transpose(Image.open(name)).convert("COLOURS"))
     channels = STEPS["normalise"]["channels"]
-    if values.ndim == 3 and values.shape[2] != channels:
-        values = np.moveaxis(values, 0, 2)
-    values = values.reshape(*values.shape[:2], -1)
+    first = values.ndim == 3 and values.shape[2] != channels
+    values = np.moveaxis(values, 0, 2) if first else np.atleast_3d(values)
     assert values.shape[2] == channels or (values.shape[2], channels) == (1, 3), f"{name} has other channels"
     planes = np.moveaxis(values if values.dtype == np.uint8 else np.float32(values), 2, 0)
-    return [Image.fromarray(plane) for plane in planes], values.dtype.name if values.dtype.kind == "u" else "float32"
+    return [*map(Image.fromarray, planes)], values.dtype.name if values.dtype.kind == "u" else "float32"
 """
 _BICUBIC = """
 def bicubic(plane, size, corners=False):  # (h, w) to (height, width), without antialiasing, a = -0.75
@@ -219,7 +219,7 @@ _RESIZED_NUMBERS = {
     "bilinear": 'picture.convert("F").transform(size, Image.EXTENT, (0, 0, *picture.size), Image.BILINEAR)',
     "bicubic": "Image.fromarray(np.float32(bicubic(np.float32(picture), size[::-1])))",
 }
-_LEVEL = 'round(fill) if picture.mode == "L" else float(fill)'
+_LEVEL = "float(fill) if picture.mode[0] == 'F' else round(fill)"
 _FIT = {
     "crop": """
 def fitted(picture):  # it covers STEPS["resize"]["to"], and its centre is what counts
@@ -244,7 +244,8 @@ def shown(picture):  # (height, width) of the input that the picture fills
     return [min(to, max(1, round(side * scale))) for to, side in zip(STEPS["resize"]["to"], picture.size[::-1])]
 
 def fitted(picture):  # the whole of it with its aspect ratio, the rest filled
-    size, whole = shown(picture)[::-1], Image.new(picture.mode, STEPS["pad"]["size"][::-1], tuple(STEPS["pad"]["fill"]))
+    size = shown(picture)[::-1]
+    whole = Image.new(picture.mode, STEPS["pad"]["size"][::-1], tuple(STEPS["pad"]["fill"]))
     BEFORE
     whole.paste(RESIZED)
     return whole
@@ -259,7 +260,7 @@ _INPUT_NUMBERS = """
 def network_input(planes, kind):  # float32 (1, channels, height, width)
     divide_by = np.float32(STEPS["normalise"]["divide_by"][kind])
     mean, std = (np.float32(STEPS["normalise"][name]) for name in ("mean", "std"))
-    pixels = np.stack(EACH, -1, dtype=np.float32)ORDER
+    pixels = np.stack(EACH, -1)ORDER
     return np.ascontiguousarray(((pixels / divide_by - mean) / std).transpose(2, 0, 1)[None])
 """
 _RUN = """
