@@ -29,7 +29,7 @@ from downres.tasks.multilabel.task import Multilabel
 from downres.tasks.regression.task import Regression
 from downres.tasks.segmentation.task import Segmentation
 
-MOST_LINES = 59
+MOST_LINES, MOST_LINES_OF_NUMBERS = 59, 69
 HALF = Preprocessing(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)
 
 
@@ -79,13 +79,14 @@ def test_every_variant_is_short_and_compiles():
             p = Preprocessing(
                 32, 0.9, how, (0.5,) * channels, (0.25,) * channels, fit=fit, channel_order=order, antialias=antialias
             )
-            text = program(task, p, numbers=fit == "pad" and order == "rgb")
-            compile(text, "serve.py", "exec")
-            lines = text.splitlines()
-            assert len(lines) <= MOST_LINES and max(map(len, lines)) <= 128, (len(lines), task.name, p)
-            assert "torch" not in text and "import downres" not in text
-            texts.add(text)
-    assert len(texts) > 100
+            for numbers, most in ((False, MOST_LINES), (True, MOST_LINES_OF_NUMBERS)):
+                text = program(task, p, numbers)
+                compile(text, "serve.py", "exec")
+                lines = text.splitlines()
+                assert len(lines) <= most and max(map(len, lines)) <= 128, (len(lines), task.name, p)
+                assert "torch" not in text and "import downres" not in text
+                texts.add(text)
+    assert len(texts) > 200
 
 
 # --- from a file to the network's input ---

@@ -121,7 +121,7 @@ _FITTED = {
 
 
 def program(task: Task, p: Preprocessing, numbers: bool = False) -> str:
-    """The text of serve.py: under 60 lines, of those parts that are needed. Its numbers it reads from the manifest.
+    """The text of serve.py: under 60 lines (of numbers 70), of those parts that are needed; its values it reads from the manifest.
 
     numbers: see `takes_numbers`.
     """

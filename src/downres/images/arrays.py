@@ -62,7 +62,7 @@ def tiff(file: BinaryIO, channels: int) -> np.ndarray:
                     raise Unreadable("truncated")
             values = series.asarray(maxworkers=1)
             sides = [(axis, side) for axis, side in zip(series.axes, series.shape, strict=True) if side > 1 or axis in "YX"]
-            tag = found.pages[0].tags.get("Orientation")
+            tag = found.pages.first.tags.get("Orientation")
         values = values.reshape([side for _, side in sides])
     except (Unreadable, MemoryError):
         raise
