@@ -121,7 +121,7 @@ _FITTED = {
 
 
 def program(task: Task, p: Preprocessing, numbers: bool = False) -> str:
-    """The text of serve.py: under 60 lines (of numbers 70), of those parts that are needed; its values it reads from the manifest.
+    """The text of serve.py: under 60 lines (of numbers 70), of what is needed; it reads its values from the manifest.
 
     numbers: see `takes_numbers`.
     """
@@ -134,10 +134,13 @@ def program(task: Task, p: Preprocessing, numbers: bool = False) -> str:
         opened = _OPENED_NUMBERS.replace("COLOURS", {1: "L", 4: "RGBA"}.get(channels, "RGB"))
         if p.fit == "pad":
             fit = fit.replace("fitted(picture)", "fitted(picture, fill)").replace('tuple(STEPS["pad"]["fill"])', _LEVEL)
-            each = f"[fitted(plane, fill) for plane, fill in zip(planes, (mean * divide_by){order}, strict=True)]"
+            levels, each = (
+                "    levels = (mean * divide_by)ORDER\n",
+                "fitted(plane, fill) for plane, fill in zip(planes, levels)",
+            )
         else:
-            each = "[fitted(plane) for plane in planes]"
-        taken = _INPUT_NUMBERS.replace("EACH", each).replace("ORDER", order)
+            levels, each = "", "fitted(plane) for plane in planes"
+        taken = _INPUT_NUMBERS.replace("    LEVELS\n", levels).replace("EACH", each).replace("ORDER", order)
         run = _RUN.replace("picture = opened", "planes, kind = opened")
         run = run.replace("network_input(picture)", "network_input(planes, kind)")
         run = run.replace("answer(output[0], picture,", "answer(output[0], planes[0],")
@@ -260,7 +263,8 @@ _INPUT_NUMBERS = """
 def network_input(planes, kind):  # float32 (1, channels, height, width)
     divide_by = np.float32(STEPS["normalise"]["divide_by"][kind])
     mean, std = (np.float32(STEPS["normalise"][name]) for name in ("mean", "std"))
-    pixels = np.stack(EACH, -1)ORDER
+    LEVELS
+    pixels = np.stack([EACH], -1)ORDER
     return np.ascontiguousarray(((pixels / divide_by - mean) / std).transpose(2, 0, 1)[None])
 """
 _RUN = """
