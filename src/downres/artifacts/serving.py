@@ -175,8 +175,7 @@ def opened(name):  # upright, 8 bits a channel, nothing transparent
     assert given.format != "TIFF" or given.tag_v2.get(258, (1,))[0] <= 8, f"{name} holds numbers, this model takes colours"
     picture = ImageOps.exif_transpose(given)
     if picture.mode[0] in "IF":  # 16 bits: `convert` would make nearly all of it white
-        values = np.asarray(picture).astype(np.int64)
-        picture = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        picture = Image.fromarray(((np.asarray(picture).astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))
     return picture.convert("RGB")
 """
 _OPENED_NUMBERS = """
