@@ -151,7 +151,7 @@ def program(task: Task, p: Preprocessing, numbers: bool = False) -> str:
     fitted = fit.replace("    BEFORE\n", before).replace("RESIZED", resized)
     parts = [opened, *([_BICUBIC] if cubic else []), fitted, taken, answer, run]
     text = _HEAD + "".join(f"\n{part.strip()}\n" for part in parts)
-    return text if text.count("\n") < MOST_LINES else text.replace("\n\ndef", "\ndef")
+    return text if text.count("\n") < MOST_LINES else text.replace("\n\ndef", "\ndef").replace("\n\nsession", "\nsession")
 
 
 _ORDER = {RGB: "", BGR: "[..., ::-1]"}
