@@ -11,6 +11,7 @@ from torch import nn
 from downres import Candidate, curve, evaluate, measure_cost, recover, reduce
 from downres.errors import DownresError
 from downres.images import preprocess
+from downres.recovery import bank
 from downres.searching.prepare import refuse_random
 from downres.tasks.classification.head import fit_head
 from downres.tasks.classification.quality import count_correct
@@ -42,6 +43,26 @@ def test_evaluate_is_the_plain_loop(trained, cells, resolution, crop):
     found = evaluate(trained, dataset, resolution=resolution, crop_ratio=crop, threads=1)
     assert found.n == len(dataset.folds[0].test)
     assert abs(found.correct - correct_by_hand(trained.module, trained.preprocessing.at(resolution, crop), dataset)) <= 1
+
+
+def test_the_runtime_that_is_named_is_the_one_that_runs(trained, cells, monkeypatch):
+    """Without a run's folder, too: its files are exported for now and gone afterwards."""
+    exported = []
+    export = bank.export_onnx
+    monkeypatch.setattr(
+        bank, "export_onnx", lambda model, size, path, names: exported.append(path) or export(model, size, path, names)
+    )
+    dataset = cells.dataset()
+    for resolution in (None, 32):
+        theirs, ours = (
+            evaluate(trained, dataset, resolution=resolution, runtime=name, threads=1) for name in ("onnxruntime", "torch")
+        )
+        assert abs(theirs.correct - ours.correct) <= 1
+    assert len(exported) == 2 and not any(path.parent.exists() for path in exported)
+    found = curve(trained, dataset, [32], runtime="onnxruntime", threads=1)
+    assert found.results[0].quality == theirs and len(exported) == 3  # one export for every size
+    with pytest.raises(DownresError, match="Unknown runtime 'onnx'"):
+        curve(trained, dataset, [32], runtime="onnx")
 
 
 def test_one_number_is_the_short_side_and_a_pair_height_and_width(trained, cells):

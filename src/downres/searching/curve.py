@@ -14,7 +14,7 @@ from ..records import Budget, Preprocessing, Result
 from ..tasks import Question, Task
 from .design import design_of, fused_notes
 from .plan import plan
-from .prepare import Measuring, Progress, Source, check_planned, gather, open_data, prepare_task
+from .prepare import Measuring, Progress, Source, bank_for_now, check_planned, gather, open_data, prepare_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,23 +81,22 @@ def curve(
         raise DownresError("There is nothing to try: give for example resolutions below the original's, 96:256:32.")
     open_data(subject, data, measuring, question, parts=("val",), progress=progress)
     p = subject.model.preprocessing
-    bank = subject.bank(None, progress=progress, **measuring.options())
-    subject.fill(bank)
     results: list[Result] = []
     original: Any = None
-    for candidate in [subject.native, *planned]:
-        state = subject.native_state.at(candidate)
-        try:
-            cost = measure_cost(subject.counted(bank.network(state)), (len(p.mean), *bank.preprocessing_of(state).hw))
-        except DownresError as error:
-            if not results:
-                raise
-            results.append(Result(candidate, "stopped", str(error)))
-            continue
-        evidence = subject.evidence(bank, state, subject.proof)
-        drop = None if original is None else subject.compare(original, {"it": evidence}, Budget(max_drop))["it"]
-        original = evidence if original is None else original
-        results.append(Result(candidate, "measured", "", cost, None, None, subject.quality(evidence), drop))
+    with bank_for_now(subject, measuring, progress) as bank:
+        for candidate in [subject.native, *planned]:
+            state = subject.native_state.at(candidate)
+            try:
+                cost = measure_cost(subject.counted(bank.network(state)), (len(p.mean), *bank.preprocessing_of(state).hw))
+            except DownresError as error:
+                if not results:
+                    raise
+                results.append(Result(candidate, "stopped", str(error)))
+                continue
+            evidence = subject.evidence(bank, state, subject.proof)
+            drop = None if original is None else subject.compare(original, {"it": evidence}, Budget(max_drop))["it"]
+            original = evidence if original is None else original
+            results.append(Result(candidate, "measured", "", cost, None, None, subject.quality(evidence), drop))
     assert results[0].quality is not None
     # A curve asserts nothing of the level: only what the data lack is said.
     notes += subject.lacks(subject.facts())

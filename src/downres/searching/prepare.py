@@ -1,7 +1,9 @@
 """A model made ready for all stages: loaded, its task found, what a plan needs to know of it."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ..errors import DownresError
 from ..families import Model
 from ..images.images import cache_bytes
 from ..images.preprocess import preprocess
+from ..measuring.latency import RUNTIMES
 from ..parse import user_path
 from ..records import Candidate, Preprocessing, Record
 from ..reduction import made_for
@@ -47,6 +50,8 @@ class Measuring(Record):
     cache_gb: float | None = None
 
     def __post_init__(self) -> None:
+        if self.runtime not in (None, *RUNTIMES):
+            raise DownresError(f"Unknown runtime {self.runtime!r}: choose from {', '.join(RUNTIMES)}.")
         check_threads(self.threads)
         if self.cache_gb is not None:
             cache_bytes(self.cache_gb)
@@ -66,6 +71,16 @@ class Measuring(Record):
         """Of a bank."""
         size = {} if self.batch_size is None else {"batch_size": self.batch_size}
         return {"runtime": self.runtime or "onnxruntime", "threads": self.threads, **size}
+
+
+@contextlib.contextmanager
+def bank_for_now(subject: Task, measuring: Measuring, progress: Progress | None) -> Iterator[Any]:
+    """A bank with the images, of which nothing is kept; networks that run in onnxruntime are exported to a folder for now."""
+    in_files = measuring.runtime == "onnxruntime"
+    with tempfile.TemporaryDirectory(prefix="downres-") if in_files else contextlib.nullcontext() as folder:
+        bank = subject.bank(Path(folder) if folder else None, progress=progress, **measuring.options())
+        subject.fill(bank)
+        yield bank
 
 
 def prepare_task(

@@ -17,7 +17,7 @@ from ..environment import versions
 from ..errors import DownresError
 from ..families import Model
 from ..measuring.cost import measure_cost
-from ..measuring.latency import RUNTIMES, interleaved, random_batch
+from ..measuring.latency import interleaved, random_batch
 from ..parse import user_path
 from ..records import Budget, Candidate, Cost, Latency, Preprocessing, Recovery
 from ..recovery.bank import Bank
@@ -90,7 +90,9 @@ def search(
     budget, tries, question, measuring = groups["budget"], groups["tries"], groups["question"], groups["measuring"]
     if max_drop is not None:
         budget = dataclasses.replace(budget, max_drop=max_drop)
-    _check_choices(rungs, minimize, measuring.runtime or "onnxruntime")
+    _check_choices(rungs, minimize)
+    if measuring.runtime == "torch":
+        warnings.warn("runtime 'torch' measures in torch; the shipped model.onnx is checked against it.", stacklevel=2)
     subject = prepare_task(model, data, question, task, preprocessing)
     subject.check_budget(budget)
     wanted, rungs = rungs, tuple(rung for rung in rungs if rung in subject.rungs)
@@ -315,14 +317,11 @@ def _all_timed(store: Store, candidates: list[Candidate], runtime: str) -> bool:
     return bool(timed) and all(str(c) in timed or str(c) in unexported for c in candidates)
 
 
-def _check_choices(rungs: tuple[str, ...], minimize: str, runtime: str) -> None:
+def _check_choices(rungs: tuple[str, ...], minimize: str) -> None:
     for value, known, what in (
         (rungs, RUNGS, "rungs"),
         ((minimize,), MINIMIZE, "minimize"),
-        ((runtime,), RUNTIMES, "runtime"),
     ):
         for one in value:
             if one not in known:
                 raise DownresError(f"Unknown {what} {one!r}: choose from {', '.join(known)}.")
-    if runtime == "torch":
-        warnings.warn("runtime 'torch' measures in torch; the shipped model.onnx is checked against it.", stacklevel=3)

@@ -11,7 +11,7 @@ from ..records import Budget, Candidate, Preprocessing, Recovery, Score
 from ..recovery.ladder import RUNGS, climb
 from ..recovery.state import State
 from ..tasks import Question, Task
-from .prepare import Measuring, Progress, Source, check_planned, gather, open_data, prepare_task
+from .prepare import Measuring, Progress, Source, bank_for_now, check_planned, gather, open_data, prepare_task
 
 
 def evaluate(
@@ -37,9 +37,8 @@ def evaluate(
     native = subject.native_state
     candidate = Candidate(resolution).on(subject.model.preprocessing.resolution)
     state = State(candidate, native.crop_ratio if crop_ratio is None else crop_ratio)
-    bank = subject.bank(None, progress=progress, **measuring.options())
-    subject.fill(bank)
-    return subject.quality(subject.evidence(bank, state, subject.proof))
+    with bank_for_now(subject, measuring, progress) as bank:
+        return subject.quality(subject.evidence(bank, state, subject.proof))
 
 
 def recover(
@@ -70,9 +69,8 @@ def recover(
     open_data(subject, data, measuring, question, progress=progress)
     candidate = (candidate or Candidate(resolution)).on(subject.model.preprocessing.resolution)
     check_planned(subject, [candidate])
-    bank = subject.bank(None, progress=progress, **measuring.options())
-    subject.fill(bank)
     rungs = tuple(rung for rung in rungs if rung in subject.rungs)
-    reference = subject.reference(bank, 0, subject.data.folds[0], rungs)
-    state, recovery = climb(subject, bank, candidate, reference, Budget(max_drop), rungs)
-    return bank.network(state), bank.preprocessing_of(state), recovery
+    with bank_for_now(subject, measuring, progress) as bank:
+        reference = subject.reference(bank, 0, subject.data.folds[0], rungs)
+        state, recovery = climb(subject, bank, candidate, reference, Budget(max_drop), rungs)
+        return bank.network(state), bank.preprocessing_of(state), recovery
