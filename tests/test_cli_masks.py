@@ -150,7 +150,7 @@ def test_a_regseg_by_name_from_its_weights_to_a_proof(cli, scenes, tmp_path):
     )  # fmt: skip
     assert done.json["artifact"] and "own.safetensors" in done.json["settings"]["weights"]
     found = cli("check", tmp_path / "run" / "best", "--threads", "1", "--json").json
-    assert [f["ok"] for f in found["findings"]] == [True] * 4
+    assert [f["ok"] for f in found["findings"]] == [True] * 5
     other = cli("curve", "regseg:exp48_decoder26,width=0.5,depth=0.25", *weights, "--resolution", "48")
     refused(other, "another RegSeg", "give regseg:exp48_decoder26,width=0.25,depth=0.25")
 

@@ -98,7 +98,7 @@ def test_a_whole_search_of_such_names(cli, folder, tiny_file):
         FILES
     )  # exact but for bytes
     done = cli("check", out / "best", "--model", f"{network}:make", "--threads", 1)
-    assert done.code == 0 and done.out.count("ok ") == 4 and not acts(done.out)
+    assert done.code == 0 and done.out.count("ok ") == 5 and not acts(done.out)
     assert downres.evaluate(f"{network}:make", data, preprocessing=downres.Preprocessing(48)).n == 24
 
 

@@ -245,7 +245,7 @@ def test_the_users_model_is_left_alone(vit):
 
 def traces(page: str) -> dict[str, dict[str, dict]]:
     """Panel → family → trace, as the page holds them."""
-    figures = json.loads(re.search(r"^const figures = (.*);$", page, re.M)[1])
+    figures = json.loads(re.search(r"\bconst figures = (.*);$", page, re.M)[1])
     return {key: {trace["name"]: trace for trace in figure["data"]} for key, figure in figures.items()}
 
 

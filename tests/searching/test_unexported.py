@@ -61,7 +61,7 @@ def test_an_original_that_cannot_be_exported_is_searched_in_torch(go, blocked, t
     assert sum(WHY in note for note in run.notes) == 1 and run.settings["runtime"] == "torch"
     assert "measured through torch" in (run.folder / "report.html").read_text()
     assert str(run.best.candidate) == "28"  # whose graph is there all the same
-    assert [f.ok for f in check(run.artifact, model=f"{tiny_file}:make")] == [True] * 4
+    assert [f.ok for f in check(run.artifact, model=f"{tiny_file}:make")] == [True] * 5
 
 
 def test_who_asks_for_onnxruntime_gets_it_or_the_reason(go, blocked, tmp_path):

@@ -267,7 +267,7 @@ def network_input(planes, kind):  # float32 (1, channels, height, width)
     return np.ascontiguousarray(((pixels / divide_by - mean) / std).transpose(2, 0, 1)[None])
 """
 _RUN = """
-session = onnxruntime.InferenceSession(str(HERE / "model.onnx"), providers=["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession((HERE / "model.onnx").read_bytes(), providers=["CPUExecutionProvider"])
 for name in sys.argv[1:]:
     picture = opened(name)
     (output,) = session.run(None, {MANIFEST["input"]["name"]: network_input(picture)})

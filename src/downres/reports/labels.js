@@ -58,7 +58,7 @@ function placeLabels(points, markers, lines, area) {
 
 /* The names of a drawn plotly picture, over it; called again after every change of what is shown. */
 function drawLabels(plot) {
-  const { xaxis, yaxis } = plot._fullLayout, ns = "http://www.w3.org/2000/svg";
+  const { xaxis, yaxis } = plot._fullLayout, ns = plot.querySelector(".main-svg").namespaceURI;
   const area = { left: xaxis._offset, right: xaxis._offset + xaxis._length, top: yaxis._offset, bottom: yaxis._offset + yaxis._length };
   const at = (x, y) => [xaxis._offset + xaxis.d2p(x), yaxis._offset + yaxis.d2p(y)];
   const points = [], markers = [], lines = [];
