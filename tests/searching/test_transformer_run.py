@@ -99,7 +99,7 @@ def test_the_report_shows_merged_tokens(run):
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
 def test_curve_gives_what_the_reduced_models_say(vit_file, cells, runtime):
     data = cells.dataset()
-    texts = ["32", "48 merge4", "36 patch12 merge1"]
+    texts = ["32", "48 merge4", "36 patch12 merge1"] if runtime == "torch" else ["48 merge4"]  # exports take long
     found = curve(vit_file, data, merges=[30], candidates=texts, runtime=runtime, threads=1, snap=False)
     assert [str(r.candidate) for r in found.results] == ["48 merge30", *texts]
     assert found.results[0].status == "stopped" and "give at most" in found.results[0].reason
