@@ -39,8 +39,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # damaged documents are made as the suite makes them
+
 import hostile
 import numpy as np
+from damage import changed, paths
 from faulty import Ended, Fault, at_change, command, disk_is_full, document, forked, judged, killed, untimed
 from measuring import RESULTS, save
 from PIL import Image
@@ -358,12 +361,12 @@ def folders(arena: Arena) -> Iterator[tuple[str, Attempt]]:
             yield f"{name}/{file} {how}: {what}", lambda a=(name, file, how, what): damaged(arena, *a)
     settings = json.loads((arena.base() / "run.json").read_text())
     wrong: list[Any] = [..., None, "x", -1, 1e308, 10**30, [], {"a": 1}, True]
-    fields = [(at, value) for at in paths(settings) for value in wrong]
+    fields = [(at, value) for at in paths(settings) if at for value in wrong]
     for at, value in arena.some(fields, 60, 4):
         for what in ("report", "search"):
             yield f"run.json {at} {value}: {what}", lambda a=(at, value, what): retyped(arena, *a)
     log = [json.loads(line) for line in (arena.base() / "measurements.jsonl").read_text().splitlines()]
-    entries = [(i, at, value) for i, entry in enumerate(log) for at in paths(entry["value"]) for value in wrong]
+    entries = [(i, at, value) for i, entry in enumerate(log) for at in paths(entry["value"]) if at for value in wrong]
     for i, at, value in arena.some(entries, 60, 5):
         for what in ("report", "search"):
             yield f"measurement {log[i]['key']} {at} {value}: {what}", lambda a=(i, at, value, what): remeasured(arena, *a)
@@ -444,27 +447,6 @@ def same_page(run: Path, expected: set[str]) -> None:
     for cell in cells_of(run / "report.html") - expected:
         if re.search(r"\d", cell) and not re.search(r"waiting|lost|missing", cell):
             raise Fault(f"the page says {cell[:100]!r}, which it did not")
-
-
-def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The names and indices that lead to each value in a document, without the whole."""
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, child in children:
-        yield (*at, name)
-        yield from paths(child, (*at, name))
-
-
-def changed(whole: Any, at: tuple[Any, ...], value: Any) -> Any:
-    """A copy with another value there; `...` deletes it."""
-    copied = json.loads(json.dumps(whole))
-    owner = copied
-    for name in at[:-1]:
-        owner = owner[name]
-    if value is ...:
-        del owner[at[-1]]
-    else:
-        owner[at[-1]] = value
-    return copied
 
 
 # --- images ---
@@ -606,7 +588,7 @@ def artifacts(arena: Arena) -> Iterator[tuple[str, Attempt]]:
     for _ in range(500):
         deep = [deep]
     wrong: list[Any] = [..., None, "x", "", -1, 0, 1e308, 10**30, [], {}, {"a": 1}, [[1]], True, "../../x", "\x1b[31m", deep]
-    fields = [(at, value) for at in paths(manifest) if at[0] not in ("sha256", "versions") for value in wrong]
+    fields = [(at, value) for at in paths(manifest) if at and at[0] not in ("sha256", "versions") for value in wrong]
     for at, value in arena.some(fields, 150, 6):
         for what in ("predict", "check"):
             name = f"{'/'.join(map(str, at))} {str(value)[:20]}: {what}"

@@ -301,11 +301,8 @@ class Work:
             if not _runs(original, self.native):
                 if adapter.sure:
                     return  # the original takes something else than one image: this run tells nothing
-                shape = "x".join(map(str, (self.native[0], *self.own)))
-                raise DownresError(
-                    f"{kind} does not run on an image of {shape} ({error.reason}), so what it becomes cannot be tried: give "
-                    "the size that it is used at as input_size=(channels, height, width), or a network that takes images."
-                ) from error
+                shape = (self.native[0], *self.own)
+                raise _cannot_be_tried(kind, shape, error.reason, ", or a network that takes images") from error
             raise DownresError(
                 f"{kind} cannot be made for '{c}' (it fails with: {error.reason}): {self.instead}, or give another resolution."
             ) from error
@@ -410,11 +407,7 @@ class Work:
         except DoesNotRun:
             needed = len(required_inputs(original)) == 1
         if needed:
-            shape = "x".join(str(n) for n in image)
-            raise DownresError(
-                f"{type(original).__name__} does not run on an image of {shape} ({error.reason}), so what it becomes "
-                "cannot be tried: give the size that it is used at as input_size=(channels, height, width)."
-            ) from error
+            raise _cannot_be_tried(type(original).__name__, image, error.reason) from error
 
     def _maps(self, original: nn.Module, whole: Outputs, small: Outputs) -> tuple[dict[Path, Map | Tokens], set[Path]]:
         """Where the answers of original and reduced model are maps whose size follows the image, which may not show at the
@@ -477,6 +470,14 @@ class Work:
                     f"{type(self.small).__name__} holds two transformers, {adapter.name} and {other.name}, and only the first "
                     "would be made for another size: reduce each by itself and put them together again."
                 )
+
+
+def _cannot_be_tried(kind: str, image: tuple[int, ...], reason: str, otherwise: str = "") -> DownresError:
+    """Of an original, a `kind`, that does not run at its own size."""
+    return DownresError(
+        f"{kind} does not run on an image of {'x'.join(map(str, image))} ({reason}), so what it becomes cannot be tried: give "
+        f"the size that it is used at as input_size=(channels, height, width){otherwise}."
+    )
 
 
 def _is_length(path: Path) -> bool:

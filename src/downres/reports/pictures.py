@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -117,37 +118,31 @@ def mosaic(image: np.ndarray, groups: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class Axis:
     """One cost that can stand on the horizontal axis: button, title, and the value of a result; text: of a tick, to so many
-    digits.
+    `digits`.
     """
 
     key: str
     name: str
     title: str
     value: Callable[[Result], float | None]
-    text: Callable[[float, int], str]
+    text: Callable[..., str]
+
+
+def _milliseconds(value: float, digits: int) -> str:
+    return f"{value:.{digits}g} ms" if value < 10**digits else f"{value:.0f} ms"
 
 
 AXES = (
-    Axis(
-        "macs",
-        "MACs",
-        "MACs per forward pass (log scale)",
-        lambda r: r.cost.macs if r.cost else None,
-        lambda value, digits: format_quantity(value, "", digits),
-    ),
+    Axis("macs", "MACs", "MACs per forward pass (log scale)", lambda r: r.cost.macs if r.cost else None, format_quantity),
     Axis(
         "memory",
         "Peak memory",
         "peak activation memory (log scale)",
         lambda r: r.cost.peak_activation_bytes if r.cost else None,
-        lambda value, digits: format_quantity(value, "B", digits),
+        partial(format_quantity, unit="B"),
     ),
     Axis(
-        "latency",
-        "Latency",
-        "median latency (log scale)",
-        lambda r: r.latency.latency_ms if r.latency else None,
-        lambda value, digits: f"{value:.{digits}g} ms" if value < 10**digits else f"{value:.0f} ms",
+        "latency", "Latency", "median latency (log scale)", lambda r: r.latency.latency_ms if r.latency else None, _milliseconds
     ),
 )
 
@@ -212,10 +207,10 @@ def log_ticks(low: float, high: float) -> list[float]:
     return next(ticks for ticks in multiples if len(ticks) >= 3)
 
 
-def tick_texts(ticks: Sequence[float], text: Callable[[float, int], str]) -> list[str]:
+def tick_texts(ticks: Sequence[float], text: Callable[..., str]) -> list[str]:
     """All different, to as few digits as that takes."""
-    every = ([text(tick, digits) for tick in ticks] for digits in range(3, 16))
-    return next((texts for texts in every if len({*texts}) == len(texts)), [text(tick, 15) for tick in ticks])
+    every = ([text(tick, digits=digits) for tick in ticks] for digits in range(3, 16))
+    return next((texts for texts in every if len({*texts}) == len(texts)), [text(tick, digits=15) for tick in ticks])
 
 
 def hover_text(result: Result, trace: str) -> str:
