@@ -17,7 +17,8 @@ class Axes:
 
     resolutions: of the input. stem_scales: resample after the embedding. patch_sizes: in pixels. merges: `Merge`, or
     what it is made of (8, 0.5, '8-decreasing'). candidates: as they are or as text, in any combination. ragged: what patches
-    do where they do not divide the input. depths, widths: model scaling, for costs. extra: of techniques registered from
+    do where they do not divide the input. depths, widths: model scaling, for costs. precisions, runtimes: each tried with every
+    other candidate (`("fp32", "int8")`), None and () the default alone. extra: of techniques registered from
     outside, by their keywords: `{"grey": (True,)}`. snap: take `resolutions` to multiples of the network's stride; the
     defaults are such.
     """
@@ -30,6 +31,8 @@ class Axes:
     ragged: str = "error"
     depths: Sequence[int] | None = None
     widths: Sequence[float] | None = None
+    precisions: Sequence[str] | None = None
+    runtimes: Sequence[str | None] | None = None
     extra: tuple[tuple[str, Any], ...] | Mapping[str, Any] = ()
     snap: bool = False
 
@@ -37,7 +40,7 @@ class Axes:
         extra = dict(self.extra)
         for t in techniques():
             values = getattr(self, t.keyword) if t.keyword in _FIELDS else extra.get(t.keyword)
-            values = None if values is None else tuple(values)
+            values = None if values is None else t.parse_option(values) if isinstance(values, str) else tuple(values)
             if t.keyword in _FIELDS:
                 object.__setattr__(self, t.keyword, values)
             elif values is not None:
@@ -73,8 +76,20 @@ class Axes:
 
     def free(self) -> list[tuple[Technique, Candidate]]:
         """The variants that have no resolution of their own yet, each with what it is a variant of."""
-        others = (t for t in techniques() if t is not RESOLUTION)
+        others = (t for t in techniques() if t is not RESOLUTION and not t.crosses)
         return [(t, Candidate.of(**t.variant(value))) for t in others for value in self.given(t) or ()]
+
+    def crossed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Each candidate with each value of what is tried with all of them; what names a value itself keeps it."""
+        found = list(candidates)
+        for t in (t for t in techniques() if t.crosses):
+            variants = [t.variant(value) for value in self.given(t) or ()]
+            found = [
+                one
+                for c in found
+                for one in ([c] if t.is_on(c) or not variants else [c.having(**variant) for variant in variants])
+            ]
+        return list(dict.fromkeys(found))
 
 
 _FIELDS = frozenset(f.name for f in dataclasses.fields(Axes)) - {"candidates", "ragged", "extra", "snap"}

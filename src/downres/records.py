@@ -37,6 +37,8 @@ class Candidate(Record):
     patch_size: side of the patches in pixels; the patch kernel is resized.
     merge: tokens taken out in each block; also given as a number (8: tokens a block; 0.5: fraction kept) or as text.
     depth, width: number of blocks, and factor on the channels: another network of the same design, to be trained.
+    precision: what the file that runs computes in: 'fp32', 'bf16', 'fp16' or 'int8'.
+    runtime: the engine that it is measured in and shipped for; None: the first that a run was given.
     extra: values of techniques that were registered from outside, by their names: `{"grey": True}`.
 
     Each field is checked, written, read and applied by its technique, see `downres.techniques`.
@@ -50,6 +52,8 @@ class Candidate(Record):
     ragged: str = "error"
     depth: int | None = None
     width: float = 1.0
+    precision: str = "fp32"
+    runtime: str | None = None
     extra: tuple[tuple[str, Any], ...] | Mapping[str, Any] = ()
 
     def __post_init__(self) -> None:
@@ -76,6 +80,11 @@ class Candidate(Record):
         """A value by its name; neutral: where a technique registered from outside has none here."""
         return getattr(self, name) if name in _FIELDS else dict(self.extra).get(name, neutral)
 
+    def having(self, **values: Any) -> "Candidate":
+        """The same with other values, by their names."""
+        before = {name: self.get(name, n) for t in techniques() for name, n in t.fields.items()}
+        return Candidate.of(**{**before, **values})
+
     def without(self, *left_out: Technique) -> "Candidate":
         """The same with some techniques left out."""
         values = {name: self.get(name, n) for t in techniques() if t not in left_out for name, n in t.fields.items()}
@@ -96,6 +105,11 @@ class Candidate(Record):
         """Whether nothing but the input gets smaller."""
         return dataclasses.replace(self, resolution=None, ragged="error") == Candidate()
 
+    @property
+    def network(self) -> "Candidate":
+        """The network of it, whatever file it becomes."""
+        return self.without(*(t for t in self.techniques if t.in_file))
+
     def at(self, resolution: Resolution | None) -> "Candidate":
         """The same at another resolution."""
         return dataclasses.replace(self, resolution=resolution)
@@ -110,6 +124,9 @@ class Candidate(Record):
     def to_json(self) -> dict[str, Any]:
         values = super().to_json()
         extra = values.pop("extra")
+        for t in techniques():  # what only few name is left out where it is not named
+            if t.in_file and not t.is_on(self):
+                values.pop(t.name, None)
         return {**values, "extra": dict(extra)} if extra else values
 
     @classmethod

@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.onnxruntime import OnnxRuntime
 from ..errors import DownresError
-from .manifest import Port
+from .manifest import Port, served_by
 
 
 class Graph:
-    """`model.onnx` of an artifact; call it as a `Runtime`. spread: see `OnnxRuntime`.
+    """The graph of an artifact, in its own runtime; call it as a `Runtime`. spread: see `OnnxRuntime`. stem: of its file's name.
 
     Raises DownresError where its inputs or outputs are not those of the manifest, where a run fails or takes longer than
     `limit_s` seconds an image, and for an answer of another shape, or with NaN or infinity in it: of a class map, which has
@@ -26,10 +25,12 @@ class Graph:
         limit_s: float | None = None,
         *,
         spread: bool = False,
+        stem: str = "model",
     ) -> None:
-        self.file = folder / "model.onnx"
+        engine, precision = served_by(manifest)
+        self.file = (folder / stem).with_suffix(Path(engine.file).suffix)
         self.taken, self.given = (Port.from_json(manifest[name]) for name in ("input", "output"))
-        self._runtime = OnnxRuntime(self.file, threads, limit_s, spread=spread)
+        self._runtime = engine.load(self.file, threads, limit_s, precision=precision, spread=spread)
         self.name, self.versions, self.threads = self._runtime.name, self._runtime.versions, self._runtime.threads
         found = self._runtime.inputs
         if len(found) != 1 or found[0][0] != self.taken.name or not _fits(found[0][1], self.taken.shape):

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..engines.engine import Engine, Layers, engine_of
 from ..errors import DownresError, first_line
 from ..record import Misfit, read_json, sha256
 from ..records import Candidate, Cost, Drop, Latency, Preprocessing, Record, Recovery
 from ..recovery.state import State
 from ..tasks import Question
+from ..techniques import FP32
 
 FORMAT = 3
 MOST_BYTES = 2**28
@@ -39,6 +41,18 @@ class Outcome(Record):
     latency: Latency | None = None
     drop: Drop | None = None
     recovery: Recovery | None = None
+
+
+@dataclass(frozen=True)
+class Served(Record):
+    """What the graph runs in. layers: of 8 bits, see `engines.engine.Layers`; distance: between its answers and those of the torch
+    network on real images, as a part of the latter, when it was shipped; None where both are equal but for rounding.
+    """
+
+    name: str
+    precision: str = FP32
+    layers: Layers | None = None
+    distance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,10 +91,11 @@ class Source(Record):
 
 @dataclass(frozen=True)
 class FoldPart(Record):
-    """How the quality of one fold was measured."""
+    """How the quality of one fold was measured. stem: name of its graph's file, without the ending."""
 
     crop_ratio: float
     recalibrated: bool = False
+    stem: str = "model"
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,7 @@ class Manifest(Record):
     recovery: Recovery
     source: Source
     sha256: dict[str, str]
+    runtime: Served = Served("onnxruntime")
     folds: tuple[FoldPart, ...] = ()
     classes: tuple[str, ...] = ()
     colours: tuple[tuple[int, int, int], ...] = ()
@@ -134,7 +150,7 @@ def changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
     digests = manifest["sha256"]
     if not _manifest_as_written(folder / "manifest.json", digests.get("manifest.json")):
         return ["manifest.json"]
-    changed = [f"{name} (missing)" for name in NEEDED if name not in digests]
+    changed = [f"{name} (missing)" for name in needed(manifest) if name not in digests]
     for name, digest in digests.items():
         if name in ("", "..") or name != Path(name).name:  # `..` and folders: nothing outside is opened
             changed.append(f"{name!r} (no name of a file in it)")
@@ -143,8 +159,16 @@ def changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
     return changed
 
 
-NEEDED = ("model.onnx", "model.safetensors")
-"""What every artifact has."""
+def served_by(manifest: dict[str, Any]) -> tuple[Engine, str]:
+    """(the engine, the precision) of what is shipped. DownresError where that engine is not here."""
+    served = Manifest.from_json(manifest).runtime
+    return engine_of(served.name), served.precision
+
+
+def needed(manifest: dict[str, Any]) -> list[str]:
+    """What every artifact of its runtime has."""
+    engine, _ = served_by(manifest)
+    return [*(file.name for file in engine.files(Path(engine.file))), "model.safetensors"]
 
 
 def is_whole(folder: Path) -> bool:

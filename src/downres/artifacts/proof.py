@@ -1,7 +1,7 @@
 """Proving an artifact: its files, its pixels, its graph against torch, its quality."""
 
 import dataclasses
-import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +9,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import onnx
 import torch
-from onnx import numpy_helper
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -19,7 +17,7 @@ from torch import nn
 
 from ..copying import copied
 from ..engines import Runtime
-from ..engines.onnxruntime import OnnxRuntime, export_onnx
+from ..engines.onnxruntime import export_onnx
 from ..engines.torch import TorchRuntime
 from ..errors import DownresError, first_line
 from ..families import Model, load_model
@@ -30,8 +28,9 @@ from ..record import read_json
 from ..records import Candidate, Preprocessing, Record
 from ..reduction import made_for, reduce
 from ..tasks import Data, Question, Task, known_task, restored
+from ..techniques import INT8
 from .graph import Graph
-from .manifest import MOST_BYTES, PROOF, changed_files, read_manifest
+from .manifest import MOST_BYTES, PROOF, FoldPart, Served, changed_files, read_manifest, served_by
 from .served import served_alike
 from .serving import proof_of
 
@@ -59,7 +58,8 @@ def check(
     threads: int | None = None,
     task: str | type[Task] | None = None,
 ) -> list[Finding]:
-    """Prove an artifact: files unchanged, torch and onnxruntime equal on real images, the quality as stated.
+    """Prove an artifact: files unchanged, torch and its runtime equal on real images (of fewer bits as far apart as when it was
+    shipped), the quality as stated.
 
     model: needed when the network came from a file or from Python, because the manifest never runs code by itself.
     data: where the proof images are now, when they are no longer where the search found them. task: of one's own, where the
@@ -90,18 +90,23 @@ def _looked_at(
     preprocessing = Preprocessing.from_json(manifest["preprocessing"])
     own = restored(manifest["task"], manifest)
     runtime = Graph(folder, manifest, threads, LIMIT_S, spread=True)
+    served = Served.from_json(manifest["runtime"]) if "runtime" in manifest else Served("onnxruntime")
+    equal = f"torch = {served.name}" if served.distance is None else f"torch and {served.name} {served.precision}"
     network, why_no_network = _network(folder, manifest, model)
     dataset, why_no_data = _dataset(own, folder, manifest, data)
     if dataset is None:
-        unseen = ("preprocessing = PIL", "torch = onnxruntime", "quality", "serve.py = predict")
+        unseen = ("preprocessing = PIL", equal, "quality", "serve.py = predict")
         return [*(Finding(what, None, why_no_data) for what in unseen)]
-    proof = own.proof
-    chosen = proof[:: max(1, len(proof) // PARITY_IMAGES)][:PARITY_IMAGES]
+    chosen = parity_images(own)
     findings = [_pixels(dataset, chosen, preprocessing)]
     if network is None:
-        findings.append(Finding("torch = onnxruntime", None, why_no_network))
+        findings.append(Finding(equal, None, why_no_network))
+    elif served.distance is None:
+        findings.append(Finding(equal, *_parity(own, network, runtime, chosen, preprocessing, threads)))
     else:
-        findings.append(_parity(own, network, runtime, chosen, preprocessing, threads))
+        found = distance(own, network, runtime, chosen, preprocessing, threads)
+        said = f"answers {found:.2g} apart, {served.distance:.2g} when it was shipped, on {len(chosen)} real images"
+        findings.append(Finding(equal, abs(found - served.distance) <= 0.1 * served.distance + 1e-3, said))
     findings.append(_quality(own, folder, manifest, runtime, network, preprocessing, threads))
     findings.append(Finding("serve.py = predict", *served_alike(own, folder, manifest, runtime, preprocessing)))
     return findings
@@ -109,11 +114,35 @@ def _looked_at(
 
 def _parity(
     task: Task, network: nn.Module, runtime: Runtime, chosen: np.ndarray, p: Preprocessing, threads: int | None
-) -> Finding:
-    """The shipped file in onnxruntime against the shipped weights in torch, on preprocessed photographs."""
+) -> tuple[bool, str]:
+    """The shipped file in its runtime against the shipped weights in torch, on preprocessed photographs."""
     torch_side = TorchRuntime(task.serve(network), threads)
-    ok, detail = task.parity(*(_answers(one, task.data.images, chosen, p) for one in (runtime, torch_side)))
-    return Finding("torch = onnxruntime", ok, detail)
+    return task.parity(*(_answers(one, task.data.images, chosen, p) for one in (runtime, torch_side)))
+
+
+def distance(
+    task: Task, network: nn.Module, runtime: Runtime, chosen: np.ndarray, p: Preprocessing, threads: int | None = None
+) -> float:
+    """How far a file of fewer bits answers from its network in float, as a part of what that answers: of numbers the root of the
+    mean square, of class maps the share of pixels.
+    """
+    pairs = zip(
+        *(_answers(one, task.data.images, chosen, p) for one in (runtime, TorchRuntime(task.serve(network), threads))),
+        strict=True,
+    )
+    apart = whole = 0.0
+    for ours, theirs in pairs:
+        if ours.dtype.kind == "f":
+            apart, whole = apart + float(np.square(ours - theirs).sum()), whole + float(np.square(theirs).sum())
+        else:
+            apart, whole = apart + float((ours != theirs).sum()), whole + ours.size
+    return float(np.sqrt(apart / max(whole, 1e-12))) if ours.dtype.kind == "f" else apart / whole
+
+
+def parity_images(task: Task) -> np.ndarray:
+    """Some of the proof images."""
+    proof = task.proof
+    return proof[:: max(1, len(proof) // PARITY_IMAGES)][:PARITY_IMAGES]
 
 
 def _answers(runtime: Runtime, images: Images, indices: np.ndarray, p: Preprocessing) -> Iterator[np.ndarray]:
@@ -180,14 +209,15 @@ def _quality(
         one: Runtime = runtime
         how = p
         if manifest["folds"]:
-            how = p.at(crop_ratio=manifest["folds"][i]["crop_ratio"])
+            part = FoldPart.from_json(manifest["folds"][i])
+            how = p.at(crop_ratio=part.crop_ratio)
+            if part.stem != "model":
+                one = Graph(folder, manifest, threads, LIMIT_S, spread=True, stem=part.stem)
             own = {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{i}/")}
             if own:
-                ready = _with_weights(task, folder, manifest, network, own, threads)
+                ready = _with_weights(task, folder, manifest, network, own, threads, part.stem)
                 if ready is None:
-                    return Finding(
-                        "quality", None, "the folds' BatchNorm statistics need the torch network: name it with `model`"
-                    )
+                    return Finding("quality", None, "the weights of the folds need the torch network: name it with `model`")
                 one = ready
         parts.append(task.judge(_in_batches(one, task, fold.test, how), fold.test, how))
     found = task.quality(task.evidence_type.concatenate(parts))
@@ -207,25 +237,22 @@ def _with_weights(
     network: nn.Module | None,
     own: dict[str, torch.Tensor],
     threads: int | None,
-) -> OnnxRuntime | None:
-    """The shipped graph with some tensors replaced: initializers of the same name, else by exporting the torch network."""
-    graph = onnx.load(folder / "model.onnx")
-    by_name = {re.sub(r"^(model|network)\.", "", initializer.name): initializer for initializer in graph.graph.initializer}
-    if own.keys() <= by_name.keys():
-        for name, tensor in own.items():
-            target = by_name[name]
-            target.CopyFrom(numpy_helper.from_array(tensor.numpy(), target.name))
-        return OnnxRuntime(graph.SerializeToString(), threads, LIMIT_S, spread=True)
-    if network is None:
-        return None
-    import tempfile
-
-    network = copied(network)  # the next fold starts from the shipped weights again
-    network.load_state_dict({**network.state_dict(), **own})
-    p = Preprocessing.from_json(manifest["preprocessing"])
-    with tempfile.TemporaryDirectory() as place:
-        file = export_onnx(task.serve(network), (len(p.mean), *p.hw), Path(place) / "fold.onnx")
-        return OnnxRuntime(file.read_bytes(), threads, LIMIT_S, spread=True)
+    stem: str,
+) -> Runtime | None:
+    """The graph with some tensors replaced: those of the same name in it, else by exporting the torch network."""
+    engine, precision = served_by(manifest)
+    with tempfile.TemporaryDirectory(prefix="downres-") as place:
+        file = Path(place) / f"fold{Path(engine.file).suffix}"
+        kept = (folder / stem).with_suffix(file.suffix)
+        if not engine.with_tensors(kept, {name: tensor.numpy() for name, tensor in own.items()}, file):
+            if network is None or precision == INT8:
+                return None
+            network = copied(network)  # the next fold starts from the shipped weights again
+            network.load_state_dict({**network.state_dict(), **own})
+            p = Preprocessing.from_json(manifest["preprocessing"])
+            exported = export_onnx(task.serve(network), (len(p.mean), *p.hw), Path(place) / "exported.onnx")
+            engine.write(exported, file, precision)
+        return engine.load(file, threads, LIMIT_S, precision=precision, spread=True)
 
 
 def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | str | None) -> tuple[nn.Module | None, str]:

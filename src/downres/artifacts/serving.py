@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from ..engines.engine import Engine
 from ..images.preprocess import cover_of, covering_size, divisor, fill_of, shown_size
 from ..records import BGR, RGB, Preprocessing
 from ..tasks import Task
@@ -120,10 +121,10 @@ _FITTED = {
 }
 
 
-def program(task: Task, p: Preprocessing, numbers: bool = False) -> str:
+def program(task: Task, p: Preprocessing, numbers: bool = False, engine: Engine | None = None) -> str:
     """The text of serve.py: under 60 lines (of numbers 70), of what is needed; it reads its values from the manifest.
 
-    numbers: see `takes_numbers`.
+    numbers: see `takes_numbers`. engine: that of the graph, None: onnxruntime's on the CPU.
     """
     answer, channels = task.serving(p).strip(), len(p.mean)
     cubic = "bicubic(" in answer or (not p.antialias and p.interpolation == "bicubic")
@@ -150,10 +151,30 @@ def program(task: Task, p: Preprocessing, numbers: bool = False) -> str:
         run = _RUN
     fitted = fit.replace("    BEFORE\n", before).replace("RESIZED", resized)
     parts = [opened, *([_BICUBIC] if cubic else []), fitted, taken, answer, run]
-    text = _HEAD + "".join(f"\n{part.strip()}\n" for part in parts)
+    runs = engine is not None and engine.name == "openvino"
+    head, run = _in_openvino(_HEAD, run, engine.device.upper()) if runs else (_HEAD, run)  # type: ignore[union-attr]
+    parts[-1] = run
+    text = head + "".join(f"\n{part.strip()}\n" for part in parts)
     return text if text.count("\n") < MOST_LINES else text.replace("\n\ndef", "\ndef").replace("\n\nsession", "\nsession")
 
 
+def _in_openvino(head: str, run: str, device: str) -> tuple[str, str]:
+    """The same with OpenVINO in the place of ONNX Runtime, in float32 where it is not in 8 bits."""
+    head = (
+        head.replace("model.onnx", "model.xml")
+        .replace("onnxruntime;", "openvino;")
+        .replace("import onnxruntime", "import openvino")
+    )
+    session = run[run.index("session = ") : run.index("\n", run.index("session = "))]
+    run = run.replace(session, _OPENVINO.strip().replace("DEVICE", device))
+    return head, run.replace("(output,) = session.run(None, {MANIFEST", "(output,) = session({MANIFEST").replace(
+        "})", "}).values()", 1
+    )
+
+
+_OPENVINO = """
+session = openvino.Core().compile_model(HERE / "model.xml", "DEVICE", {"INFERENCE_PRECISION_HINT": "f32"})
+"""
 _ORDER = {RGB: "", BGR: "[..., ::-1]"}
 _HEAD = '''"""`python serve.py photo.jpg …` prints what model.onnx answers, a line of JSON for each picture.
 Written by downres. Needs Pillow, NumPy and onnxruntime; all numbers are those of manifest.json, which explains them."""

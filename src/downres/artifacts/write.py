@@ -1,11 +1,11 @@
-"""Writing an artifact: model.onnx (the small input, batch free), model.safetensors (the same weights for torch),
+"""Writing an artifact: the graph of its runtime (model.onnx, or model.xml and model.bin; the small input, batch free), model.safetensors (the same weights for torch),
 manifest.json, serve.py (a program that needs nothing else), proof.json (which images were the proof) and, where the quality was
 cross-fitted, folds.safetensors (the tensors that it was measured with).
 """
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from ..engines.onnxruntime import export_onnx
+from ..engines.engine import engine_of
 from ..record import settled, sha256, write_json
 from ..records import Preprocessing, Recovery, Result
 from ..recovery.state import State
@@ -27,6 +27,7 @@ def export(
     folder: Path,
     network: nn.Module,
     task: Task,
+    graph: Callable[[Path], dict[str, Any]],
     *,
     preprocessing: Preprocessing,
     state: State,
@@ -40,6 +41,7 @@ def export(
 ) -> Path:
     """Write the artifact of `network` (final weights; takes the small input) to `folder`, whole or not at all.
 
+    graph: writes the file that runs, and what belongs to it, into a folder and says what it is: the manifest's `runtime`.
     result: as the search measured it; recovery: how these very weights were recovered, which after cross-fitting is
     one more fit on all images. source: 'model' (how to build the network again), 'data' (how to open the proof images again).
     state: what was done to the weights. The task says what the graph returns, and what else of it is needed to use the file.
@@ -49,7 +51,7 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     size = (len(preprocessing.mean), *preprocessing.hw)
-    export_onnx(task.serve(network), size, partial / "model.onnx", (task.output_name,))
+    runtime = graph(partial)
     weights = {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
     (partial / "model.safetensors").write_bytes(save(weights))  # whose errors of a full disk are the system's own
     if targets := task.targets():
@@ -58,7 +60,7 @@ def export(
         folds_own = save({k: torch.from_numpy(v).contiguous() for k, v in fold_tensors.items()})
         (partial / "folds.safetensors").write_bytes(folds_own)
     numbers = takes_numbers(task, preprocessing)
-    (partial / SERVE).write_text(program(task, preprocessing, numbers))
+    (partial / SERVE).write_text(program(task, preprocessing, numbers, engine_of(runtime["name"])))
     (partial / PROOF).write_text(write_json(proof_of(task)).replace("], [", "],\n["))
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner may read
@@ -69,6 +71,7 @@ def export(
         "input": {"name": "input", "shape": ["batch", *size], "dtype": "float32", "layout": "NCHW"},
         "output": output_of(task, preprocessing),
         "steps": steps(preprocessing, numbers),
+        "runtime": runtime,
         "task": task.described(),
         "preprocessing": preprocessing.to_json(),
         **task.facts(),

@@ -21,6 +21,13 @@ class Runtime(Protocol):
     def __call__(self, batch: np.ndarray) -> tuple[np.ndarray, ...]: ...
 
 
+class FileRuntime(Runtime, Protocol):
+    """One that runs a file. inputs: (name, shape) of each, a free side by its name; outputs: their names."""
+
+    inputs: list[tuple[str, list]]
+    outputs: list[str]
+
+
 def available_cores() -> int:
     """The cores that this process may use: fewer than the machine has when it is pinned (a container, taskset)."""
     if hasattr(os, "sched_getaffinity"):

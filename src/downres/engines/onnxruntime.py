@@ -1,4 +1,4 @@
-"""Export to ONNX and run there, on the CPU."""
+"""Export to ONNX and run there."""
 
 import contextlib
 import errno
@@ -6,32 +6,43 @@ import io
 import logging
 import os
 import re
+import shutil
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnxruntime
 import torch
 from torch import nn
 
 from ..copying import copied, single
 from ..errors import NO_SPACE, DownresError, first_line, shown
+from ..techniques import FP16, FP32, INT8
 from . import check_threads
+from .engine import Batches, Engine, Layers, Quantization
 from .fuse import fused, noise
 from .torch import TorchRuntime, plain_attention, uncompiled
 
 INPUT_NAME = "input"
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider",
+    "coreml": "CoreMLExecutionProvider", "directml": "DmlExecutionProvider", "rocm": "ROCMExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider", "migraphx": "MIGraphXExecutionProvider", "qnn": "QNNExecutionProvider",
+}  # fmt: skip
+"""Device → ONNX Runtime's name of what runs there."""
 
 
 class OnnxRuntime:
-    """One ONNX model in ONNX Runtime's CPU provider, deterministic.
+    """One ONNX model in ONNX Runtime, deterministic where it runs on the CPU.
 
-    model: a path or the bytes of a file. threads: of the session; None takes all available cores. limit_s: seconds that one
+    device: 'cpu', 'cuda', 'tensorrt', 'coreml', 'directml', …; what cannot run there runs on the CPU, but where nothing can the
+    runtime is refused. model: a path or the bytes of a file. threads: of the session; None takes all available cores. limit_s: seconds that one
     image may take, None for ever; it is looked at between the graph's nodes. spread: the images of a batch are spread over the
     threads, each image on one, in place of every operator: the same answers, as fast where nothing else runs, and faster where
     the cores have other work (threads of one operator wait for each other); no time of a single image.
@@ -42,8 +53,16 @@ class OnnxRuntime:
     name = "onnxruntime"
 
     def __init__(
-        self, model: str | Path | bytes, threads: int | None = None, limit_s: float | None = None, *, spread: bool = False
+        self,
+        model: str | Path | bytes,
+        threads: int | None = None,
+        limit_s: float | None = None,
+        *,
+        spread: bool = False,
+        device: str = "cpu",
     ) -> None:
+        spread = spread and device == "cpu"
+        self.name = self.name if device == "cpu" else f"{self.name}:{device}"
         self.limit_s, self._told = limit_s, "This content" if isinstance(model, bytes) else str(model)
         self.threads = check_threads(threads)
         self.versions = {"onnxruntime": onnxruntime.__version__}
@@ -58,7 +77,10 @@ class OnnxRuntime:
         if isinstance(source, str) and shown(source) != source:  # it takes names in UTF-8 alone
             source = Path(source).read_bytes()
         try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(source, options, providers=_providers(device))
+            _refuse_fallback(self._session.get_providers(), device)
+        except DownresError:
+            raise
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             reason = first_line(error).rpartition(" : ")[2]
             raise DownresError(f"{self._told} is not an ONNX model that can run ({reason}): export it again.") from error
@@ -100,6 +122,87 @@ class OnnxRuntime:
             ) from None
         finally:
             late.cancel()
+
+
+def _providers(device: str) -> list[str]:
+    """What a session is asked for; DownresError where this onnxruntime has it not."""
+    have = onnxruntime.get_available_providers()
+    if (wanted := _PROVIDERS.get(device)) is None or wanted not in have:
+        names = ", ".join(name for name, provider in _PROVIDERS.items() if provider in have)
+        raise DownresError(f"This onnxruntime has no {device}, it has {names}: install the build that has it, or name another.")
+    return list(dict.fromkeys([wanted, _PROVIDERS["cpu"]]))
+
+
+def _refuse_fallback(got: list[str], device: str) -> None:
+    """ONNX Runtime takes the CPU without a word where a provider does not start."""
+    if _PROVIDERS[device] not in got:
+        raise DownresError(
+            f"ONNX Runtime fell back from {device} to the CPU, its numbers would be the CPU's: check the driver and the "
+            "libraries of that device, or leave the device out."
+        )
+
+
+class OnnxEngine(Engine):
+    """ONNX Runtime: on the CPU float32 and 8 bits; on devices that have it half precision."""
+
+    name, file = "onnxruntime", "model.onnx"
+
+    def why_not(self, precision: str) -> str:
+        if precision in (FP32, INT8):
+            return ""
+        if self.device == "cpu":
+            return f"on the CPU it has no {precision} kernels and would compute in float32 with casts"
+        return "" if precision == FP16 else f"downres writes no {precision} ONNX files"
+
+    def write(self, exported: Path, path: Path, precision: str) -> None:
+        if precision == FP32:
+            shutil.copyfile(exported, path)
+            return
+        try:
+            from onnxconverter_common import float16
+        except ImportError:
+            raise DownresError("fp16 ONNX files need onnxconverter-common: pip install onnxconverter-common.") from None
+        onnx.save(float16.convert_float_to_float16(onnx.load(exported), keep_io_types=True), path)
+
+    def quantize(self, exported: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None) -> None:
+        from .onnx_int8 import quantize_onnx
+
+        quantize_onnx(exported, path, images, how, head)
+
+    def layers(self, file: Path) -> Layers:
+        from .onnx_int8 import layers_of
+
+        return layers_of(file)
+
+    def layer_names(self, exported: Path, head: np.ndarray | None) -> list[str]:
+        from .onnx_int8 import layer_names
+
+        return layer_names(exported, head)
+
+    def with_tensors(self, file: Path, tensors: Mapping[str, np.ndarray], path: Path) -> bool:
+        graph = onnx.load(file)
+        by_name = {re.sub(r"^(model|network)\.", "", initializer.name): initializer for initializer in graph.graph.initializer}
+        if not tensors.keys() <= by_name.keys():
+            return False
+        for name, values in tensors.items():
+            target = by_name[name]
+            target.CopyFrom(onnx.numpy_helper.from_array(np.asarray(values), target.name))
+        path.write_bytes(graph.SerializeToString())
+        return True
+
+    def load(
+        self,
+        file: Path,
+        threads: int | None = None,
+        limit_s: float | None = None,
+        *,
+        precision: str = FP32,
+        spread: bool = False,
+    ) -> OnnxRuntime:
+        return OnnxRuntime(file, threads, limit_s, spread=spread, device=self.device)
+
+
+ENGINE = OnnxEngine
 
 
 class NotExported(DownresError):

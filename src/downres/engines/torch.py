@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..copying import copied, parameters
-from ..errors import DownresError
-from . import check_threads
+from ..errors import DownresError, first_line
+from ..techniques import BF16, FP16, FP32, INT8
+from . import FileRuntime, check_threads
+from .engine import Engine, processor_flags
 from .fuse import fused
 
 
@@ -20,14 +23,23 @@ class TorchRuntime:
     `fastest_layout` finds on the first batch, on the model's device.
 
     threads: of PyTorch's pool during a call; None takes all available cores. The pool's size is put back after each call.
+    device: 'cuda' or the like, 'compile' for the CPU through torch.compile, None where the model is. precision: fp32, bf16, fp16.
     """
 
     name = "torch"
 
-    def __init__(self, model: nn.Module, threads: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, threads: int | None = None, *, device: str | None = None, precision: str = FP32
+    ) -> None:
+        self.name = self.name if device in (None, "cpu") else f"{self.name}:{device}"
         self.threads = check_threads(threads)
         self.versions = {"torch": str(torch.__version__)}
         self._model = nn.Module.eval(copied(model))
+        self._compiled = device == "compile"
+        if device not in (None, "compile", "cpu"):
+            self._model = self._model.to(device)
+        if precision != FP32:
+            self._model = self._model.to(_TYPES[precision])
         self._layout: torch.memory_format | None = None
         like = next(parameters(self._model), torch.empty(0))
         self._device, self._dtype = like.device, like.dtype
@@ -39,8 +51,55 @@ class TorchRuntime:
             if self._layout is None:
                 self._model = fused(self._model, x)
                 self._layout = fastest_layout(self._model, x)
+                if self._compiled:
+                    self._model = torch.compile(self._model)  # type: ignore[assignment]
             outputs = self._model(x.contiguous(memory_format=self._layout))
             return tuple(_to_numpy(o) for o in as_tensors(outputs))
+
+
+_TYPES = {FP32: torch.float32, BF16: torch.bfloat16, FP16: torch.float16}
+
+
+class TorchEngine(Engine):
+    """PyTorch: on the CPU, through torch.compile (`torch:compile`), on CUDA (`torch:cuda`) or whatever else torch calls so."""
+
+    name, file, exported = "torch", "model.onnx", False
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(device)
+        if device not in ("cpu", "compile"):
+            try:
+                torch.empty(1, device=device)
+            except (RuntimeError, AssertionError, NotImplementedError) as error:
+                raise DownresError(f"This torch has no {device} ({first_line(error)[:120]}): leave the device out.") from None
+
+    def why_not(self, precision: str) -> str:
+        if precision == INT8:
+            return "its 8-bit networks are made by torchao, which downres does not do yet; onnxruntime and openvino have int8"
+        if precision == BF16 and self.device in ("cpu", "compile") and not processor_flags() & _HAS_BF16:
+            return "the processor has no bfloat16 instructions, torch would compute in float32 with casts"
+        if precision == FP16 and self.device in ("cpu", "compile") and not processor_flags() & _HAS_FP16:
+            return "the processor has no half-precision instructions, torch would compute in float32 with casts"
+        return ""
+
+    def write(self, exported: Path, path: Path, precision: str) -> None:
+        raise DownresError("torch runs networks and no files: use onnxruntime or openvino.")
+
+    def load(
+        self,
+        file: Path,
+        threads: int | None = None,
+        limit_s: float | None = None,
+        *,
+        precision: str = FP32,
+        spread: bool = False,
+    ) -> FileRuntime:
+        raise DownresError("torch runs networks and no files: use onnxruntime or openvino.")
+
+
+_HAS_BF16 = {"avx512_bf16", "amx_bf16", "bf16", "avx10_1"}
+_HAS_FP16 = {"avx512_fp16", "amx_fp16", "asimdhp", "avx10_1"}
+ENGINE = TorchEngine
 
 
 def as_tensors(outputs: Any) -> tuple[Tensor, ...]:

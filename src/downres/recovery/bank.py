@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Generator
+import tempfile
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,27 +12,35 @@ import torch
 from torch import Tensor, nn
 
 from ..engines import Runtime
-from ..engines.onnxruntime import OnnxRuntime, export_onnx, resize_onnx
+from ..engines.engine import Engine, Quantization, check_calibration, engine_of, is_whole_file
+from ..engines.onnxruntime import export_onnx, resize_onnx
 from ..engines.torch import TorchRuntime
 from ..errors import DownresError
 from ..images import Images, batches
 from ..records import Candidate, Preprocessing
 from ..reduction import made_for, reduce, takes_any_size
+from ..techniques import FP32, INT8
 from .batchnorm import recalibrate_batchnorm
-from .state import RECALIBRATED, State
+from .state import QUANTIZED, RECALIBRATED, State, Step
 from .weights import Weights, with_tensors
 
 Progress = Callable[[str, int, int], None]
 
 CALIBRATION_IMAGES = 256
 """Training images that BatchNorm statistics are averaged over."""
+RANGE_IMAGES = 128
+"""Training images that the ranges of 8-bit activations are taken from."""
+PROBE_IMAGES = 2
+"""Of noise, in the place of those where only the time of an 8-bit file is asked for."""
 
 
 class Bank:
     """The networks of a search and their runtimes, one candidate after the other.
 
     It exports and counts before it has images; `images` and `calibration` (for each fold the training images that
-    BatchNorm may be recalibrated on) are set once the data are open. What one network answers, image by image: `answers`.
+    BatchNorm may be recalibrated on) are set once the data are open. ranged: images that 8-bit activations take their ranges
+    from; with cross-fitting two lists, the proof images of two folds, so that each fold has one that it does not prove on.
+    What one network answers, image by image: `answers`.
 
     serve: makes of a reduced network what is timed and run. output_names: what that returns.
     """
@@ -56,11 +65,13 @@ class Bank:
         self.weights = Weights(folder)
         self.images: Images | None = None
         self.calibration: list[np.ndarray] = []
+        self.ranged: list[np.ndarray] = []
         self.folder, self.runtime_name, self.threads, self.batch_size = folder, runtime, threads, batch_size
         self.progress = progress
         self.passes = 0
         self.stage = ""
         self._runtimes: dict[tuple[State, bool], Runtime] = {}
+        self._engines: dict[str, Engine] = {}
         self._networks: dict[State, nn.Module] = {}
         self._exported: Path | None = None
 
@@ -77,6 +88,7 @@ class Bank:
 
     def network(self, state: State) -> nn.Module:
         """The network of a state: takes the small input, returns what the original returns."""
+        state = state.network
         if state not in self._networks:
             if self._is_original(state.candidate):
                 network = made_for(self.model, self.preprocessing.hw)
@@ -102,13 +114,37 @@ class Bank:
             return self.any_size or candidate.resolution == self.preprocessing.resolution
         return False
 
-    def timed(self, state: State) -> Runtime:
-        """The state's network as it is timed on one image: every operator on all threads."""
-        return self.runtime(state) if self._in_torch else OnnxRuntime(self.onnx(state), self.threads)
+    def engine(self, candidate: Candidate) -> Engine:
+        """Where a candidate is measured and shipped. DownresError where that is not installed or has no such precision here."""
+        name = candidate.runtime or self.runtime_name
+        if name not in self._engines:
+            self._engines[name] = engine_of(name)
+        self._engines[name].refuse(candidate.precision)
+        return self._engines[name]
 
-    @property
-    def _in_torch(self) -> bool:
-        return self.runtime_name == "torch" or self.folder is None
+    def timed(self, state: State) -> Runtime:
+        """The state's network as it is timed: every operator on all threads. Of 8 bits without a history the ranges are those
+        of noise, which changes no time.
+        """
+        if self._in_torch(state.candidate):
+            return self.runtime(state)
+        if state.candidate.precision == INT8 and state.step(QUANTIZED) is None:
+            state = state.then(Step(QUANTIZED, None, PROBE_IMAGES, how=Quantization()))
+        engine = self.engine(state.candidate)
+        return engine.load(self.file(state), self.threads, precision=state.candidate.precision)
+
+    def _in_torch(self, candidate: Candidate) -> bool:
+        return self.folder is None or not self.engine(candidate).exported
+
+    def started(self, state: State, candidate: Candidate, fold: int) -> State:
+        """The state of another candidate before anything is recovered in that fold: one of 8 bits is quantized already."""
+        state = state.at(candidate)
+        if candidate.precision != INT8:
+            return state
+        images = 0 if fold or len(self.ranged) == 1 else 1
+        count = min(RANGE_IMAGES, len(self.ranged[images]))
+        check_calibration(count)
+        return state.then(Step(QUANTIZED, images, count, how=Quantization()))
 
     def runtime(self, state: State, serving: bool = True) -> Runtime:
         """The state's network ready to run over images; for onnxruntime exported once to the run's folder.
@@ -116,19 +152,82 @@ class Bank:
         serving: whether it must be the runtime that numbers are stated for. A recalibrated network that is only tried
         on a few tuning images runs in torch, which is ready at once where an export takes seconds.
         """
-        trial = bool(state.history) and not serving
-        if self.runtime_name == "torch" and not state.history:
+        precision = state.candidate.precision
+        trial = bool(state.history) and not serving and precision == FP32
+        in_torch = self._in_torch(state.candidate)
+        if in_torch and not state.history:
             # The crop happens before the network; and one that takes any size is the same one at every resolution.
             same = state.candidate.at(self.preprocessing.resolution) if self._is_original(state.candidate) else state.candidate
             state = State(same, 1.0)
         if (state, trial) not in self._runtimes:
-            in_torch = self._in_torch or trial
-            self._runtimes[state, trial] = (
-                TorchRuntime(self.served(state), self.threads)
-                if in_torch
-                else OnnxRuntime(self.onnx(state), self.threads, spread=True)
-            )
+            if trial:
+                found: Runtime = TorchRuntime(self.served(state), self.threads)
+            elif in_torch:
+                device = self.engine(state.candidate).device if self.folder is not None else "cpu"
+                found = TorchRuntime(self.served(state), self.threads, device=device, precision=precision)
+            else:
+                engine = self.engine(state.candidate)
+                found = engine.load(self.file(state), self.threads, precision=precision, spread=True)
+            self._runtimes[state, trial] = found
         return self._runtimes[state, trial]
+
+    def file(self, state: State) -> Path:
+        """The file of a state for its engine, in the run's folder, made once."""
+        engine, precision = self.engine(state.candidate), state.candidate.precision
+        if engine.text == "onnxruntime" and precision == FP32:
+            return self.onnx(state.network)
+        assert self.folder is not None
+        file = self.folder / "onnx" / f"{state.key()}-{engine.text.replace(':', '-')}{Path(engine.file).suffix}"
+        if not is_whole_file(engine, file):
+            self.write(state, self.onnx(state.network), file, self.head_weight(state))
+        return file
+
+    def write(self, state: State, onnx: Path, file: Path, head: np.ndarray | None) -> None:
+        """Makes the file of a state of its exported network. head: the weight of its last linear layer, which stays in float."""
+        engine, precision = self.engine(state.candidate), state.candidate.precision
+        partial = file.with_name(f"partial{file.suffix}")
+        if (step := state.step(QUANTIZED)) is not None:
+            assert step.how is not None
+            engine.quantize(onnx, partial, lambda: self._seen(state, step), step.how, head)
+            if step.fold is not None:
+                self.passes += step.images
+        else:
+            engine.write(onnx, partial, precision)
+        for made, named in reversed(list(zip(engine.files(partial), engine.files(file), strict=True))):
+            made.replace(named)  # the first of them last: where that is there, all are
+
+    def ship(
+        self, state: State, folder: Path, serve: Callable[[nn.Module], nn.Module], name: str, stem: str = "model"
+    ) -> Engine:
+        """Writes the file of a state as it is shipped, with `name` as its one output, into the folder; the engine that it is for:
+        what was measured in torch is shipped as ONNX.
+        """
+        engine = engine_of("onnxruntime") if self._in_torch(state.candidate) else self.engine(state.candidate)
+        file = (folder / stem).with_suffix(Path(engine.file).suffix)
+        if not self._in_torch(state.candidate) and self.output_names == (name,):
+            for kept, copied in zip(engine.files(self.file(state)), engine.files(file), strict=True):
+                shutil.copyfile(kept, copied)  # the very file that was measured
+            return engine
+        size = (len(self.preprocessing.mean), *self.preprocessing_of(state).hw)
+        with tempfile.TemporaryDirectory(prefix="downres-") as place:
+            direct = engine.text == "onnxruntime" and state.candidate.precision == FP32
+            exported = file if direct else Path(place) / "exported.onnx"
+            export_onnx(serve(self.network(state)), size, exported, (name,))
+            if not direct:
+                self.write(state, exported, file, self.head_weight(state))
+        return engine
+
+    def _seen(self, state: State, step: Step) -> Iterator[np.ndarray]:
+        """The images that ranges are taken from."""
+        size = (len(self.preprocessing.mean), *self.preprocessing_of(state).hw)
+        if step.fold is None:
+            return iter(np.random.default_rng(0).standard_normal((step.images, 1, *size), dtype=np.float32))
+        chosen = self.ranged[step.fold][: step.images]
+        return (np.asarray(batch) for batch in self.batches(state, chosen, self.batch_size))
+
+    def head_weight(self, state: State) -> np.ndarray | None:
+        """Weight (K, F) of the last linear layer in the file of a state, where that is known."""
+        return None
 
     def onnx(self, state: State) -> Path:
         """The file of the state's network in the run's folder, exported once."""

@@ -20,7 +20,7 @@ from ..families.weights import fingerprint
 from ..probe import logits_of
 from ..records import Preprocessing
 from .bank import Bank
-from .state import REFITTED, State, Step
+from .state import RECALIBRATED, REFITTED, State, Step
 
 
 class Classifier(nn.Module):
@@ -132,6 +132,9 @@ class FeatureBank(Bank):
         tensors = {f"{self.head}.weight": head.weight, f"{self.head}.bias": head.bias}
         return state.without(REFITTED).then(Step(REFITTED, fold, images, self.weights.put(tensors)))
 
+    def head_weight(self, state: State) -> np.ndarray | None:
+        return None if (found := self.head_of(state)) is None else found.weight
+
     def features(self, state: State, indices: np.ndarray, *, serving: bool = True) -> np.ndarray:
         assert self.images is not None
         rows = self._rows(state)
@@ -161,7 +164,7 @@ class FeatureBank(Bank):
         assert self.images is not None
         if state not in self._stores:
             shape = (len(self.images), self.width)
-            if self.folder is None or state.history:  # recalibrated networks see few images: not worth a file
+            if self.folder is None or state.step(RECALIBRATED):  # such networks see few images: not worth a file
                 self._stores[state] = _Rows(np.zeros(shape[0], _row(self.width)), None)
             else:
                 told = f"{self._made_with} {state.to_json()}"

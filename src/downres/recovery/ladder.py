@@ -13,14 +13,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..engines.engine import RANGES, Quantization
 from ..images import Fold
 from ..records import OUTSIDE, WITHIN, Budget, Candidate, Drop, Recovery, Rung, Score
+from ..techniques import INT8
 from .bank import CALIBRATION_IMAGES, Bank
 from .batchnorm import has_batchnorm
-from .state import RECALIBRATED, State, Step
+from .sensitivity import most_sensitive
+from .state import QUANTIZED, RECALIBRATED, State, Step
 
-RUNGS = ("crop", "batchnorm", "head")
+RUNGS = ("crop", "batchnorm", "ranges", "head", "layers")
 """From cheap to dear."""
+OF_FILES = ("ranges", "layers")
+"""Those of what is made of a network, whatever its task."""
 GLANCE = 32
 """A recalibration that is proven outside on this many images (calibrated on as many) is given up at once."""
 
@@ -44,12 +49,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Option:
-    """A rung that was measured on all tuning images; `state` is what it would serve."""
+    """A rung that was measured on all tuning images in the state `start`; `state` is what it would serve."""
 
     rung: str
     evidence: Any
     state: State
     drop: Drop
+    start: State | None = None
 
 
 class Climber(Protocol):
@@ -66,6 +72,12 @@ class Climber(Protocol):
     def refit(self, bank: Any, state: State, index: int, fit: np.ndarray, tune: np.ndarray) -> tuple[State, State, str]: ...
 
 
+def rungs_for(task: Any, candidates: Sequence[Candidate], wanted: Sequence[str]) -> tuple[str, ...]:
+    """Of the rungs wanted those that there are: of this task, and where something is quantized those of 8-bit files."""
+    files = OF_FILES if any(c.precision == INT8 for c in candidates) else ()
+    return tuple(rung for rung in wanted if rung in (*task.rungs, *files))
+
+
 def climb(
     task: Climber, bank: Bank, candidate: Candidate, reference: Reference, budget: Budget, rungs: Sequence[str] = RUNGS
 ) -> tuple[State, Recovery]:
@@ -75,7 +87,7 @@ def climb(
     itself, and on the recalibrated features of a network far from its own domain it was worse (80.8 against 83.8 %
     on ELPV at 128 px).
     """
-    state, start = (dataclasses.replace(s, candidate=candidate) for s in (reference.state, reference.start))
+    state, start = (bank.started(s, candidate, reference.index) for s in (reference.state, reference.start))
     if len(reference.tune) == 0:
         why = "fewer than 4 training images: nothing can be recovered" if rungs else "no recovery was asked for"
         return state, Recovery("none", state.crop_ratio, 0.0, (Rung("none", None, 0, 0.0, 0, why),))
@@ -93,15 +105,50 @@ def climb(
             ladder.skip("batchnorm", "nothing to recalibrate: the network has no BatchNorm statistics")
         elif ladder.worth_a_try("batchnorm", start, step):
             enough = ladder.attempt("batchnorm", start.then(step), state.then(step))
+    if not enough and "ranges" in rungs and state.step(QUANTIZED) is not None:
+        for ranges in RANGES[1:]:
+            if not enough:
+                other = [requantized(s, ranges=ranges) for s in (start, state)]
+                enough = ladder.attempt("ranges", other[0], other[1], str(Quantization(ranges)))
+        how = ladder.best().state.step(QUANTIZED)
+        assert how is not None and how.how is not None
+        state, start = (requantized(s, ranges=how.how.ranges) for s in (state, start))
     if not enough and "head" in rungs:
         if why := task.why_no_head(bank, reference.fit):
             ladder.skip("head", why)
         else:
             ladder.begin()
-            ladder.attempt("head", *task.refit(bank, state, reference.index, reference.fit, reference.tune))
+            enough = ladder.attempt("head", *task.refit(bank, state, reference.index, reference.fit, reference.tune))
+    if not enough and "layers" in rungs and state.step(QUANTIZED) is not None:
+        _keep_layers(ladder, bank, *ladder.best_pair(), reference.tune)
     chosen = ladder.best()
     seconds = sum(rung.seconds for rung in ladder.tried)
     return chosen.state, Recovery(chosen.rung, chosen.state.crop_ratio, seconds, tuple(ladder.tried), chosen.drop)
+
+
+def requantized(state: State, **changes: Any) -> State:
+    """The state with its 8-bit file made otherwise."""
+    history = tuple(
+        dataclasses.replace(step, how=dataclasses.replace(step.how, **changes)) if step.how else step for step in state.history
+    )
+    return dataclasses.replace(state, history=history)
+
+
+KEPT = (1, 2, 4, 8, 16)
+"""Layers left in float, one try after the other, until that suffices."""
+
+
+def _keep_layers(ladder: "_Ladder", bank: Bank, start: State, state: State, tune: np.ndarray) -> None:
+    """The fewest layers in float that suffice, the most sensitive first, as far as half of the layers."""
+    ladder.begin()
+    ranked = most_sensitive(bank, start, tune)
+    for count in KEPT:
+        if count > len(ranked) // 2:
+            break
+        kept = tuple(ranked[:count])
+        told = f"in float: {', '.join(kept)}"
+        if ladder.attempt("layers", requantized(start, kept=kept), requantized(state, kept=kept), told):
+            break
 
 
 def best_of(options: Sequence[Option], scores: Sequence[float], behind: Any) -> Option:
@@ -169,7 +216,7 @@ class _Ladder:
         """Measure `start` on all tuning images; `state` serves later. True when the drop is proven within."""
         evidence, drop = self._look(start, self.reference.tune, self.reference.evidence)
         self._note(rung, evidence, note)
-        self.options.append(Option(rung, evidence, state, drop))
+        self.options.append(Option(rung, evidence, state, drop, start))
         return drop.verdict == WITHIN
 
     def worth_a_try(self, rung: str, start: State, step: Step) -> bool:
@@ -189,6 +236,12 @@ class _Ladder:
 
     def best(self) -> Option:
         return self.task.choose(self.options)
+
+    def best_pair(self) -> tuple[State, State]:
+        """(start, state) of the best so far."""
+        best = self.best()
+        assert best.start is not None
+        return best.start, best.state
 
     def _look(self, state: State, indices: np.ndarray, original: Any) -> tuple[Any, Drop]:
         evidence = self.task.evidence(self.bank, state, indices, serving=False)

@@ -3,11 +3,15 @@
 import dataclasses
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
+from ..engines.engine import Quantization
 from ..records import Candidate, Record
 
-RECALIBRATED, REFITTED = "recalibrated", "refitted"
-"""BatchNorm statistics averaged anew on training images; the last linear layer fitted anew on its features."""
+RECALIBRATED, REFITTED, QUANTIZED = "recalibrated", "refitted", "quantized"
+"""BatchNorm statistics averaged anew on training images; the last linear layer fitted anew on its features; the file brought to
+8 bits, with ranges from training images, all but that last layer.
+"""
 
 
 @dataclass(frozen=True)
@@ -16,13 +20,18 @@ class Step(Record):
 
     done: RECALIBRATED, REFITTED, or whatever a later rung or precision calls itself. fold: on whose training images; images:
     how many of them. tensors: the key in `Weights` of the tensors that it put in place ('' where it is done again, by name,
-    each time the network is made).
+    each time the network is made). how: of QUANTIZED, whose fold is that of `Bank.ranged`.
     """
 
     done: str
     fold: int | None = None
     images: int = 0
     tensors: str = ""
+    how: Quantization | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        values = super().to_json()
+        return values if self.how else {name: value for name, value in values.items() if name != "how"}
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,15 @@ class State(Record):
         return dataclasses.replace(self, candidate=candidate)
 
     def then(self, step: Step) -> "State":
-        """The same after one more step."""
+        """The same after one more step. What is done to weights in float comes before the file of 8 bits is made of them."""
+        if step.done == RECALIBRATED and (made := self.step(QUANTIZED)) is not None:
+            return self.without(QUANTIZED).then(step).then(made)
         return dataclasses.replace(self, history=(*self.history, step))
+
+    @property
+    def network(self) -> "State":
+        """Its network in torch, whatever file that becomes."""
+        return dataclasses.replace(self.without(QUANTIZED), candidate=self.candidate.network)
 
     def without(self, done: str) -> "State":
         """The same without the steps of that name: of a refitted head its backbone."""

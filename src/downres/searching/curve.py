@@ -12,6 +12,7 @@ from ..measuring.cost import measure_cost
 from ..record import plain
 from ..records import Budget, Preprocessing, Result
 from ..tasks import Question, Task
+from ..techniques import INT8
 from .design import design_of, fused_notes
 from .plan import plan
 from .prepare import Measuring, Progress, Source, bank_for_now, check_planned, gather, open_data, prepare_task
@@ -79,6 +80,8 @@ def curve(
     check_planned(subject, planned)
     if not planned:
         raise DownresError("There is nothing to try: give for example resolutions below the original's, 96:256:32.")
+    if any(c.precision == INT8 for c in planned):
+        raise DownresError("A curve looks at no training images, on which int8 is calibrated: search with that precision.")
     open_data(subject, data, measuring, question, parts=("val",), progress=progress)
     p = subject.model.preprocessing
     results: list[Result] = []
@@ -87,6 +90,7 @@ def curve(
         for candidate in [subject.native, *planned]:
             state = subject.native_state.at(candidate)
             try:
+                bank.engine(candidate)
                 cost = measure_cost(subject.counted(bank.network(state)), (len(p.mean), *bank.preprocessing_of(state).hw))
             except DownresError as error:
                 if not results:

@@ -20,6 +20,7 @@ def plan(design: Design, axes: Axes) -> tuple[list[Candidate], list[str]]:
         candidates.append(dataclasses.replace(variant, resolution=resolution, ragged=_ragged(axes, resolution, unit)))
     given = [Candidate.parse(c) if isinstance(c, str) else c for c in axes.candidates]
     candidates += [c.on(design.native) for c in given]
+    candidates = axes.crossed([Candidate(design.native), *candidates])
     notes += RESOLUTION.ragged_notes(candidates, design)
     return [c for c in dict.fromkeys(candidates) if c != Candidate(design.native)], notes
 

@@ -13,15 +13,16 @@ from torch.utils._pytree import tree_leaves
 
 from ..copying import copied
 from ..engines import check_threads
+from ..engines.engine import engine_of
 from ..errors import DownresError
 from ..families import Model
 from ..images.images import cache_bytes
 from ..images.preprocess import preprocess
-from ..measuring.latency import RUNTIMES
 from ..parse import user_path
 from ..records import Candidate, Preprocessing, Record
 from ..reduction import made_for
 from ..tasks import Data, Question, Task, find_task
+from ..techniques import RUNTIME, RUNTIMES, check_runtime
 from .design import as_model
 from .plan import check_trained
 
@@ -34,14 +35,16 @@ Source = Any
 class Measuring(Record):
     """How it is measured.
 
-    runtime: 'onnxruntime' or 'torch'; None: onnxruntime, and torch where the original cannot be exported. threads: of it, None
+    runtime: 'onnxruntime', 'openvino' or 'torch', with a device after a colon where it is not the CPU ('onnxruntime:cuda',
+    'torch:compile'), or several of them, to be searched in one run, the original measured in the first; None: onnxruntime, and
+    torch where the original cannot be exported. threads: of it, None
     takes every core. folds: cross-fit on one folder, so that every image is a proof image once. val_fraction: part of an
     undivided folder that is kept for the proof; None: half of it, and all of it where nothing is fitted (`curve`, `evaluate`).
     seed: of splits and folds. batch_size: images in one pass, None: as is quickest; latency is always that of one. cache_gb: of
     decoded pixels kept on disk at most, of which no number depends; None: half of what is free there.
     """
 
-    runtime: str | None = None
+    runtime: str | tuple[str, ...] | None = None
     threads: int | None = None
     folds: int | None = None
     val_fraction: float | None = None
@@ -50,8 +53,12 @@ class Measuring(Record):
     cache_gb: float | None = None
 
     def __post_init__(self) -> None:
-        if self.runtime not in (None, *RUNTIMES):
-            raise DownresError(f"Unknown runtime {self.runtime!r}: choose from {', '.join(RUNTIMES)}.")
+        if self.runtime is not None:
+            given = RUNTIME.parse_option(self.runtime) if isinstance(self.runtime, str) else map(check_runtime, self.runtime)
+            names = tuple(dict.fromkeys(given))
+            if not names:
+                raise DownresError(f"Name a runtime: {', '.join(RUNTIMES)}.")
+            object.__setattr__(self, "runtime", names if len(names) > 1 else names[0])
         check_threads(self.threads)
         if self.cache_gb is not None:
             cache_bytes(self.cache_gb)
@@ -67,16 +74,23 @@ class Measuring(Record):
         """`val_fraction`, and what it is where nobody chose."""
         return self.val_fraction if self.val_fraction is not None else 0.5 if fitted else 1.0
 
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """All that are named, the first being that of the original."""
+        return self.runtime if isinstance(self.runtime, tuple) else (self.runtime or "onnxruntime",)
+
     def options(self) -> dict[str, Any]:
         """Of a bank."""
         size = {} if self.batch_size is None else {"batch_size": self.batch_size}
-        return {"runtime": self.runtime or "onnxruntime", "threads": self.threads, **size}
+        return {"runtime": self.runtimes[0], "threads": self.threads, **size}
 
 
 @contextlib.contextmanager
 def bank_for_now(subject: Task, measuring: Measuring, progress: Progress | None) -> Iterator[Any]:
     """A bank with the images, of which nothing is kept; networks that run in onnxruntime are exported to a folder for now."""
-    in_files = measuring.runtime == "onnxruntime"
+    if len(measuring.runtimes) > 1:
+        raise DownresError("One runtime at a time is measured here: name one, or search with several.")
+    in_files = measuring.runtime is not None and engine_of(measuring.runtimes[0]).text != "torch"
     with tempfile.TemporaryDirectory(prefix="downres-") if in_files else contextlib.nullcontext() as folder:
         bank = subject.bank(Path(folder) if folder else None, progress=progress, **measuring.options())
         subject.fill(bank)

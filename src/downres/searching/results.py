@@ -15,7 +15,7 @@ from ..recovery.state import State
 from ..reports import words
 from ..tasks import Task, restored
 from .select import over_budget, select
-from .store import IN_TORCH, UNEXPORTED, UNSHIPPED, Store
+from .store import IN_TORCH, STOPPED, UNEXPORTED, UNSHIPPED, Store
 
 NOT_OPENED = {
     "description": "No image was opened.",
@@ -214,7 +214,7 @@ def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> R
     cost = Cost.from_json(counted["cost"]) if "cost" in counted else None
     latencies = store.get("latency") or {}
     latency = Latency.from_json(latencies[str(candidate)]) if str(candidate) in latencies else None
-    unexported = (store.get(UNEXPORTED) or {}).get(str(candidate), "")
+    unexported = (store.get(UNEXPORTED) or {}).get(str(candidate), "") or store.get(f"{STOPPED}/{candidate}") or ""
     reason = counted.get("failed", "") or unexported or over_budget(cost, latency, budget)
     if reason:
         return Result(candidate, "stopped", reason, cost, latency)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..artifacts import is_whole
 from ..axes import Axes, default_axes
+from ..engines.engine import QuantizationFailed, engine_of
 from ..engines.onnxruntime import NotExported
 from ..environment import versions
 from ..errors import DownresError
@@ -21,10 +22,11 @@ from ..measuring.latency import interleaved, random_batch
 from ..parse import user_path
 from ..records import Budget, Candidate, Cost, Latency, Preprocessing, Recovery
 from ..recovery.bank import Bank
-from ..recovery.ladder import RUNGS, Reference, climb, together
+from ..recovery.ladder import RUNGS, Reference, climb, rungs_for, together
 from ..recovery.state import State
 from ..reports import words
 from ..tasks import Question, Task
+from ..techniques import RUNTIME
 from .design import design_of, fused_notes
 from .plan import plan
 from .prepare import (
@@ -42,7 +44,7 @@ from .prepare import (
 from .results import Run, load_run, predictions_of
 from .select import MINIMIZE, over_budget
 from .ship import ship
-from .store import FORMAT, IN_TORCH, UNEXPORTED, UNSHIPPED, Store
+from .store import FORMAT, IN_TORCH, STOPPED, UNEXPORTED, UNSHIPPED, Store
 from .view import write_report
 
 
@@ -57,7 +59,7 @@ def search(
     question: Question = Question(),
     measuring: Measuring = Measuring(),
     rungs: tuple[str, ...] = RUNGS,
-    minimize: str = "macs",
+    minimize: str | None = None,
     preprocessing: Preprocessing | None = None,
     out: str | Path | None = None,
     command: str = "",
@@ -78,8 +80,10 @@ def search(
             the network's answers are of.
         tries: what to try; see `Axes`. budget: what is allowed; see `Budget`. question: what is asked of the data; see
             `Question`. measuring: how it is measured; see `Measuring`.
-        rungs: of the recovery ladder, from 'crop', 'batchnorm', 'head', as far as the task has them; () only lowers the input.
-        minimize: what 'cheapest' means: 'macs', 'memory' or 'latency'.
+        rungs: of the recovery ladder, from 'crop', 'batchnorm', 'head', as far as the task has them, and where something is
+            quantized 'ranges' (other ranges) and 'layers' (the most sensitive layers in float); () only lowers the input.
+        minimize: what 'cheapest' means: 'macs', 'memory', 'latency' or 'size'; None: latency where precisions or runtimes are
+            tried, of which MACs know nothing, else MACs.
         out: folder of the run; the same call again goes on where it was. Default: a new temporary folder.
         command: how the run was asked for, to be shown in its report.
 
@@ -91,13 +95,18 @@ def search(
     if max_drop is not None:
         budget = dataclasses.replace(budget, max_drop=max_drop)
     _check_choices(rungs, minimize)
-    if measuring.runtime == "torch":
+    for name in measuring.runtimes:
+        engine_of(name)  # one that is not here is said before anything is loaded
+    if measuring.runtimes[0] == "torch":
         warnings.warn("runtime 'torch' measures in torch; the shipped model.onnx is checked against it.", stacklevel=2)
     subject = prepare_task(model, data, question, task, preprocessing)
     subject.check_budget(budget)
-    wanted, rungs = rungs, tuple(rung for rung in rungs if rung in subject.rungs)
     design = design_of(subject.model)
+    if len(measuring.runtimes) > 1 and tries.given(RUNTIME) is None:
+        tries = tries.replaced({RUNTIME.keyword: (None, *measuring.runtimes[1:])})
     planned, notes = plan(design, default_axes(design, tries))
+    wanted, rungs = rungs, rungs_for(subject, planned, rungs)
+    minimize = minimize or ("latency" if any(c.network != c for c in planned) else "macs")
     if wanted and not rungs:
         have = f"has {', '.join(subject.rungs)} alone" if subject.rungs else "has no rung"
         notes.append(f"of the recovery ladder a {subject.name} network {have}: nothing is recovered")
@@ -113,7 +122,7 @@ def search(
         "candidates": [c.to_json() for c in planned],
         "rungs": list(rungs),
         "minimize": minimize,
-        "runtime": measuring.runtime or "onnxruntime",
+        "runtime": measuring.runtimes[0],
         "notes": notes,
         "command": command,
         "data_source": {
@@ -170,12 +179,15 @@ def _measure_all(
     made: list[Reference] = []
     for i, candidate in enumerate(candidates):
         key = f"quality/{candidate}"
-        if not _is_kept(task, store, bank, candidate):
+        if store.get(f"{STOPPED}/{candidate}") is None and not _is_kept(task, store, bank, candidate):
             bank.stage = f"{i + 1} of {len(candidates)}, "
             if not made:  # a finished run needs none
                 made += [task.reference(bank, i, fold, rungs) for i, fold in enumerate(task.data.folds)]
                 bank.release()
-            store.put(key, _measure(task, store, bank, candidate, made, budget, rungs))
+            try:
+                store.put(key, _measure(task, store, bank, candidate, made, budget, rungs))
+            except QuantizationFailed as error:  # of this file; nothing is wrong with the others
+                store.put(f"{STOPPED}/{candidate}", str(error))
         bank.release()
     bank.stage = ""
     run = load_run(store.folder, store)
@@ -218,7 +230,7 @@ def _measure(
     """Quality on the proof images of every fold, lowered only and recovered; arrays first, then the record that names them."""
     lowered, recovered, states, recoveries = [], [], [], []
     for reference in references:
-        bare = reference.state.at(candidate)
+        bare = bank.started(reference.state, candidate, reference.index)
         lowered.append(task.evidence(bank, bare, reference.fold.test))
         if candidate == task.native:
             state, recovery = bare, Recovery("none", bare.crop_ratio, 0.0)
@@ -241,9 +253,12 @@ def _cost_gate(
     subject: Task, store: Store, budget: Budget, candidates: list[Candidate], bank: Bank, progress: Progress | None
 ) -> list[Candidate]:
     """Candidates within the ceilings by cost; the first (the original) always stays. Touches no data."""
-    alive = []
+    alive: list[Candidate] = []
+    known: dict[Candidate, dict[str, Any]] = {}
     for i, candidate in enumerate(candidates):
         state = State(candidate, 1.0)
+        if (same := known.get(candidate.network)) is not None and store.get(f"cost/{candidate}") is None:
+            store.put(f"cost/{candidate}", same)  # another file of the same network
         if store.get(f"cost/{candidate}") is None:
             size = (subject.channels, *bank.preprocessing_of(state).hw)
             value: dict[str, Any]
@@ -254,7 +269,7 @@ def _cost_gate(
                     raise
                 value = {"failed": str(error)}
             store.put(f"cost/{candidate}", value)
-        found = store.get(f"cost/{candidate}")
+        known[candidate.network] = found = store.get(f"cost/{candidate}")
         cost = Cost.from_json(found["cost"]) if "cost" in found else None
         if i == 0 or (cost is not None and not over_budget(cost, None, budget)):
             alive.append(candidate)
@@ -287,11 +302,12 @@ def _latency_gate(
             state = State(candidate, subject.model.preprocessing.crop_ratio)
             try:
                 runtimes[str(candidate)] = bank.timed(state)
-            except NotExported as error:
+            except DownresError as error:
+                why = f"could not be exported to ONNX: {error.why}" if isinstance(error, NotExported) else str(error).rstrip(".")
                 if i > 0:
-                    unexported[str(candidate)] = f"could not be exported to ONNX: {error.why}"
+                    unexported[str(candidate)] = why
                     continue
-                if not may_change:
+                if not isinstance(error, NotExported) or not may_change:
                     raise
                 store.put(IN_TORCH, error.why)
                 bank.runtime_name = "torch"
@@ -312,15 +328,15 @@ def _latency_gate(
 def _all_timed(store: Store, candidates: list[Candidate], runtime: str) -> bool:
     """Whether it is known of each how long it takes in that runtime, or why it does not run there."""
     timed, unexported = store.get("latency") or {}, store.get(UNEXPORTED) or {}
-    if any(one["runtime"] != runtime for one in timed.values()):
+    if any(timed[str(c)]["runtime"] != (c.runtime or runtime) for c in candidates if str(c) in timed):
         return False
     return bool(timed) and all(str(c) in timed or str(c) in unexported for c in candidates)
 
 
-def _check_choices(rungs: tuple[str, ...], minimize: str) -> None:
+def _check_choices(rungs: tuple[str, ...], minimize: str | None) -> None:
     for value, known, what in (
         (rungs, RUNGS, "rungs"),
-        ((minimize,), MINIMIZE, "minimize"),
+        ((minimize,) if minimize else (), MINIMIZE, "minimize"),
     ):
         for one in value:
             if one not in known:

@@ -1,20 +1,26 @@
 """From the selected candidate to the artifact: its final weights, and what its stated quality was measured with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..artifacts import export
+from ..artifacts.proof import distance, parity_images
 from ..environment import versions
 from ..recovery.bank import Bank
-from ..recovery.state import RECALIBRATED, REFITTED, State
+from ..recovery.state import QUANTIZED, RECALIBRATED, REFITTED, State
 from ..tasks import Task
+from ..techniques import FP32, INT8
 from .results import Run
 from .store import Store
 
 STEPS = {
     RECALIBRATED: "statistics of BatchNorm averaged anew",
     REFITTED: "the last linear layer fitted anew",
+    QUANTIZED: "brought to 8 bits",
 }
 
 
@@ -31,10 +37,12 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
     bank.count_anew()  # the manifest of a resumed run says what that of an uninterrupted one says
     state, recovery = task.final(bank, best.candidate, states, best.recovery, run.budget, rungs)
     recalibrated = [s.step(RECALIBRATED) is not None for s in states]
+    stems = _stems(state, states) if crossed else {}
     export(
         store.folder / "best",
         bank.network(state),
         task,
+        partial(_write, task, bank, state, {stem: one for one, stem in stems.items()}),
         preprocessing=bank.preprocessing_of(state),
         state=state,
         result=best,
@@ -51,12 +59,44 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
             },
             "data": {**store.settings["data_source"], **store.get("data")},
         },
-        folds=[{"crop_ratio": s.crop_ratio, "recalibrated": r} for s, r in zip(states, recalibrated, strict=True)]
+        folds=[
+            {"crop_ratio": s.crop_ratio, "recalibrated": r, **({"stem": stem} if (stem := stems.get(_file(s))) else {})}
+            for s, r in zip(states, recalibrated, strict=True)
+        ]
         if crossed
         else (),
         fold_tensors=_fold_tensors(bank, state, states) if crossed else None,
         versions=versions(),
     )
+
+
+def _file(state: State) -> State:
+    """What the file of a state depends on but for its head, which is of float and can be replaced in it."""
+    return state.without(REFITTED)
+
+
+def _stems(shipped: State, states: Sequence[State]) -> dict[State, str]:
+    """What stands in files of their own, by name: folds whose 8-bit file is another one than the shipped."""
+    own = dict.fromkeys(_file(s) for s in states if s.step(QUANTIZED) and _file(s) != _file(shipped))
+    return {state: f"fold{i}" for i, state in enumerate(own)}
+
+
+def _write(task: Task, bank: Bank, state: State, others: Mapping[str, State], folder: Path) -> dict[str, Any]:
+    """Writes the file that runs and those of folds; says what it is. Raises DownresError where it does not answer as what was
+    measured did.
+    """
+    engine = bank.ship(state, folder, task.serve, task.output_name)
+    for stem, other in others.items():
+        bank.ship(other, folder, task.serve, task.output_name, stem)
+    precision = state.candidate.precision
+    said: dict[str, Any] = {"name": engine.text, "precision": precision}
+    if precision == FP32:
+        return said
+    file, p, chosen = folder / engine.file, bank.preprocessing_of(state), parity_images(task)
+    runtime = engine.load(file, bank.threads, precision=precision, spread=True)
+    apart = distance(task, bank.network(state), runtime, chosen, p)
+    layers = engine.layers(file).to_json() if precision == INT8 else None
+    return said | {"layers": layers, "distance": apart}
 
 
 def changed(task: Task, state: State) -> list[str]:
@@ -71,7 +111,8 @@ def _fold_tensors(bank: Bank, shipped: State, states: Sequence[State]) -> dict[s
     """For every fold the tensors, by their names in the state dict, in which it may differ from the shipped network."""
     every = [step for state in (shipped, *states) for step in state.history]
     names = {name for step in every if step.tensors for name in bank.weights.get(step.tensors)}
-    recalibrated = any(step.done == RECALIBRATED for step in every)
+    # An 8-bit file has them folded into its own weights.
+    recalibrated = any(step.done == RECALIBRATED for step in every) and shipped.step(QUANTIZED) is None
     tensors: dict[str, np.ndarray] = {}
     for i, state in enumerate(states):
         for name, tensor in bank.network(state).state_dict().items():

@@ -8,7 +8,7 @@ from ..errors import DownresError
 from ..families import Model
 from ..parse import Resolution
 from ..records import Budget, Candidate, Preprocessing, Recovery, Score
-from ..recovery.ladder import RUNGS, climb
+from ..recovery.ladder import RUNGS, climb, rungs_for
 from ..recovery.state import State
 from ..tasks import Question, Task
 from .prepare import Measuring, Progress, Source, bank_for_now, check_planned, gather, open_data, prepare_task
@@ -69,7 +69,11 @@ def recover(
     open_data(subject, data, measuring, question, progress=progress)
     candidate = (candidate or Candidate(resolution)).on(subject.model.preprocessing.resolution)
     check_planned(subject, [candidate])
-    rungs = tuple(rung for rung in rungs if rung in subject.rungs)
+    if candidate.network != candidate:
+        raise DownresError(
+            f"`recover` gives a torch network, {candidate} is a file of one: search with that candidate, or recover {candidate.network}."
+        )
+    rungs = rungs_for(subject, [candidate], rungs)
     with bank_for_now(subject, measuring, progress) as bank:
         reference = subject.reference(bank, 0, subject.data.folds[0], rungs)
         state, recovery = climb(subject, bank, candidate, reference, Budget(max_drop), rungs)

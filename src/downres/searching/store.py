@@ -17,9 +17,9 @@ FORMAT = 4
 """Of run.json and measurements.jsonl; a run of another format is refused."""
 
 
-IN_TORCH, UNEXPORTED, UNSHIPPED = "in_torch", "unexported", "unshipped"
+IN_TORCH, UNEXPORTED, UNSHIPPED, STOPPED = "in_torch", "unexported", "unshipped", "stopped"
 """Measurements that say why ONNX is not there: of the original, so that all is measured in torch; of each candidate that was
-stopped for it, by name; of the one that was chosen.
+stopped for it, by name; of the one that was chosen. STOPPED, before a candidate's name, says why it could not be measured.
 """
 MOST_BYTES = 2**28
 """Of run.json; a larger one is none of ours."""

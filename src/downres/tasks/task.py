@@ -195,10 +195,14 @@ class Task(ABC):
         return np.sort(shuffled[count:]), np.sort(shuffled[:count])
 
     def fill(self, bank: Bank) -> None:
-        """Give the bank the images, and for each fold (and for everything) those that BatchNorm may be recalibrated on."""
+        """Give the bank the images, for each fold (and for everything) those that BatchNorm may be recalibrated on, and those that
+        8-bit activations take their ranges from.
+        """
         bank.images = self.data.images
         fitting = [self.split(fold)[0] for fold in (*self.data.folds, self.everything())]
         bank.calibration = [np.random.default_rng([self.seed, 2]).permutation(indices) for indices in fitting]
+        ranged = fitting[:1] if len(self.data.folds) == 1 else [fold.test for fold in self.data.folds[:2]]
+        bank.ranged = [np.random.default_rng([self.seed, 3]).permutation(indices) for indices in ranged]
 
     def facts(self) -> dict[str, Any]:
         """What a report and an artifact say of the data that only this task knows: plain JSON values."""

@@ -1,13 +1,18 @@
 """The ways to look at fewer pixels or tokens, one file each; the order here is that of a candidate's text."""
 
 from .patch import PATCH
+from .precision import BF16, FP16, FP32, INT8, PRECISION, PRECISIONS
 from .resolution import RESOLUTION
+from .runtime import RUNTIME, RUNTIMES, check_runtime
 from .scaling import DEPTH, WIDTH
 from .stem import STEM
 from .technique import Design, Style, Technique, register, techniques, unregister
 from .tokens import TOKENS, Merge
 
-for _technique in (RESOLUTION, STEM, PATCH, TOKENS, DEPTH, WIDTH):
+for _technique in (RESOLUTION, STEM, PATCH, TOKENS, DEPTH, WIDTH, PRECISION, RUNTIME):
     register(_technique)
 
-__all__ = ["Design", "Merge", "Style", "Technique", "register", "techniques", "unregister", "RESOLUTION"]
+__all__ = [
+    "Design", "Merge", "Style", "Technique", "register", "techniques", "unregister", "RESOLUTION", "PRECISION", "RUNTIME",
+    "BF16", "FP16", "FP32", "INT8", "PRECISIONS", "RUNTIMES", "check_runtime",
+]  # fmt: skip

@@ -50,7 +50,7 @@ class Technique:
     name: of its value in a candidate: a field of `Candidate`, else a key of `Candidate.extra`. Values are hashable and JSON.
     neutral: the value that changes nothing.
     keyword: of Python calls, for the several values to try (`stem_scales`): a field of `Axes`, else a key of `Axes.extra`.
-    option, metavar, help: of the command line; without a metavar it is a flag.
+    option, metavar, help: of the command line; without a metavar it is a flag, without an option none.
     order: techniques are applied to a network from low to high: 10 makes another network, 20 other patches, 30 gives it its
         input size, from 40 on what is inside changes.
     always: applied to every candidate, whatever its value.
@@ -58,6 +58,8 @@ class Technique:
     inside: changes the number of tokens or the size of a feature map behind the embedding.
     refits: changes the size of images or patches that a transformer is made for.
     sought: what a call of `reduce` that changes nothing says it looked for.
+    in_file: changes the file that a runtime gets, and nothing of the network: costs are those of the network.
+    crosses: its values are tried with every other candidate, and not at the original's resolution alone.
     """
 
     name: str = ""
@@ -72,6 +74,8 @@ class Technique:
     inside: bool = False
     refits: bool = False
     sought: str = ""
+    in_file: bool = False
+    crosses: bool = False
     styles: Mapping[str, Style] = {}
     """Family in the picture of costs → its line."""
 
@@ -170,6 +174,7 @@ class Technique:
 
 
 _TECHNIQUES: list[Technique] = []
+_OPTION = "an option"
 
 
 def techniques() -> tuple[Technique, ...]:
@@ -181,6 +186,8 @@ def register(technique: Technique) -> None:
     """Make a technique known: it is now read, written, planned, applied, counted, told, and an option of the commands."""
     names = {(kind, name) for t in _TECHNIQUES for kind, name in _names(t)}
     for kind, name in _names(technique):
+        if not name and kind == _OPTION:
+            continue
         if not name or (kind, name) in names:
             raise DownresError(f"A technique has {kind} of its own, {name!r} is {'taken' if name else 'none'}: give another.")
     _TECHNIQUES.append(technique)
@@ -192,7 +199,7 @@ def unregister(technique: Technique) -> None:
 
 
 def _names(technique: Technique) -> list[tuple[str, str]]:
-    return [("a name", technique.name), ("a keyword", technique.keyword), ("an option", technique.option)]
+    return [("a name", technique.name), ("a keyword", technique.keyword), (_OPTION, technique.option)]
 
 
 def whole(value: Any, rule: str, example: str) -> int | None:

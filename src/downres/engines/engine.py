@@ -1,0 +1,183 @@
+"""What one engine does with a network, behind one interface: make its file, quantize it, run it, say what is in it."""
+
+import importlib
+import importlib.util
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..errors import DownresError
+from ..record import Record
+from ..techniques import FP32, INT8, check_runtime
+from . import FileRuntime
+
+RANGES = ("minmax", "percentile", "entropy")
+"""How the range of an activation is taken from what is seen on calibration images: all of it; without the largest 0.001 %; that
+which loses the least information (Kullback-Leibler).
+"""
+LEAST_CALIBRATION = 16
+"""Images below which a range is luck."""
+
+Batches = Callable[[], Iterator[np.ndarray]]
+"""The calibration images, (b, c, h, w) float32, from the start each time it is called."""
+
+
+@dataclass(frozen=True)
+class Quantization(Record):
+    """How a network is quantized. ranges: of activations, one of RANGES; kept: names of layers that stay in float, of the
+    engine's own graph.
+    """
+
+    ranges: str = RANGES[0]
+    kept: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        many = f", {len(self.kept)} layer{'s' * (len(self.kept) != 1)} in float" if self.kept else ""
+        return f"{self.ranges} ranges{many}"
+
+
+@dataclass(frozen=True)
+class Layers(Record):
+    """Convolutions and matrix products of a file, by operator: how many compute in 8 bits, how many in float."""
+
+    quantized: dict[str, int]
+    in_float: dict[str, int]
+
+    def __str__(self) -> str:
+        parts = [
+            f"{what}: {', '.join(f'{n} {kind}' for kind, n in sorted(found.items())) or 'none'}"
+            for what, found in (("in 8 bits", self.quantized), ("in float", self.in_float))
+        ]
+        return "; ".join(parts)
+
+
+class QuantizationFailed(DownresError):
+    """A network that this engine cannot quantize; why in words."""
+
+
+class Engine(ABC):
+    """Where networks run. device: as the engine names it, in small letters.
+
+    name: that of `--runtime`; file: of a shipped model; extra: what `pip install 'downres[…]'` needs for it, '' for nothing;
+    modules: what has to be installed. exported: whether it starts from an ONNX file.
+    """
+
+    name: ClassVar[str]
+    file: ClassVar[str]
+    extra: ClassVar[str] = ""
+    exported: ClassVar[bool] = True
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    @property
+    def text(self) -> str:
+        """As `--runtime` has it."""
+        return self.name if self.device == "cpu" else f"{self.name}:{self.device}"
+
+    @abstractmethod
+    def why_not(self, precision: str) -> str:
+        """Why this engine does not compute in that precision on this machine, '' where it does."""
+
+    def refuse(self, precision: str) -> None:
+        if why := self.why_not(precision):
+            raise DownresError(f"{self.text} does not compute in {precision} here: {why}.")
+
+    @abstractmethod
+    def write(self, exported: Path, path: Path, precision: str) -> None:
+        """Makes the engine's file of an exported network."""
+
+    def quantize(self, exported: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None) -> None:
+        """Makes an int8 file of an exported network. head: weight (K, F) of the linear layer that stays in float, with all that
+        comes after it. Raises QuantizationFailed where that is not possible.
+        """
+        raise QuantizationFailed(f"{self.text} does not quantize: use another runtime.")
+
+    def layers(self, file: Path) -> Layers:
+        """What of a file computes in 8 bits."""
+        raise NotImplementedError
+
+    def layer_names(self, exported: Path, head: np.ndarray | None) -> list[str]:
+        """The layers of an exported network that `quantize` takes to 8 bits unless they are kept, in the order they run."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def load(
+        self,
+        file: Path,
+        threads: int | None = None,
+        limit_s: float | None = None,
+        *,
+        precision: str = FP32,
+        spread: bool = False,
+    ) -> FileRuntime:
+        """The file ready to run. spread: for many images, see `OnnxRuntime`."""
+
+    def with_tensors(self, file: Path, tensors: Mapping[str, np.ndarray], path: Path) -> bool:
+        """Writes the file with other values for tensors of these names in the network's state dict; False where it has not all."""
+        return False
+
+    def files(self, file: Path) -> list[Path]:
+        """All that belongs to a file."""
+        return [file]
+
+
+_HOMES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torch": "torch"}
+_NEEDS = {"openvino": (("openvino", "nncf"), "downres[openvino]")}
+
+
+def engine_of(runtime: str) -> Engine:
+    """The engine of a name such as `openvino` or `onnxruntime:cuda`. DownresError where it is not installed."""
+    name, _, device = check_runtime(runtime).partition(":")
+    needed, how = _NEEDS.get(name, ((), ""))
+    if any(importlib.util.find_spec(module) is None for module in needed):
+        raise DownresError(f"The runtime {name} is not installed: pip install '{how}'.")
+    found: Any = importlib.import_module(f".{_HOMES[name]}", __package__).ENGINE
+    made: Engine = found(device or "cpu")
+    return made
+
+
+def is_whole_file(engine: Engine, file: Path) -> bool:
+    return all(one.is_file() for one in engine.files(file))
+
+
+@cache
+def processor_flags() -> frozenset[str]:
+    """Instruction sets of the processor as Linux names them; empty elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return frozenset()
+    lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features")))
+    return frozenset(next(lines, "").partition(":")[2].split())
+
+
+def sums_saturate() -> bool:
+    """Whether 8-bit products are added in 16 bits, which overflow: x86 without VNNI. Weights of 7 bits keep within them."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    return x86 and not processor_flags() & {"avx512_vnni", "avx_vnni", "avx10_1"}
+
+
+def check_calibration(count: int) -> None:
+    """DownresError for too few images."""
+    if count < LEAST_CALIBRATION:
+        raise QuantizationFailed(
+            f"{INT8} is calibrated on at least {LEAST_CALIBRATION} training images, there are {count}: give more, or leave "
+            "int8 out."
+        )
+
+
+def after(roots: Sequence[str], edges: dict[str, list[str]]) -> set[str]:
+    """The roots and all that comes after them in a graph, node → nodes that take what it gives."""
+    found, todo = set(roots), list(roots)
+    while todo:
+        for follower in edges.get(todo.pop(), ()):
+            if follower not in found:
+                found.add(follower)
+                todo.append(follower)
+    return found

@@ -1,0 +1,157 @@
+"""8-bit ONNX files by ONNX Runtime's own quantizer: QDQ, weights per channel, activations by calibration."""
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from ..errors import DownresError, first_line
+from .engine import Batches, Layers, Quantization, QuantizationFailed, after, sums_saturate
+
+_METHODS = {
+    "minmax": CalibrationMethod.MinMax,
+    "percentile": CalibrationMethod.Percentile,
+    "entropy": CalibrationMethod.Entropy,
+}
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Operators that have weights, and nearly all of the arithmetic."""
+BETWEEN = ("Add", "Mul", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool", "Resize", "Clip", "Relu", "LeakyRelu")
+"""What stands between them in a convnet, and would else go to float and back."""
+
+
+class _Images(CalibrationDataReader):
+    """The calibration batches one at a time, so that only what one of them leaves is held."""
+
+    def __init__(self, name: str, images: Batches) -> None:
+        self.name, self.images = name, images
+        self.count = sum(1 for _ in images())
+        self.source: Iterator[np.ndarray] = images()
+        self.left = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self.left = end_index - start_index
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        if not self.left:
+            return None
+        self.left -= 1
+        return {self.name: np.ascontiguousarray(next(self.source), dtype=np.float32)}
+
+
+def quantize_onnx(source: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None) -> None:
+    """Writes the graph of `source` with convolutions, linear layers and what lies between them in 8 bits; see `Engine.quantize`.
+
+    BatchNorms are folded into convolutions first. Of a network with attention the linear layers alone are quantized: products of
+    activations, softmax and layer norms lose too much in 8 bits. Where 8-bit sums would overflow (x86 without VNNI) weights have
+    7 bits.
+    """
+    with tempfile.TemporaryDirectory(prefix="downres-") as place, _quiet():
+        folded = Path(place) / "folded.onnx"
+        try:
+            quant_pre_process(source, folded, skip_symbolic_shape=True)
+            graph = onnx.load(folded)
+            transformer = is_transformer(graph)
+            names = {node.name for node in graph.graph.node}
+            if unknown := set(how.kept) - names:
+                raise QuantizationFailed(f"there is no layer {min(unknown)} in it")
+            quantize_static(
+                folded,
+                path,
+                _Images(graph.graph.input[0].name, images),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv", "Gemm", "MatMul"] if transformer else [*LAYERS, *BETWEEN],
+                per_channel=True,
+                reduce_range=sums_saturate(),
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=sorted({*how.kept, *_from_head(graph, head), *(_products(graph) if transformer else ())}),
+                calibrate_method=_METHODS[how.ranges],
+                extra_options={"CalibStridedMinMax": 1, "DedicatedQDQPair": False},
+            )
+        except DownresError:
+            raise
+        except OSError:
+            raise
+        except Exception as error:  # whatever the quantizer fails with on a graph that it was not written for
+            raise QuantizationFailed(f"onnxruntime cannot quantize it ({first_line(error)[:200]})") from error
+    if not layers_of(path).quantized:
+        raise QuantizationFailed("onnxruntime found no layer in it that it quantizes")
+
+
+def is_transformer(graph: onnx.ModelProto) -> bool:
+    """Whether two activations are multiplied and a softmax is taken: attention."""
+    return bool(_products(graph)) and any(node.op_type == "Softmax" for node in graph.graph.node)
+
+
+def _products(graph: onnx.ModelProto) -> list[str]:
+    """Matrix products of two activations."""
+    known = {one.name for one in graph.graph.initializer}
+    return [n.name for n in graph.graph.node if n.op_type == "MatMul" and not known & set(n.input)]
+
+
+def _from_head(graph: onnx.ModelProto, head: np.ndarray | None) -> set[str]:
+    """The layer that has these weights, and all that comes after it; nothing where no layer has them."""
+    if head is None:
+        return set()
+    values = {one.name: one for one in graph.graph.initializer if tuple(one.dims) in (head.shape, head.shape[::-1])}
+    same = {name for name, one in values.items() if _is_head(numpy_helper.to_array(one), head)}
+    taken: dict[str, list[str]] = {}
+    for node in graph.graph.node:
+        for name in node.input:
+            taken.setdefault(name, []).append(node.name)
+    edges = {node.name: [follower for out in node.output for follower in taken.get(out, ())] for node in graph.graph.node}
+    return after([node for name in same for node in taken.get(name, ())], edges)
+
+
+def _is_head(values: np.ndarray, head: np.ndarray) -> bool:
+    return any(v.shape == head.shape and np.array_equal(v, head) for v in (values, values.T))
+
+
+def layers_of(file: Path) -> Layers:
+    """Which of the layers with weights compute in 8 bits."""
+    graph = onnx.load(file).graph
+    made_by = {out: node.op_type for node in graph.node for out in node.output}
+    known = {one.name for one in graph.initializer} | {n.output[0] for n in graph.node if n.op_type == "Constant"}
+    found: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    for node in graph.node:
+        if node.op_type in LAYERS and (node.op_type != "MatMul" or any(_is_weight(i, known, made_by) for i in node.input)):
+            in_8_bits = all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2])
+            found[in_8_bits][node.op_type] = found[in_8_bits].get(node.op_type, 0) + 1
+    return Layers(found[True], found[False])
+
+
+def _is_weight(name: str, known: set[str], made_by: dict[str, str]) -> bool:
+    return name in known or made_by.get(name) == "DequantizeLinear"
+
+
+def layer_names(file: Path, head: np.ndarray | None) -> list[str]:
+    """The layers with weights that are quantized unless they are kept, by the names that `Quantization.kept` takes, in the order in which they run."""
+    with tempfile.TemporaryDirectory(prefix="downres-") as place, _quiet():
+        quant_pre_process(file, folded := Path(place) / "folded.onnx", skip_symbolic_shape=True)
+        graph = onnx.load(folded)
+    left = {*_products(graph), *_from_head(graph, head)}
+    return [node.name for node in graph.graph.node if node.op_type in LAYERS and node.name not in left]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The quantizer prints and logs its progress; standard output belongs to `--json`."""
+    disabled: Any = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,339 @@
+"""OpenVINO: its files, its 8 bits by NNCF, and running there."""
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from ..errors import DownresError, first_line
+from ..techniques import BF16, FP16, FP32
+from . import check_threads
+from .engine import Batches, Engine, Layers, Quantization, QuantizationFailed, after
+
+_HINTS = {FP32: "f32", BF16: "bf16", FP16: "f16", "int8": "f32"}
+"""What is asked for whatever is not in 8 bits: by itself OpenVINO takes bf16 or f16 where the processor has them."""
+_LAYERS = {"Convolution": "Convolution", "GroupConvolution": "GroupConvolution", "MatMul": "MatMul"}
+
+
+class OpenVino:
+    """One model in OpenVINO, made for latency; compiled anew for each batch size, whose shapes are then fixed.
+
+    model: a path (.xml beside its .bin, .onnx). precision: of what is not in 8 bits; refused where the device does not keep to it.
+    limit_s: seconds that one image may take. hints: what OpenVINO says it runs with.
+    Raises DownresError when the content is not a model that OpenVINO can run, and where a run fails.
+    """
+
+    name = "openvino"
+
+    def __init__(
+        self,
+        model: str | Path,
+        threads: int | None = None,
+        limit_s: float | None = None,
+        *,
+        device: str = "cpu",
+        precision: str = FP32,
+    ) -> None:
+        self.name = self.name if device == "cpu" else f"{self.name}:{device}"
+        self.limit_s, self._told, self.device, self._hint = limit_s, str(model), device.upper(), _HINTS[precision]
+        self.threads = check_threads(threads)
+        self.versions = {"openvino": ov.__version__.partition("-")[0]}
+        self._core = ov.Core()
+        try:
+            self._model = self._core.read_model(str(model))
+            self.inputs = [(_name(port), _shape(port)) for port in self._model.inputs]
+            self.outputs = [_name(port) for port in self._model.outputs]
+        except Exception as error:  # OpenVINO's exceptions have no common base
+            raise DownresError(
+                f"{self._told} is not a model that OpenVINO can run ({_reason(error)}): export it again."
+            ) from error
+        self._requests: dict[int, Any] = {}
+        self.hints: dict[str, str] = {}
+
+    def __call__(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(b, c, h, w) float32 → the outputs, in the graph's order."""
+        batch = np.ascontiguousarray(batch, dtype=np.float32)
+        try:
+            request = self._request(batch.shape)
+            if self.limit_s is None:
+                found = request.infer({0: batch}, share_inputs=True)
+            else:
+                request.start_async({0: batch}, share_inputs=True)
+                if not request.wait_for(int(1000 * self.limit_s * len(batch))):
+                    request.cancel()
+                    raise DownresError(
+                        f"{self._told} gave no answer in {self.limit_s:g} s and was stopped: give it more time, or export it again."
+                    )
+                found = request.results
+        except DownresError:
+            raise
+        except Exception as error:
+            raise DownresError(
+                f"{self._told} cannot run on {list(batch.shape)} values ({_reason(error)}): export it again."
+            ) from error
+        return tuple(np.array(found[i]) for i in range(len(self.outputs)))
+
+    def _request(self, shape: tuple[int, ...]) -> Any:
+        if shape[0] not in self._requests:
+            fixed = self._model.clone()
+            fixed.reshape({0: list(shape)})
+            options: dict[str, Any] = {
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": self._hint,
+                "NUM_STREAMS": 1,
+            }
+            if self.device == "CPU":
+                options |= {"INFERENCE_NUM_THREADS": self.threads, "ENABLE_CPU_PINNING": False}
+            compiled = self._core.compile_model(fixed, self.device, options)
+            self.hints = {
+                "precision": compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name(),
+                "device": ", ".join(compiled.get_property("EXECUTION_DEVICES")),
+            }
+            if self.hints["precision"] != self._hint:
+                raise DownresError(
+                    f"OpenVINO computes in {self.hints['precision']} here and not in {self._hint}: leave that precision out."
+                )
+            self._requests[shape[0]] = compiled.create_infer_request()
+        return self._requests[shape[0]]
+
+
+class OpenVinoEngine(Engine):
+    """OpenVINO, on the CPU or on what of Intel's is there; 8 bits by NNCF."""
+
+    name, file, extra = "openvino", "model.xml", "downres[openvino]"
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(device)
+        have = ov.Core().available_devices
+        if device.upper() not in have:
+            names = ", ".join(name.lower() for name in have)
+            raise DownresError(f"OpenVINO finds no {device} here, it has {names}: install the driver, or name another.")
+
+    def why_not(self, precision: str) -> str:
+        can = ov.Core().get_property(self.device.upper(), "OPTIMIZATION_CAPABILITIES")
+        if precision.upper() in can:
+            return ""
+        return (
+            f"OpenVINO says that the {self.device} has {', '.join(c.lower() for c in can if c[0] in 'FBI' and c[-1].isdigit())}"
+        )
+
+    def write(self, exported: Path, path: Path, precision: str) -> None:
+        _save(_read(exported), path, compress=precision == FP16)
+
+    def quantize(self, exported: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None) -> None:
+        with _quiet():
+            import nncf
+
+            model = _read(exported)
+            kept = {*how.kept, *_from_head(model, head)}
+            if unknown := set(how.kept) - {op.get_friendly_name() for op in model.get_ops()}:
+                raise QuantizationFailed(f"there is no layer {min(unknown)} in it")
+            try:
+                made = nncf.quantize(
+                    model,
+                    nncf.Dataset(_single(images)),
+                    preset=nncf.QuantizationPreset.MIXED,
+                    model_type=nncf.ModelType.TRANSFORMER if _is_transformer(model) else None,
+                    subset_size=sum(len(batch) for batch in images()),
+                    ignored_scope=nncf.IgnoredScope(names=sorted(kept), validate=False) if kept else None,
+                    advanced_parameters=_ranges(how.ranges),
+                )
+            except Exception as error:
+                raise QuantizationFailed(f"NNCF cannot quantize it ({first_line(error)[:200]})") from error
+        _save(made, path)
+        if not self.layers(path).quantized:
+            raise QuantizationFailed("NNCF found no layer in it that it quantizes")
+
+    def layers(self, file: Path) -> Layers:
+        found: dict[bool, dict[str, int]] = {True: {}, False: {}}
+        for op in _read(file).get_ops():
+            if (kind := _LAYERS.get(op.get_type_name())) and _weight(op) is not None:
+                in_8_bits = _is_quantized(op)
+                found[in_8_bits][kind] = found[in_8_bits].get(kind, 0) + 1
+        return Layers(found[True], found[False])
+
+    def layer_names(self, exported: Path, head: np.ndarray | None) -> list[str]:
+        model = _read(exported)
+        left = _from_head(model, head)
+        names = [
+            op.get_friendly_name()
+            for op in model.get_ordered_ops()
+            if op.get_type_name() in _LAYERS and _weight(op) is not None
+        ]
+        return [name for name in names if name not in left]
+
+    def with_tensors(self, file: Path, tensors: Mapping[str, np.ndarray], path: Path) -> bool:
+        model = _read(file)
+        by_name = {
+            re.sub(r"^(model|network)\.", "", op.get_friendly_name()): op
+            for op in model.get_ops()
+            if op.get_type_name() == "Constant"
+        }
+        if not tensors.keys() <= by_name.keys():
+            return False
+        for name, values in tensors.items():
+            old = by_name[name]
+            if list(old.get_output_shape(0)) != list(values.shape):
+                return False
+            made = ov.op.Constant(np.ascontiguousarray(values))
+            made.set_friendly_name(old.get_friendly_name())
+            for taken in list(old.output(0).get_target_inputs()):
+                taken.replace_source_output(made.output(0))
+        _save(model, path)
+        return True
+
+    def load(
+        self,
+        file: Path,
+        threads: int | None = None,
+        limit_s: float | None = None,
+        *,
+        precision: str = FP32,
+        spread: bool = False,
+    ) -> OpenVino:
+        return OpenVino(file, threads, limit_s, device=self.device, precision=precision)
+
+    def files(self, file: Path) -> list[Path]:
+        return [file, file.with_suffix(".bin")]
+
+
+ENGINE = OpenVinoEngine
+
+
+def _read(file: Path) -> Any:
+    try:
+        return ov.Core().read_model(str(file))
+    except Exception as error:
+        raise DownresError(f"{file} is not a model that OpenVINO can read ({_reason(error)}): export it again.") from error
+
+
+def _save(model: Any, path: Path, compress: bool = False) -> None:
+    """The numbers first and then what names them, so that a file of the name is whole."""
+    partial = path.with_name(f"partial-{path.stem}.xml")
+    try:
+        ov.save_model(model, str(partial), compress_to_fp16=compress)
+        partial.with_suffix(".bin").replace(path.with_suffix(".bin"))
+        partial.replace(path)
+    finally:
+        for left in (partial, partial.with_suffix(".bin")):
+            left.unlink(missing_ok=True)
+
+
+def _name(port: Any) -> str:
+    return str(port.get_any_name()) if port.get_names() else ""
+
+
+def _shape(port: Any) -> list[Any]:
+    """As ONNX Runtime has it: a free side by a name."""
+    return [d.get_length() if d.is_static else "batch" for d in port.get_partial_shape()]
+
+
+def _reason(error: Exception) -> str:
+    """OpenVINO's errors open with the place in its own sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
+    return (lines[-1] if lines else type(error).__name__)[:200]
+
+
+def _single(images: Batches) -> Any:
+    """The images of the batches, one at a time; NNCF goes through them several times."""
+
+    class Images:
+        def __iter__(self) -> Iterator[np.ndarray]:
+            return (image[None] for batch in images() for image in batch)
+
+    return Images()
+
+
+def _ranges(ranges: str) -> Any:
+    """NNCF's own choice for min-max; for the others its quantile and histogram estimators of activations."""
+    import nncf
+    from nncf.quantization.range_estimator import (
+        AggregatorType,
+        RangeEstimatorParameters,
+        RangeEstimatorParametersSet,
+        StatisticsCollectorParameters,
+        StatisticsType,
+    )
+
+    if ranges == "minmax":
+        return None
+    if ranges == "entropy":
+        found = RangeEstimatorParametersSet.HISTOGRAM
+    else:
+        one = StatisticsCollectorParameters(StatisticsType.QUANTILE, AggregatorType.MEAN, quantile_outlier_prob=1e-4)
+        found = RangeEstimatorParameters(one, one)
+    return nncf.AdvancedQuantizationParameters(activations_range_estimator_params=found)
+
+
+def _weight(op: Any) -> np.ndarray | None:
+    """The constant that a layer multiplies by, whatever stands between them; None where it multiplies two activations."""
+    for i in (1, 0):
+        node = op.input_value(i).get_node()
+        while node.get_type_name() in ("FakeQuantize", "Convert", "Subtract", "Multiply", "Reshape", "Transpose"):
+            if node.get_type_name() == "Reshape" and op.get_type_name() == "MatMul" and i == 0:
+                break
+            node = node.input_value(0).get_node()
+        if node.get_type_name() == "Constant":
+            found: np.ndarray = node.data
+            return found
+    return None
+
+
+def _is_quantized(op: Any) -> bool:
+    return any(op.input_value(i).get_node().get_type_name() == "FakeQuantize" for i in (0, 1)) and all(
+        _in_8_bits(op.input_value(i).get_node()) for i in (0, 1)
+    )
+
+
+def _in_8_bits(node: Any) -> bool:
+    """Whether what goes into a layer was brought to 8 bits: an activation just before, a weight when it was stored."""
+    while node.get_type_name() in ("Convert", "Subtract", "Multiply", "Reshape", "Transpose", "Squeeze", "Unsqueeze"):
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "FakeQuantize" or (
+        node.get_type_name() == "Constant" and node.get_element_type().get_type_name() in ("i8", "u8")
+    )
+
+
+def _is_transformer(model: Any) -> bool:
+    """Whether two activations are multiplied and a softmax is taken: attention."""
+    kinds = [op.get_type_name() for op in model.get_ops()]
+    if "ScaledDotProductAttention" in kinds:
+        return True
+    products = any(op.get_type_name() == "MatMul" and _weight(op) is None for op in model.get_ops())
+    return products and any(kind.startswith("Softmax") for kind in kinds)
+
+
+def _from_head(model: Any, head: np.ndarray | None) -> set[str]:
+    """Names of the layer that has these weights and of all that comes after it; nothing where no layer has them."""
+    if head is None:
+        return set()
+    roots = []
+    edges: dict[str, list[str]] = {}
+    for op in model.get_ops():
+        edges[op.get_friendly_name()] = [
+            i.get_node().get_friendly_name() for out in op.outputs() for i in out.get_target_inputs()
+        ]
+        if op.get_type_name() == "MatMul" and (w := _weight(op)) is not None:
+            if any(v.shape == head.shape and np.array_equal(v, head) for v in (w, w.T)):
+                roots.append(op.get_friendly_name())
+    return after(roots, edges)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """NNCF prints and logs its progress; standard output belongs to `--json`."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
