@@ -276,7 +276,7 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
     answer = find_answer(made_for(module, native.hw), (len(native.mean), *native.hw), which)
     if answer.outputs != source["outputs"] and answer.head is not None:
         module.set_submodule(answer.head, nn.Linear(answer.width, source["outputs"]))
-    module = reduce(module, candidate, input_size=(len(native.mean), *native.hw), resize_input=False)
+    module = reduce(module, candidate.network, input_size=(len(native.mean), *native.hw), resize_input=False)
     try:
         module.load_state_dict(load((folder / "model.safetensors").read_bytes()))
     except (RuntimeError, SafetensorError):

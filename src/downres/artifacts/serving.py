@@ -160,21 +160,13 @@ def program(task: Task, p: Preprocessing, numbers: bool = False, engine: Engine 
 
 def _in_openvino(head: str, run: str, device: str) -> tuple[str, str]:
     """The same with OpenVINO in the place of ONNX Runtime, in float32 where it is not in 8 bits."""
-    head = (
-        head.replace("model.onnx", "model.xml")
-        .replace("onnxruntime;", "openvino;")
-        .replace("import onnxruntime", "import openvino")
-    )
-    session = run[run.index("session = ") : run.index("\n", run.index("session = "))]
-    run = run.replace(session, _OPENVINO.strip().replace("DEVICE", device))
-    return head, run.replace("(output,) = session.run(None, {MANIFEST", "(output,) = session({MANIFEST").replace(
-        "})", "}).values()", 1
-    )
+    head = head.replace("model.onnx", "model.xml").replace("and onnxruntime;", "and openvino;")
+    run = run.replace("session.run(None, {MANIFEST", "session({MANIFEST").replace("\n    print", ".values()\n    print")
+    lines = [_OPENVINO.replace("DEVICE", device) if line.startswith("session = ") else line for line in run.split("\n")]
+    return head.replace("import onnxruntime", "import openvino"), "\n".join(lines)
 
 
-_OPENVINO = """
-session = openvino.Core().compile_model(HERE / "model.xml", "DEVICE", {"INFERENCE_PRECISION_HINT": "f32"})
-"""
+_OPENVINO = 'session = openvino.Core().compile_model(HERE / "model.xml", "DEVICE", {"INFERENCE_PRECISION_HINT": "f32"})'
 _ORDER = {RGB: "", BGR: "[..., ::-1]"}
 _HEAD = '''"""`python serve.py photo.jpg …` prints what model.onnx answers, a line of JSON for each picture.
 Written by downres. Needs Pillow, NumPy and onnxruntime; all numbers are those of manifest.json, which explains them."""

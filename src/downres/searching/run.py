@@ -303,7 +303,9 @@ def _latency_gate(
             try:
                 runtimes[str(candidate)] = bank.timed(state)
             except DownresError as error:
-                why = f"could not be exported to ONNX: {error.why}" if isinstance(error, NotExported) else str(error).rstrip(".")
+                why = (
+                    f"could not be exported to ONNX: {error.why}" if isinstance(error, NotExported) else str(error).rstrip(".")
+                )
                 if i > 0:
                     unexported[str(candidate)] = why
                     continue

@@ -42,7 +42,7 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
         store.folder / "best",
         bank.network(state),
         task,
-        partial(_write, task, bank, state, {stem: one for one, stem in stems.items()}),
+        partial(_write, task, bank, state, {stems[_file(s)]: s for s in states if _file(s) in stems}),
         preprocessing=bank.preprocessing_of(state),
         state=state,
         result=best,
@@ -78,7 +78,7 @@ def _file(state: State) -> State:
 def _stems(shipped: State, states: Sequence[State]) -> dict[State, str]:
     """What stands in files of their own, by name: folds whose 8-bit file is another one than the shipped."""
     own = dict.fromkeys(_file(s) for s in states if s.step(QUANTIZED) and _file(s) != _file(shipped))
-    return {state: f"fold{i}" for i, state in enumerate(own)}
+    return {file: f"fold{i}" for i, file in enumerate(own)}
 
 
 def _write(task: Task, bank: Bank, state: State, others: Mapping[str, State], folder: Path) -> dict[str, Any]:
