@@ -165,7 +165,8 @@ _FIELDS = frozenset(f.name for f in dataclasses.fields(Candidate)) - {"extra"}
 @dataclass(frozen=True)
 class Budget(Record):
     """What is allowed. max_drop in the unit of the task's score (percentage points of top-1 or mIoU, or the unit of what a
-    regression predicts); None means no ceiling.
+    regression predicts); max_flips: percent of the images that may get another answer, proven like the drop; max_size_bytes: of
+    the file that is shipped. None means no ceiling.
     """
 
     max_drop: float = 1.0
@@ -173,13 +174,17 @@ class Budget(Record):
     max_macs: int | None = None
     max_memory_bytes: int | None = None
     max_latency_ms: float | None = None
+    max_size_bytes: int | None = None
+    max_flips: float | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.max_drop < math.inf:
             raise DownresError(f"The allowed drop is a number from 0 on, {self.max_drop} is not: give for example 1.0.")
         if not 0.5 < self.confidence < 1.0:
             raise DownresError(f"The confidence is between 0.5 and 1, {self.confidence} is not: 0.95 is usual.")
-        for name in ("max_macs", "max_memory_bytes", "max_latency_ms"):
+        if self.max_flips is not None and not 0 < self.max_flips < 100:
+            raise DownresError(f"max_flips is a percentage of images above 0 and below 100, {self.max_flips} is not.")
+        for name in ("max_macs", "max_memory_bytes", "max_latency_ms", "max_size_bytes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise DownresError(
@@ -245,6 +250,22 @@ class Latency(Record):
     def disturbed(self) -> bool:
         """Whether something else ran: every tenth pass took twice the median."""
         return self.p90_ms > 2 * self.latency_ms
+
+    @property
+    def images_per_s(self) -> float:
+        """Throughput: images over the median time."""
+        return 1000 * self.batch_size / self.latency_ms
+
+
+@dataclass(frozen=True)
+class Footprint(Record):
+    """What the file that runs takes: its bytes, and, in a fresh process with nothing but NumPy and the runtime, the peak resident
+    memory of loading it and answering once; of that what was there before the file was loaded (`runtime_bytes`).
+    """
+
+    file_bytes: int
+    peak_rss_bytes: int | None = None
+    runtime_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -354,6 +375,26 @@ class Drop(Record):
             return super().from_json(values)  # which refuses it
         open_ended = {n: end for n, end in (("lower", -math.inf), ("upper", math.inf)) if values.get(n, 0.0) is None}
         return dataclasses.replace(super().from_json({**values, **dict.fromkeys(open_ended, 0.0)}), **open_ended)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Flips(Record):
+    """Error growth: of n images, how many get another answer than the original's, of them those that were right and are wrong
+    (lost) and the other way round (won). upper: one-sided bound on the share, in percent, at `confidence` after Bonferroni's
+    correction where a ceiling (allowed, percent) is to be proven; verdict: '' without one.
+    """
+
+    flips: int
+    lost: int
+    won: int
+    n: int
+    upper: float
+    allowed: float | None = None
+    verdict: str = ""
+
+    @property
+    def share(self) -> float:
+        return 100 * self.flips / self.n
 
 
 LEAST_CROP_RATIO = 0.1
@@ -510,6 +551,15 @@ class Result(Record):
     quality: Score | None = None
     drop: Drop | None = None
     recovery: Recovery | None = None
+    footprint: Footprint | None = None
+    flips: Flips | None = None
+
+    @property
+    def proven(self) -> bool:
+        """Whether all that has to be proven of it is."""
+        return (
+            self.drop is not None and self.drop.verdict == WITHIN and (self.flips is None or self.flips.verdict in ("", WITHIN))
+        )
 
     def row(self, kind: type[Score] | None = None) -> dict[str, Any]:
         """The flat form that `--json` and the tables print. kind: what is measured, for one that was not."""
@@ -527,6 +577,12 @@ class Result(Record):
             "p10_ms": self.latency and self.latency.p10_ms,
             "p90_ms": self.latency and self.latency.p90_ms,
             "runtime": self.latency and self.latency.runtime,
+            "batch_size": self.latency and self.latency.batch_size,
+            "images_per_s": self.latency and self.latency.images_per_s,
+            "ratio_low": self.latency and self.latency.ratio and self.latency.ratio[0],
+            "ratio_high": self.latency and self.latency.ratio and self.latency.ratio[1],
+            "file_bytes": self.footprint and self.footprint.file_bytes,
+            "peak_rss_bytes": self.footprint and self.footprint.peak_rss_bytes,
             "threads": self.latency and self.latency.threads,
             "hardware": self.latency and self.latency.hardware,
             **self._qualities(kind),
@@ -536,6 +592,10 @@ class Result(Record):
             "unbounded": d and d.unbounded or None,
             "verdict": d and d.verdict,
             "more_images": d and d.more_images,
+            "flips": self.flips and self.flips.share,
+            "flips_upper": self.flips and self.flips.upper,
+            "right_to_wrong": self.flips and self.flips.lost,
+            "wrong_to_right": self.flips and self.flips.won,
             "rung": self.recovery and self.recovery.rung,
             "crop_ratio": self.recovery and self.recovery.crop_ratio,
         }

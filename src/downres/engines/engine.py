@@ -65,13 +65,16 @@ class Engine(ABC):
     """Where networks run. device: as the engine names it, in small letters.
 
     name: that of `--runtime`; file: of a shipped model; extra: what `pip install 'downres[…]'` needs for it, '' for nothing;
-    modules: what has to be installed. exported: whether it starts from an ONNX file.
+    exported: whether it starts from an ONNX file.
+    alone: a program that needs nothing but NumPy and the engine: `python -c alone FILE THREADS B C H W` loads the file, answers once
+    and prints two numbers, the peak resident memory before and after, in KiB; '' where there is none.
     """
 
     name: ClassVar[str]
     file: ClassVar[str]
     extra: ClassVar[str] = ""
     exported: ClassVar[bool] = True
+    alone: ClassVar[str] = ""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device

@@ -146,6 +146,19 @@ class OnnxEngine(Engine):
     """ONNX Runtime: on the CPU float32 and 8 bits; on devices that have it half precision."""
 
     name, file = "onnxruntime", "model.onnx"
+    alone = """
+import re, sys
+import numpy as np
+import onnxruntime
+file, threads, *shape = sys.argv[1:]
+peak = lambda: re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+before = peak()
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(threads)
+session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+session.run(None, {session.get_inputs()[0].name: np.zeros(tuple(map(int, shape)), np.float32)})
+print(before, peak())
+"""
 
     def why_not(self, precision: str) -> str:
         if precision in (FP32, INT8):

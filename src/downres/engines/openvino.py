@@ -108,6 +108,20 @@ class OpenVinoEngine(Engine):
     """OpenVINO, on the CPU or on what of Intel's is there; 8 bits by NNCF."""
 
     name, file, extra = "openvino", "model.xml", "downres[openvino]"
+    alone = """
+import re, sys
+import numpy as np
+import openvino
+file, threads, *shape = sys.argv[1:]
+peak = lambda: re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+before = peak()
+core, shape = openvino.Core(), tuple(map(int, shape))
+model = core.read_model(file)
+model.reshape({0: list(shape)})
+options = {"INFERENCE_NUM_THREADS": int(threads), "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+core.compile_model(model, "CPU", options)(np.zeros(shape, np.float32))
+print(before, peak())
+"""
 
     def __init__(self, device: str = "cpu") -> None:
         super().__init__(device)

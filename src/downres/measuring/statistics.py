@@ -25,6 +25,12 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
     return float(interval.low), float(interval.high)
 
 
+def share_bound(count: int, n: int, alpha: float) -> tuple[float, float]:
+    """(lower, upper) bounds of the share count / n, each one-sided at 1 - alpha (Clopper and Pearson 1934, Biometrika 26:404)."""
+    found = binomtest(count, n).proportion_ci(1 - 2 * alpha, method="exact")
+    return float(found.low), float(found.high)
+
+
 def noninferiority_p(lost: int, won: int, n: int, margin: float) -> float:
     """One-sided p-value of "the drop is at least `margin`": small means proven within the margin.
 

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engines import Runtime
+from ..engines import Runtime, check_threads
 from ..engines.engine import Engine, Quantization, check_calibration, engine_of, is_whole_file
 from ..engines.onnxruntime import export_onnx, resize_onnx
 from ..engines.torch import TorchRuntime
 from ..errors import DownresError
 from ..images import Images, batches
-from ..records import Candidate, Preprocessing
+from ..measuring.footprint import footprint
+from ..records import Candidate, Footprint, Preprocessing
 from ..reduction import made_for, reduce, takes_any_size
 from ..techniques import FP32, INT8
 from .batchnorm import recalibrate_batchnorm
@@ -128,10 +129,19 @@ class Bank:
         """
         if self._in_torch(state.candidate):
             return self.runtime(state)
-        if state.candidate.precision == INT8 and state.step(QUANTIZED) is None:
-            state = state.then(Step(QUANTIZED, None, PROBE_IMAGES, how=Quantization()))
         engine = self.engine(state.candidate)
-        return engine.load(self.file(state), self.threads, precision=state.candidate.precision)
+        return engine.load(self.file(self._probe(state)), self.threads, precision=state.candidate.precision)
+
+    def footprint(self, state: State, shape: tuple[int, ...]) -> Footprint | None:
+        """What the file of `timed` takes; None of what runs without one."""
+        if self._in_torch(state.candidate):
+            return None
+        return footprint(self.engine(state.candidate), self.file(self._probe(state)), shape, check_threads(self.threads))
+
+    def _probe(self, state: State) -> State:
+        if state.candidate.precision == INT8 and state.step(QUANTIZED) is None:
+            return state.then(Step(QUANTIZED, None, PROBE_IMAGES, how=Quantization()))
+        return state
 
     def _in_torch(self, candidate: Candidate) -> bool:
         return self.folder is None or not self.engine(candidate).exported

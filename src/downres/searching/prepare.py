@@ -40,7 +40,8 @@ class Measuring(Record):
     torch where the original cannot be exported. threads: of it, None
     takes every core. folds: cross-fit on one folder, so that every image is a proof image once. val_fraction: part of an
     undivided folder that is kept for the proof; None: half of it, and all of it where nothing is fitted (`curve`, `evaluate`).
-    seed: of splits and folds. batch_size: images in one pass, None: as is quickest; latency is always that of one. cache_gb: of
+    seed: of splits and folds. batch_size: images in one pass over the data, None: as is quickest. latency_batch: images in the
+    pass that is timed. cache_gb: of
     decoded pixels kept on disk at most, of which no number depends; None: half of what is free there.
     """
 
@@ -50,6 +51,7 @@ class Measuring(Record):
     val_fraction: float | None = None
     seed: int = 0
     batch_size: int | None = None
+    latency_batch: int = 1
     cache_gb: float | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +68,7 @@ class Measuring(Record):
         if part is not None and not 0 < part <= 1:
             raise DownresError(f"The validation fraction is above 0 and at most 1, {part} is not: give for example 0.5.")
         whole = {"seed": (self.seed, 0, 2**32 - 1), "folds": (self.folds, 2, 10_000), "batch_size": (self.batch_size, 1, 4096)}
+        whole["latency_batch"] = (self.latency_batch, 1, 4096)
         for name, (value, least, most) in whole.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
                 raise DownresError(f"{name} is a whole number from {least} to {most}, {value} is not.")

@@ -9,8 +9,23 @@ from typing import Any
 
 from ..errors import DownresError, first_line, shown
 from ..images import Skip
+from ..measuring.statistics import share_bound
 from ..record import Misfit, Record, plain
-from ..records import OUTSIDE, Budget, Candidate, Cost, Drop, Latency, Preprocessing, Recovery, Result
+from ..records import (
+    OUTSIDE,
+    TOO_FEW,
+    WITHIN,
+    Budget,
+    Candidate,
+    Cost,
+    Drop,
+    Flips,
+    Footprint,
+    Latency,
+    Preprocessing,
+    Recovery,
+    Result,
+)
 from ..recovery.state import State
 from ..reports import words
 from ..tasks import Task, restored
@@ -185,18 +200,40 @@ def _judge(store: Store, task: Task, native: Candidate, results: list[Result], b
     }
     judged = {name: evidence for name, evidence in found.items() if name not in ruled_out}
     waiting = sum(r.status == "waiting" for r in results)
-    if waiting:
+    # Two things to be proven of each: with Bonferroni's level for both, a wrong proof of either kind is one of all.
+    if waiting or budget.max_flips is not None:
         drops = _before_all(task, original, judged, budget, len(judged) + waiting)
     else:
         drops = task.compare(original, judged, budget)
     for name in ruled_out:
         drops |= task.compare(original, {name: found[name]}, budget)
     return [
-        dataclasses.replace(r, drop=drops[str(r.candidate)], reason=ruled_out.get(str(r.candidate), ""))
+        dataclasses.replace(
+            r,
+            drop=drops[str(r.candidate)],
+            reason=ruled_out.get(str(r.candidate), ""),
+            flips=_flips(task, original, found[str(r.candidate)], budget, max(1, len(judged) + waiting)),
+        )
         if r.status == "measured"
         else r
         for r in results
     ]
+
+
+def _flips(task: Task, original: Any, one: Any, budget: Budget, planned: int) -> Flips | None:
+    """How many answers are others, with a bound (Clopper and Pearson 1934); None of a task that does not count answers."""
+    changed = task.changed(original, one)
+    if changed is None:
+        return None
+    points = task.points(one).astype(float) - task.points(original).astype(float)
+    count, n = int(changed.sum()), len(changed)
+    level = (1.0 - budget.confidence) / (planned if budget.max_flips is not None else 1)
+    upper = 100 * share_bound(count, n, level)[1]
+    verdict = ""
+    if budget.max_flips is not None:
+        lower = 100 * share_bound(count, n, level)[0]
+        verdict = WITHIN if upper < budget.max_flips else OUTSIDE if lower > budget.max_flips else TOO_FEW
+    return Flips(count, int((points < 0).sum()), int((points > 0).sum()), n, upper, budget.max_flips, verdict)
 
 
 def _before_all(task: Task, original: Any, judged: dict[str, Any], budget: Budget, planned: int) -> dict[str, Drop]:
@@ -212,15 +249,15 @@ def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> R
     """One candidate from its stored measurements; the drop comes later, when all are known."""
     counted = store.get(f"cost/{candidate}") or {}
     cost = Cost.from_json(counted["cost"]) if "cost" in counted else None
-    latencies = store.get("latency") or {}
-    latency = Latency.from_json(latencies[str(candidate)]) if str(candidate) in latencies else None
+    latency = None if (found := _timed(store, "latency", candidate)) is None else Latency.from_json(found)
+    taken = None if (found := _timed(store, "footprint", candidate)) is None else Footprint.from_json(found)
     unexported = (store.get(UNEXPORTED) or {}).get(str(candidate), "") or store.get(f"{STOPPED}/{candidate}") or ""
-    reason = counted.get("failed", "") or unexported or over_budget(cost, latency, budget)
+    reason = counted.get("failed", "") or unexported or over_budget(cost, latency, budget, taken)
     if reason:
-        return Result(candidate, "stopped", reason, cost, latency)
+        return Result(candidate, "stopped", reason, cost, latency, footprint=taken)
     measured = store.get(f"quality/{candidate}")
     if measured is None:
-        return Result(candidate, "waiting", "waiting: not measured yet", cost, latency)
+        return Result(candidate, "waiting", "waiting: not measured yet", cost, latency, footprint=taken)
     if not store.has_arrays(_predictions(store, candidate)):
         return Result(
             candidate, "waiting", "waiting: its stored answers are lost or damaged, they are measured again", cost, latency
@@ -229,8 +266,14 @@ def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> R
     return Result(
         candidate, "measured", "", cost, latency,
         kind.from_json(measured["naive"]), kind.from_json(measured["quality"]), None,
-        Recovery.from_json(measured["recovery"]),
+        Recovery.from_json(measured["recovery"]), taken,
     )  # fmt: skip
+
+
+def _timed(store: Store, kind: str, candidate: Candidate) -> dict[str, Any] | None:
+    """Of the file that its quality was measured with, where that is another than was timed first."""
+    again: dict[str, Any] | None = store.get(f"{kind}/{candidate}")
+    return again if again is not None else (store.get(kind) or {}).get(str(candidate))
 
 
 def _evidence(store: Store, task: Task, candidate: Candidate) -> Any:

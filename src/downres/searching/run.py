@@ -20,7 +20,7 @@ from ..families import Model
 from ..measuring.cost import measure_cost
 from ..measuring.latency import interleaved, random_batch
 from ..parse import user_path
-from ..records import Budget, Candidate, Cost, Latency, Preprocessing, Recovery
+from ..records import Budget, Candidate, Cost, Footprint, Latency, Preprocessing, Recovery
 from ..recovery.bank import Bank
 from ..recovery.ladder import RUNGS, Reference, climb, rungs_for, together
 from ..recovery.state import State
@@ -123,6 +123,7 @@ def search(
         "rungs": list(rungs),
         "minimize": minimize,
         "runtime": measuring.runtimes[0],
+        "latency_batch": measuring.latency_batch,
         "notes": notes,
         "command": command,
         "data_source": {
@@ -141,7 +142,7 @@ def search(
             store.put("started", {"when": when, "versions": versions()})
         bank = subject.bank(folder, progress=progress, **measuring.options())
         alive = _cost_gate(subject, store, budget, [subject.native, *planned], bank, progress)
-        alive = _latency_gate(subject, store, budget, alive, bank, measuring.runtime is None, progress)
+        alive = _latency_gate(subject, store, budget, alive, bank, measuring, progress)
         if len(alive) > 1:  # the first is the original
             open_data(subject, data, measuring, question, progress=progress)
             store.same("data", describe_data(subject), "sha256")
@@ -239,6 +240,8 @@ def _measure(
         recovered.append(lowered[-1] if state == bare else task.evidence(bank, state, reference.fold.test))
         states.append(state)
         recoveries.append(recovery)
+    if any(step.how and step.how.kept for step in states[0].history):
+        _time_again(task, store, bank, states[0])
     before, after = (task.evidence_type.concatenate(parts) for parts in (lowered, recovered))
     store.put_arrays(predictions_of(task.native_state.at(candidate)), **after.to_arrays())
     return {
@@ -247,6 +250,17 @@ def _measure(
         "recovery": together(recoveries).to_json(),
         "states": [state.to_json() for state in states],
     }
+
+
+def _time_again(task: Task, store: Store, bank: Bank, state: State) -> None:
+    """A file with layers in float is another one than what was timed before: it is timed once more, beside the original."""
+    batch = store.settings["latency_batch"]
+    states = {str(task.native): task.native_state, str(state.candidate): state}
+    inputs = {name: random_batch((batch, task.channels, *bank.preprocessing_of(s).hw)) for name, s in states.items()}
+    found = interleaved({name: bank.timed(s) for name, s in states.items()}, inputs)[str(state.candidate)]
+    store.put(f"latency/{state.candidate}", found.to_json())
+    if (size := bank.footprint(state, inputs[str(state.candidate)].shape)) is not None:
+        store.put(f"footprint/{state.candidate}", size.to_json())
 
 
 def _cost_gate(
@@ -284,20 +298,21 @@ def _latency_gate(
     budget: Budget,
     candidates: list[Candidate],
     bank: Bank,
-    may_change: bool,
+    measuring: Measuring,
     progress: Progress | None,
 ) -> list[Candidate]:
     """Measures all together, interleaved; stops those over the latency ceiling, and those that cannot be exported. Touches no
     data: noise has no shortcuts.
 
-    may_change: nobody chose the runtime, so where the original cannot be exported all are measured in torch.
+    Where nobody chose the runtime and the original cannot be exported all are measured in torch.
     """
+    may_change = measuring.runtime is None
     if (why := store.get(IN_TORCH)) is not None:
         if not may_change:
             raise NotExported(why)
         bank.runtime_name = "torch"
     if not _all_timed(store, candidates, bank.runtime_name):
-        runtimes, inputs, unexported = {}, {}, {}
+        runtimes, inputs, unexported, sizes = {}, {}, {}, {}
         for i, candidate in enumerate(candidates):
             state = State(candidate, subject.model.preprocessing.crop_ratio)
             try:
@@ -314,17 +329,21 @@ def _latency_gate(
                 store.put(IN_TORCH, error.why)
                 bank.runtime_name = "torch"
                 runtimes[str(candidate)] = bank.timed(state)
-            shape = (1, subject.channels, *bank.preprocessing_of(state).hw)
+            shape = (measuring.latency_batch, subject.channels, *bank.preprocessing_of(state).hw)
             inputs[str(candidate)] = random_batch(shape)
+            if (found := bank.footprint(state, shape)) is not None:
+                sizes[str(candidate)] = found.to_json()
             if progress:
                 progress("making runnable models", i + 1, len(candidates))
         measured = interleaved(runtimes, inputs, progress=progress)
         store.put(UNEXPORTED, unexported)
+        store.put("footprint", sizes)
         store.put("latency", {name: latency.to_json() for name, latency in measured.items()})
         bank.release()
     latencies = {name: Latency.from_json(value) for name, value in store.get("latency").items()}
     timed = [c for c in candidates if str(c) in latencies]
-    return [c for i, c in enumerate(timed) if i == 0 or not over_budget(None, latencies[str(c)], budget)]
+    taken = {name: Footprint.from_json(value) for name, value in (store.get("footprint") or {}).items()}
+    return [c for i, c in enumerate(timed) if i == 0 or not over_budget(None, latencies[str(c)], budget, taken.get(str(c)))]
 
 
 def _all_timed(store: Store, candidates: list[Candidate], runtime: str) -> bool:

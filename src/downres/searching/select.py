@@ -1,18 +1,21 @@
 """From measurements to a decision: gates, the cheapest candidate that is proven."""
 
 from ..parse import format_quantity
-from ..records import WITHIN, Budget, Cost, Latency, Result
+from ..records import Budget, Cost, Footprint, Latency, Result
 
-MINIMIZE = ("macs", "memory", "latency")
+MINIMIZE = ("macs", "memory", "latency", "size")
 
 
-def over_budget(cost: Cost | None, latency: Latency | None, budget: Budget) -> str:
+def over_budget(cost: Cost | None, latency: Latency | None, budget: Budget, footprint: Footprint | None = None) -> str:
     """Why a candidate is stopped before any image is looked at, or ''."""
     if cost and budget.max_macs and cost.macs > budget.max_macs:
         return f"{format_quantity(cost.macs)} MACs are over the {format_quantity(budget.max_macs)} allowed"
     if cost and budget.max_memory_bytes and cost.peak_activation_bytes > budget.max_memory_bytes:
         have, allowed = format_quantity(cost.peak_activation_bytes, "B"), format_quantity(budget.max_memory_bytes, "B")
         return f"{have} of peak activation memory are over the {allowed} allowed"
+    if footprint and budget.max_size_bytes and footprint.file_bytes > budget.max_size_bytes:
+        have, allowed = format_quantity(footprint.file_bytes, "B"), format_quantity(budget.max_size_bytes, "B")
+        return f"a file of {have} is over the {allowed} allowed"
     if latency and budget.max_latency_ms and latency.latency_ms > budget.max_latency_ms:
         return f"a median of {latency.latency_ms:.3g} ms is over the {budget.max_latency_ms:.3g} ms allowed"
     return ""
@@ -26,10 +29,12 @@ def expense(result: Result, minimize: str) -> tuple[float, float]:
         return float(result.cost.peak_activation_bytes), macs
     if minimize == "latency":
         return result.latency.latency_ms if result.latency else float("inf"), macs
+    if minimize == "size":
+        return float(result.footprint.file_bytes) if result.footprint else float("inf"), macs
     return macs, float(result.cost.peak_activation_bytes)
 
 
 def select(results: list[Result], minimize: str) -> Result | None:
     """The cheapest candidate that is proven within the allowed drop. Nothing is assumed of the curve's shape."""
-    proven = [r for r in results if r.status == "measured" and not r.reason and r.drop is not None and r.drop.verdict == WITHIN]
+    proven = [r for r in results if r.status == "measured" and not r.reason and r.proven]
     return min(proven, key=lambda r: expense(r, minimize), default=None)

@@ -138,6 +138,10 @@ class Task(ABC):
 
     def check_budget(self, budget: Budget) -> None:
         """DownresError for an allowed drop that makes no sense for this task's score: here percentage points."""
+        if budget.max_flips is not None and type(self).changed is Task.changed:
+            raise DownresError(
+                f"`max_flips` counts answers that become others, a {self.name} network has no single answer: leave it out."
+            )
         if budget.max_drop >= 100.0:
             raise DownresError(f"The allowed drop is in percentage points from 0 to below 100, {budget.max_drop} is not.")
 
@@ -245,6 +249,12 @@ class Task(ABC):
     def points(self, evidence: Any) -> np.ndarray:
         """A number an image, larger is better, float (n,): what drops are means of, and what the ladder compares rungs by."""
         raise NotImplementedError
+
+    def changed(self, original: Any, one: Any) -> np.ndarray | None:
+        """Which images get another answer than the original's, bool (n,); None where an answer is no single thing. Of those that
+        do, `points` say whether a right answer became a wrong one.
+        """
+        return None
 
     # Recovery
 

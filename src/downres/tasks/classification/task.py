@@ -166,6 +166,9 @@ class Classification(VectorTask):
     def points(self, evidence: Arrays) -> np.ndarray:
         return evidence["correct"]
 
+    def changed(self, original: Arrays, one: Arrays) -> np.ndarray:
+        return original["predicted"] != one["predicted"]
+
     def why_no_head(self, bank: FeatureBank, fit: np.ndarray) -> str:
         return super().why_no_head(bank, fit) or why_not(self.labels[fit], self.ways)
 
