@@ -145,10 +145,15 @@ ValFractionOption = Annotated[
         "--val-fraction", help="Part of one undivided folder that is kept for the proof; default: half, for curve all of it."
     ),
 ]
-RuntimeOption = Annotated[str, _measure("--runtime", help="onnxruntime or torch.")]
+RuntimeOption = Annotated[str, _measure("--runtime", help="onnxruntime, openvino or torch; with a device: onnxruntime:cuda.")]
 SearchRuntimeOption = Annotated[
     str | None,
-    _measure("--runtime", help="onnxruntime or torch; default: onnxruntime, and torch where the original cannot be exported."),
+    _measure(
+        "--runtime",
+        metavar="NAME,NAME",
+        help="onnxruntime, openvino, torch, with a device (onnxruntime:cuda), or several, the original in the first; default: "
+        "onnxruntime, and torch where the original cannot be exported.",
+    ),
 ]
 ThreadsOption = Annotated[int | None, _measure("--threads", help="Threads of the runtime; default: all cores available.")]
 CacheOption = Annotated[
@@ -194,7 +199,9 @@ class _Trying:
     def __signature__(self) -> inspect.Signature:
         own = [p for p in inspect.signature(self.command).parameters.values() if p.kind is not p.VAR_KEYWORD]
         at = [p.name for p in own].index("candidate")
-        options = [_option(t) for t in techniques() if t.measurable or self.untrained]
+        # Costs, which no weights are needed for, are those of networks, whatever files these become.
+        known = [t for t in techniques() if t.option]
+        options = [_option(t) for t in known if (not t.in_file if self.untrained else t.measurable)]
         return inspect.Signature([*own[:at], *options, *own[at:]])
 
 
@@ -250,17 +257,32 @@ def search(
     max_drop: Annotated[
         float, _allowed("--max-drop", help="That may be lost, proven: points of top-1 or mIoU, or in the unit of a regression.")
     ] = 1.0,
-    max_latency_ms: Annotated[float | None, _allowed("--max-latency-ms", help="Median of one image, milliseconds.")] = None,
+    max_latency_ms: Annotated[float | None, _allowed("--max-latency-ms", help="Median of one pass, milliseconds.")] = None,
     max_macs: Annotated[str | None, _allowed("--max-macs", metavar="500M")] = None,
     max_memory: Annotated[
         str | None, _allowed("--max-memory", metavar="20MB", help="Peak activation memory of one image.")
     ] = None,
+    max_size: Annotated[str | None, _allowed("--max-size", metavar="5MB", help="Of the file that is shipped.")] = None,
+    max_flips: Annotated[
+        float | None,
+        _allowed("--max-flips", metavar="PERCENT", help="Images that may get another answer, proven like the drop."),
+    ] = None,
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
     rungs: Annotated[
-        str, _try("--rungs", help="Of the recovery ladder, from crop,batchnorm,head; 'none' only lowers.")
-    ] = "crop,batchnorm,head",
-    minimize: Annotated[str, _allowed("--minimize", help="What cheapest means: macs, memory or latency.")] = "macs",
+        str,
+        _try(
+            "--rungs",
+            help="Of the recovery ladder, from crop,batchnorm,head, for int8 also ranges,layers; 'none' only lowers.",
+        ),
+    ] = "crop,batchnorm,ranges,head,layers",
+    minimize: Annotated[
+        str | None,
+        _allowed(
+            "--minimize",
+            help="What cheapest means: macs, memory, latency or size; default: macs, with --precision or several runtimes latency.",
+        ),
+    ] = None,
     task: TaskOption = None,
     labels: LabelsOption = None,
     compare: CompareOption = None,
@@ -287,6 +309,7 @@ def search(
     snap: SnapOption = False,
     runtime: SearchRuntimeOption = None,
     threads: ThreadsOption = None,
+    latency_batch: Annotated[int, _measure("--latency-batch", help="Images in the pass that is timed.")] = 1,
     cache_gb: CacheOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -305,7 +328,8 @@ def search(
     with _progress() as progress:
         run = run_search(
             loaded, data, max_drop=max_drop, max_macs=macs, max_memory_bytes=memory, max_latency_ms=max_latency_ms,
-            tries=tries, snap=snap,
+            max_size_bytes=parse_quantity(max_size, "--max-size") if max_size else None, max_flips=max_flips,
+            latency_batch=latency_batch, tries=tries, snap=snap,
             rungs=tuple(r for r in rungs.split(",") if r != "none"), minimize=minimize, fit_head=fit_head, folds=folds,
             val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
             cache_gb=cache_gb, task=_task(task), labels=_text(labels), compare=compare, classes=_text(classes),
@@ -570,7 +594,7 @@ def as_options(text: str) -> str:
         return text
     commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
     options = {o[2:].replace("-", "_"): o for c in commands for p in c.params for o in p.opts if o.startswith("--")}
-    options |= {t.keyword: t.option for t in techniques()}
+    options |= {t.keyword: t.option for t in techniques() if t.option}
 
     def option(found: re.Match[str]) -> str:
         name, _, value = found[1].partition("=")
@@ -675,6 +699,7 @@ def _print_run(run: Any, as_json: bool) -> None:
         return
     from .records import Preprocessing
     from .reports import terminal, words
+    from .reports.interactions import interactions
 
     settings = run.settings
     _say(out, f"{run.data['description']} {run.data['licence']}".strip())
@@ -686,6 +711,8 @@ def _print_run(run: Any, as_json: bool) -> None:
     best = run.best and run.best.candidate
     out.print(terminal.candidates([run.original, *run.results], run.original, best, out.width))
     _say(out, words.verdict(run.original, run.results, run.best, run.budget, run.task.score), "bold")
+    for one in interactions(run.original, run.results, run.best)[:1]:
+        _say(out, f"{words.label(one.candidate)}: {one.sentence}")
     _print_notes(run.notes)
     _say(out, f"Report: {run.folder / 'report.html'}", soft_wrap=True)
     if run.artifact:

@@ -144,7 +144,21 @@ AXES = (
     Axis(
         "latency", "Latency", "median latency (log scale)", lambda r: r.latency.latency_ms if r.latency else None, _milliseconds
     ),
+    Axis(
+        "file",
+        "File",
+        "bytes of the file (log scale)",
+        lambda r: r.footprint.file_bytes if r.footprint else None,
+        partial(format_quantity, unit="B"),
+    ),
 )
+
+
+def axes_for(results: Sequence[Result]) -> list[Axis]:
+    """In the order of their buttons: of files of one network latency first, of which MACs know nothing; else without files."""
+    files = any(r.candidate.network != r.candidate for r in results)
+    return sorted((a for a in AXES if files or a.key != "file"), key=lambda a: files and a.key != "latency")
+
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif"
 LONGEST_NAME = 30
@@ -157,7 +171,7 @@ def pareto_figures(
 ) -> dict[str, dict[str, Any]]:
     """Axis key → plotly figure as plain JSON values, for every cost that was measured on the original and a candidate."""
     figures = {}
-    for axis in AXES:
+    for axis in axes_for(results):
         drawn = [r for r in results if r.quality and axis.value(r)]
         if drawn and original.quality and axis.value(original):
             figures[axis.key] = json.loads(pareto_figure(axis, original, drawn, chosen, budget).to_json())

@@ -12,6 +12,7 @@ from ..parse import format_quantity
 from ..record import write_whole
 from ..records import Budget, Candidate, Preprocessing, Result, Score
 from . import pictures, words
+from .interactions import interactions
 from .page import Section, render
 
 
@@ -54,8 +55,9 @@ def build_report(view: ReportView) -> str:
         sentence=words.verdict(view.original, view.results, chosen, view.budget, view.score),
         tiles=_tiles(view.original, shown),
         rungs=_rungs(view.results),
+        interactions=interactions(view.original, view.results, chosen),
         tuning=sorted({rung.n for r in view.results if r.recovery for rung in r.recovery.tried if rung.n}),
-        axes=pictures.AXES,
+        axes=pictures.axes_for(view.results),
         figures=pictures.pareto_figures(view.original, view.results, chosen, view.budget),
         section=view.section,
         plotlyjs=Markup(get_plotlyjs()),
@@ -122,6 +124,12 @@ def _tiles(original: Result, shown: Result | None) -> list[Tile]:
                 f"p10–p90 {words.spread(u)}, was {words.spread(t)}",
             )
         )
+    if (f := original.footprint) and (g := after.footprint):
+        resident = f"{format_quantity(g.peak_rss_bytes, 'B')} resident to load it and answer once" if g.peak_rss_bytes else ""
+        tiles.append(_cost_tile("File", f.file_bytes, g.file_bytes, "B", "less", resident))
+    if (flips := after.flips) is not None and after is not original:
+        told = f"{flips.lost} right→wrong, {flips.won} wrong→right; at most {flips.upper:.1f}\u00a0%"
+        tiles.append(Tile("Another answer than before", words.percent(flips.share), words.percent(0.0), "", told))
     if (c := original.cost) and (d := after.cost):
         weights = f"{format_quantity(d.param_bytes, 'B')} of weights"
         tiles.append(_cost_tile("Parameters", c.params, d.params, "", "fewer", weights))

@@ -23,6 +23,7 @@ STYLES = {"within": "green", "outside": "red", "few": "yellow"}
 def candidates(results: Sequence[Result], original: Result, chosen: Candidate | None, width: int) -> Group:
     """A search or a curve, a row a candidate, for a terminal of so many columns."""
     beside = original.quality.beside() if original.quality else {}
+    files = any(r.candidate.network != r.candidate or (r.flips and r.flips.verdict) for r in results)
 
     def cells(r: Result) -> dict[str, str | Text]:
         return {
@@ -31,11 +32,13 @@ def candidates(results: Sequence[Result], original: Result, chosen: Candidate | 
             "MACs": format_quantity(r.cost.macs) if r.cost else "",
             "peak memory": format_quantity(r.cost.peak_activation_bytes, "B") if r.cost else "",
             "latency": f"{words.digits(r.latency.latency_ms)} ms" if r.latency else "",
+            **({"file": format_quantity(r.footprint.file_bytes, "B") if r.footprint else ""} if files else {}),
             words.RUNGS["none"]: r.naive.text(r.naive.score) if r.naive else "",
             getattr(original.quality, "metric", "quality"): r.quality.text(r.quality.score) if r.quality else "",
             "95 % interval": words.interval(r.quality) if r.quality else "",
             **{name: r.quality.beside().get(name, "") if r.quality else "" for name in beside},
             "drop, bound": words.compared(r.drop) if r.drop else "",
+            **({"another answer": words.flips_told(r.flips) if r.flips else ""} if files else {}),
             "verdict": _verdict(r, original),
             "recovered by": words.RUNGS.get(r.recovery.rung, r.recovery.rung) if r.recovery and r is not original else "",
         }

@@ -12,6 +12,7 @@ from ..records import (
     Budget,
     Candidate,
     Drop,
+    Flips,
     Latency,
     Preprocessing,
     Result,
@@ -19,7 +20,14 @@ from ..records import (
 )
 from ..techniques import RESOLUTION
 
-RUNGS = {"none": "lowered only", "crop": "crop ratio", "batchnorm": "BatchNorm recalibration", "head": "head refit"}
+RUNGS = {
+    "none": "lowered only",
+    "crop": "crop ratio",
+    "batchnorm": "BatchNorm recalibration",
+    "ranges": "other 8-bit ranges",
+    "head": "head refit",
+    "layers": "layers in float",
+}
 """The rungs of the recovery ladder from cheap to dear, and what the report calls them."""
 
 VERDICT_KEYS = {WITHIN: "within", OUTSIDE: "outside", TOO_FEW: "few"}
@@ -29,12 +37,21 @@ VERDICT_KEYS = {WITHIN: "within", OUTSIDE: "outside", TOO_FEW: "few"}
 def verdict_key(result: Result) -> str:
     if result.drop is None:
         return "unknown"
-    return "outside" if result.reason else VERDICT_KEYS.get(result.drop.verdict, "unknown")
+    if result.reason:
+        return "outside"
+    verdicts = [result.drop.verdict, *([result.flips.verdict] if result.flips and result.flips.verdict else [])]
+    return min(
+        (VERDICT_KEYS.get(verdict, "unknown") for verdict in verdicts), key=("outside", "few", "unknown", "within").index
+    )
 
 
 def shown_verdict(result: Result) -> str:
     """What table and page say of a measured candidate; one that its tuning images ruled out is judged by those."""
-    return "ruled out" if result.reason else result.drop.verdict if result.drop else ""
+    if result.reason or result.drop is None:
+        return "ruled out" if result.reason else ""
+    if result.drop.verdict == WITHIN and result.flips and result.flips.verdict not in ("", WITHIN):
+        return f"{result.flips.verdict} (other answers)"
+    return result.drop.verdict
 
 
 def judged(*results: Result) -> type[Score]:
@@ -65,6 +82,12 @@ def details(candidate: Candidate) -> list[str]:
 def label(candidate: Candidate) -> str:
     """`128 px`, `300 px, stem ×0.5`, `300 px, ×0.5 after layer1`, `224 px, 8 tokens merged a block`."""
     return shown(", ".join([size(candidate), *details(candidate)]))
+
+
+def label_beside(candidate: Candidate, original: Candidate) -> str:
+    """`128 px`, of the original's size only what else is smaller: `int8`."""
+    inside = details(candidate)
+    return shown(", ".join(inside)) if inside and candidate.resolution == original.resolution else label(candidate)
 
 
 def short_label(candidate: Candidate) -> str:
@@ -215,9 +238,24 @@ def ceilings_missed(result: Result, budget: Budget) -> list[str]:
     if budget.max_memory_bytes and result.cost and result.cost.peak_activation_bytes > budget.max_memory_bytes:
         used, most = (format_quantity(v, "B") for v in (result.cost.peak_activation_bytes, budget.max_memory_bytes))
         missed.append(f"{used} of activations (ceiling: {most})")
+    if budget.max_size_bytes and result.footprint and result.footprint.file_bytes > budget.max_size_bytes:
+        used, most = (format_quantity(v, "B") for v in (result.footprint.file_bytes, budget.max_size_bytes))
+        missed.append(f"a file of {used} (ceiling: {most})")
+    if result.flips and result.flips.verdict not in ("", WITHIN):
+        missed.append(f"{flipped(result.flips)} (allowed: {budget.max_flips:g} %, {result.flips.verdict})")
     if budget.max_latency_ms and result.latency and result.latency.latency_ms > budget.max_latency_ms:
         missed.append(f"{digits(result.latency.latency_ms)} ms (ceiling: {budget.max_latency_ms:g} ms)")
     return missed
+
+
+def flipped(flips: Flips) -> str:
+    """`2.1 % of the answers are others`, with what became of them where right and wrong are known."""
+    return f"{flips.share:.1f} % of the answers are others"
+
+
+def flips_told(flips: Flips) -> str:
+    """In a table: `2.1 % ≤ 3.4, 30 right→wrong, 25 wrong→right`."""
+    return f"{flips.share:.1f} % ≤ {math.ceil(10 * flips.upper) / 10:.1f}, {flips.lost} right→wrong, {flips.won} wrong→right"
 
 
 def budget_words(budget: Budget, metric: str = "top-1", unit: str = "points") -> str:
@@ -229,6 +267,10 @@ def budget_words(budget: Budget, metric: str = "top-1", unit: str = "points") ->
         words.append(f"at most {format_quantity(budget.max_memory_bytes, 'B')} of activations")
     if budget.max_latency_ms:
         words.append(f"at most {budget.max_latency_ms:g} ms per forward pass")
+    if budget.max_size_bytes:
+        words.append(f"a file of at most {format_quantity(budget.max_size_bytes, 'B')}")
+    if budget.max_flips:
+        words.append(f"another answer on at most {budget.max_flips:g} % of the images")
     return ", ".join(words)
 
 
@@ -265,9 +307,12 @@ def _savings(original: Result, chosen: Result) -> str:
     parts = []
     if original.cost and chosen.cost:
         parts.append(gain(original.cost.macs, chosen.cost.macs, "fewer MACs", "more MACs"))
+    if original.footprint and chosen.footprint and chosen.candidate.precision != original.candidate.precision:
+        parts.append(gain(original.footprint.file_bytes, chosen.footprint.file_bytes, "fewer bytes", "more bytes"))
     if original.latency and chosen.latency:
         parts.append(faster(original.latency, chosen.latency))
-    return " and ".join(p for p in parts if p) or "as much as before"
+    *first, last = [p for p in parts if p] or ["as much as before"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _proof(drop: Drop | None, score: type[Score], unit: str) -> str:

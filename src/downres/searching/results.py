@@ -28,6 +28,7 @@ from ..records import (
 )
 from ..recovery.state import State
 from ..reports import words
+from ..reports.interactions import interactions
 from ..tasks import Task, restored
 from .select import over_budget, select
 from .store import IN_TORCH, STOPPED, UNEXPORTED, UNSHIPPED, Store
@@ -90,6 +91,7 @@ class Run:
                 "original": self.original.row(self.task.score),
                 "candidates": [r.row(self.task.score) for r in self.results],
                 "best": self.best and self.best.row(self.task.score),
+                "interactions": [one.to_json() for one in interactions(self.original, self.results, self.best)],
                 "artifact": self.artifact and str(self.artifact),
                 "notes": list(self.notes),
             }

@@ -6,8 +6,10 @@ from pathlib import Path
 from ..artifacts import read_manifest
 from ..measuring.cost import CONVENTION
 from ..records import Preprocessing
+from ..recovery.bank import RANGE_IMAGES
 from ..reports import ReportView, words
 from ..reports import write_report as write_page
+from ..techniques import INT8
 from .results import Run, load_run, readable
 from .select import expense
 from .store import Store
@@ -75,15 +77,29 @@ def _made(run: Run) -> dict[str, str]:
     many = (
         f" {compared} candidates were judged on the same images; Holm's procedure makes their bounds hold together, "
         "so that picking the cheapest proven one is honest."
+        if compared > 1 and run.budget.max_flips is None
+        else f" Drop and other answers of {compared} candidates are each judged at Bonferroni's level."
         if compared > 1
         else ""
     )
     own = run.task.made(run.budget, run.settings["runtime"], proof, many)
     rest = {
         "MACs and memory": CONVENTION,
-        "Latency": "Median of interleaved runs after warm-up, batch 1, random input; 10th to 90th percentile beside it. "
-        "Resizing and decoding of the image are not in it.",
+        "Latency": f"Median of interleaved runs after warm-up, batch {run.settings.get('latency_batch', 1)}, random input; 10th to "
+        "90th percentile beside it. Resizing and decoding of the image are not in it.",
         "Recovery": "Rungs are tried from cheap to dear on tuning images, until the drop there is shown to be within "
         "the allowed one; otherwise the best rung is taken. Seconds are wall-clock time for all folds together.",
     }
+    if any(r.candidate.precision == INT8 for r in run.results):
+        rest["8 bits"] = (
+            f"Post-training quantization of the exported network, convolutions and linear layers, weights per channel, at the "
+            f"candidate's own resolution, ranges from at most {RANGE_IMAGES} training images"
+            f"{' (with folds: unlabelled images of another fold)' if folds > 1 else ''}; the last linear layer stays in float. "
+            "What is judged is that file in its own runtime. MACs and peak activations are those of the network in float; "
+            "before images are looked at, its ranges are those of noise, which changes no time."
+        )
+    if any(r.footprint and r.footprint.peak_rss_bytes for r in run.results):
+        rest["Memory of the file"] = (
+            "Peak resident memory of a fresh process with nothing but NumPy and the runtime that loads the file and answers once."
+        )
     return own | {name: text for name, text in rest.items() if name not in own}
