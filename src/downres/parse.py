@@ -5,6 +5,7 @@ import os
 import re
 from operator import index
 from pathlib import Path
+from typing import Any
 
 from .errors import DownresError
 
@@ -178,3 +179,25 @@ def format_quantity(value: float, unit: str = "", digits: int = 3) -> str:
         prefixes.pop(0)
     text = f"{value:.0f}" if abs(value) >= 999.5 or float(value).is_integer() else f"{value:.{digits}g}"
     return f"{text} {prefixes[0]}{unit}".rstrip()
+
+
+FP32, BF16, FP16, INT8 = "fp32", "bf16", "fp16", "int8"
+PRECISIONS = (FP32, BF16, FP16, INT8)
+"""What a file computes in."""
+RUNTIMES = ("onnxruntime", "openvino", "torch")
+"""Names of engines; `onnxruntime:cuda` names the device too."""
+_RUNTIME = re.compile(rf"({'|'.join(RUNTIMES)})(?::([a-z]\w*))?")
+
+
+def is_runtime(text: Any) -> bool:
+    return isinstance(text, str) and _RUNTIME.fullmatch(text) is not None
+
+
+def check_runtime(name: Any) -> str:
+    """The name itself; DownresError for one that no engine has."""
+    if not is_runtime(name):
+        raise DownresError(
+            f"Unknown runtime {name!r}: choose from {', '.join(RUNTIMES)}, with a device after a colon where it is not "
+            "the CPU (onnxruntime:cuda)."
+        )
+    return str(name)

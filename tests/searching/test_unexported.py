@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from downres import check, load_model, load_run, recover, search
-from downres.artifacts import write
 from downres.engines.onnxruntime import NotExported, export_onnx
 from downres.records import Candidate
 from downres.recovery import bank as bank_module
@@ -26,8 +25,7 @@ def blocked(monkeypatch) -> set[int]:
             raise NotExported(WHY)
         return export_onnx(network, size, path, names)
 
-    for place in (bank_module, write):
-        monkeypatch.setattr(place, "export_onnx", export)
+    monkeypatch.setattr(bank_module, "export_onnx", export)
     monkeypatch.setattr(bank_module, "resize_onnx", lambda *_: False)
     return sides
 

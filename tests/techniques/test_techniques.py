@@ -19,6 +19,8 @@ VALUES = {
     "merge": [{"merge": Merge(8)}, {"merge": Merge(keep=0.5, by="prune")}, {"merge": Merge(4, schedule="decreasing")}],
     "depth": [{"depth": 8}],
     "width": [{"width": 0.67}, {"width": 2.0}],
+    "precision": [{"precision": "int8"}, {"precision": "bf16"}],
+    "runtime": [{"runtime": "openvino"}, {"runtime": "onnxruntime:cuda"}],
 }
 
 
@@ -51,7 +53,7 @@ def test_defaults_are_values(design):
 
 def test_help_and_options_are_told():
     for technique in techniques():
-        assert technique.help and technique.option.startswith("--") and technique.metavar
+        assert technique.help and (technique.option.startswith("--") and technique.metavar or technique.name == "runtime")
         assert technique.keyword in Axes.__dataclass_fields__
 
 

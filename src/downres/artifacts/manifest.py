@@ -7,11 +7,11 @@ from typing import Any
 
 from ..engines.engine import Engine, Layers, engine_of
 from ..errors import DownresError, first_line
+from ..parse import FP32
 from ..record import Misfit, read_json, sha256
 from ..records import Candidate, Cost, Drop, Latency, Preprocessing, Record, Recovery
 from ..recovery.state import State
 from ..tasks import Question
-from ..techniques import FP32
 
 FORMAT = 3
 MOST_BYTES = 2**28

@@ -23,12 +23,12 @@ from ..errors import DownresError, first_line
 from ..families import Model, load_model
 from ..images import Images, batches, preprocess, resize_and_crop
 from ..images.preprocess import shown_size
+from ..parse import INT8
 from ..probe import find_answer
 from ..record import read_json
 from ..records import Candidate, Preprocessing, Record
 from ..reduction import made_for, reduce
 from ..tasks import Data, Question, Task, known_task, restored
-from ..techniques import INT8
 from .graph import Graph
 from .manifest import MOST_BYTES, PROOF, FoldPart, Served, changed_files, read_manifest, served_by
 from .served import served_alike

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import platform
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import DownresError
+from ..parse import FP32, INT8, check_runtime
 from ..record import Record
-from ..techniques import FP32, INT8, check_runtime
 from . import FileRuntime
 
 RANGES = ("minmax", "percentile", "entropy")
@@ -30,8 +31,8 @@ Batches = Callable[[], Iterator[np.ndarray]]
 
 @dataclass(frozen=True)
 class Quantization(Record):
-    """How a network is quantized. ranges: of activations, one of RANGES; kept: names of layers that stay in float, of the
-    engine's own graph.
+    """How a network is quantized. ranges: of activations, one of RANGES; kept: layers that stay in float, by the names of their
+    weights in the network's state dict.
     """
 
     ranges: str = RANGES[0]
@@ -59,6 +60,10 @@ class Layers(Record):
 
 class QuantizationFailed(DownresError):
     """A network that this engine cannot quantize; why in words."""
+
+    @property
+    def why(self) -> str:
+        return str(self).rstrip(".")
 
 
 class Engine(ABC):
@@ -173,6 +178,11 @@ def check_calibration(count: int) -> None:
             f"{INT8} is calibrated on at least {LEAST_CALIBRATION} training images, there are {count}: give more, or leave "
             "int8 out."
         )
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name in a graph as the network's state dict has it: what makes it ready to be served stands around it."""
+    return re.sub(r"^(model|network)\.", "", name)
 
 
 def after(roots: Sequence[str], edges: dict[str, list[str]]) -> set[str]:

@@ -15,7 +15,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from ..errors import DownresError, first_line
-from .engine import Batches, Layers, Quantization, QuantizationFailed, after, sums_saturate
+from .engine import Batches, Layers, Quantization, QuantizationFailed, after, plain_name, sums_saturate
 
 _METHODS = {
     "minmax": CalibrationMethod.MinMax,
@@ -63,9 +63,10 @@ def quantize_onnx(source: Path, path: Path, images: Batches, how: Quantization, 
             quant_pre_process(source, folded, skip_symbolic_shape=True)
             graph = onnx.load(folded)
             transformer = is_transformer(graph)
-            names = {node.name for node in graph.graph.node}
-            if unknown := set(how.kept) - names:
+            by_weight = _by_weight(graph)
+            if unknown := set(how.kept) - by_weight.keys():
                 raise QuantizationFailed(f"there is no layer {min(unknown)} in it")
+            kept = [node for name in how.kept for node in by_weight[name]]
             quantize_static(
                 folded,
                 path,
@@ -76,7 +77,7 @@ def quantize_onnx(source: Path, path: Path, images: Batches, how: Quantization, 
                 reduce_range=sums_saturate(),
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=sorted({*how.kept, *_from_head(graph, head), *(_products(graph) if transformer else ())}),
+                nodes_to_exclude=sorted({*kept, *_from_head(graph, head), *(_products(graph) if transformer else ())}),
                 calibrate_method=_METHODS[how.ranges],
                 extra_options={"CalibStridedMinMax": 1, "DedicatedQDQPair": False},
             )
@@ -141,8 +142,17 @@ def layer_names(file: Path, head: np.ndarray | None) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="downres-") as place, _quiet():
         quant_pre_process(file, folded := Path(place) / "folded.onnx", skip_symbolic_shape=True)
         graph = onnx.load(folded)
-    left = {*_products(graph), *_from_head(graph, head)}
-    return [node.name for node in graph.graph.node if node.op_type in LAYERS and node.name not in left]
+    left = _from_head(graph, head)
+    return [name for name, nodes in _by_weight(graph).items() if not left & set(nodes)]
+
+
+def _by_weight(graph: onnx.ModelProto) -> dict[str, list[str]]:
+    """Name of a weight → the nodes that it is the weight of, in the order in which they run."""
+    known, found = {one.name for one in graph.graph.initializer}, dict[str, list[str]]()
+    for node in graph.graph.node:
+        if node.op_type in LAYERS and (weight := next((name for name in node.input[:2] if name in known), "")):
+            found.setdefault(plain_name(weight), []).append(node.name)
+    return found
 
 
 @contextlib.contextmanager

@@ -23,9 +23,9 @@ from torch import nn
 
 from ..copying import copied, single
 from ..errors import NO_SPACE, DownresError, first_line, shown
-from ..techniques import FP16, FP32, INT8
+from ..parse import FP16, FP32, INT8
 from . import check_threads
-from .engine import Batches, Engine, Layers, Quantization
+from .engine import Batches, Engine, Layers, Quantization, plain_name
 from .fuse import fused, noise
 from .torch import TorchRuntime, plain_attention, uncompiled
 
@@ -194,7 +194,7 @@ print(before, peak())
 
     def with_tensors(self, file: Path, tensors: Mapping[str, np.ndarray], path: Path) -> bool:
         graph = onnx.load(file)
-        by_name = {re.sub(r"^(model|network)\.", "", initializer.name): initializer for initializer in graph.graph.initializer}
+        by_name = {plain_name(initializer.name): initializer for initializer in graph.graph.initializer}
         if not tensors.keys() <= by_name.keys():
             return False
         for name, values in tensors.items():

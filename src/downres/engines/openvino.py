@@ -3,7 +3,6 @@
 import contextlib
 import io
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,9 +12,9 @@ import numpy as np
 import openvino as ov
 
 from ..errors import DownresError, first_line
-from ..techniques import BF16, FP16, FP32
+from ..parse import BF16, FP16, FP32
 from . import check_threads
-from .engine import Batches, Engine, Layers, Quantization, QuantizationFailed, after
+from .engine import Batches, Engine, Layers, Quantization, QuantizationFailed, after, plain_name
 
 _HINTS = {FP32: "f32", BF16: "bf16", FP16: "f16", "int8": "f32"}
 """What is asked for whatever is not in 8 bits: by itself OpenVINO takes bf16 or f16 where the processor has them."""
@@ -146,9 +145,10 @@ print(before, peak())
             import nncf
 
             model = _read(exported)
-            kept = {*how.kept, *_from_head(model, head)}
-            if unknown := set(how.kept) - {op.get_friendly_name() for op in model.get_ops()}:
+            by_weight = _by_weight(model)
+            if unknown := set(how.kept) - by_weight.keys():
                 raise QuantizationFailed(f"there is no layer {min(unknown)} in it")
+            kept = {op for name in how.kept for op in by_weight[name]} | _from_head(model, head)
             try:
                 made = nncf.quantize(
                     model,
@@ -176,20 +176,11 @@ print(before, peak())
     def layer_names(self, exported: Path, head: np.ndarray | None) -> list[str]:
         model = _read(exported)
         left = _from_head(model, head)
-        names = [
-            op.get_friendly_name()
-            for op in model.get_ordered_ops()
-            if op.get_type_name() in _LAYERS and _weight(op) is not None
-        ]
-        return [name for name in names if name not in left]
+        return [name for name, ops in _by_weight(model).items() if not left & set(ops)]
 
     def with_tensors(self, file: Path, tensors: Mapping[str, np.ndarray], path: Path) -> bool:
         model = _read(file)
-        by_name = {
-            re.sub(r"^(model|network)\.", "", op.get_friendly_name()): op
-            for op in model.get_ops()
-            if op.get_type_name() == "Constant"
-        }
+        by_name = {plain_name(op.get_friendly_name()): op for op in model.get_ops() if op.get_type_name() == "Constant"}
         if not tensors.keys() <= by_name.keys():
             return False
         for name, values in tensors.items():
@@ -288,7 +279,16 @@ def _ranges(ranges: str) -> Any:
     return nncf.AdvancedQuantizationParameters(activations_range_estimator_params=found)
 
 
-def _weight(op: Any) -> np.ndarray | None:
+def _by_weight(model: Any) -> dict[str, list[str]]:
+    """Name of a weight → the operators that it is the weight of, in the order in which they run."""
+    found: dict[str, list[str]] = {}
+    for op in model.get_ordered_ops():
+        if op.get_type_name() in _LAYERS and (weight := _weight(op)) is not None:
+            found.setdefault(plain_name(weight.get_friendly_name()), []).append(op.get_friendly_name())
+    return found
+
+
+def _weight(op: Any) -> Any:
     """The constant that a layer multiplies by, whatever stands between them; None where it multiplies two activations."""
     for i in (1, 0):
         node = op.input_value(i).get_node()
@@ -297,8 +297,7 @@ def _weight(op: Any) -> np.ndarray | None:
                 break
             node = node.input_value(0).get_node()
         if node.get_type_name() == "Constant":
-            found: np.ndarray = node.data
-            return found
+            return node
     return None
 
 
@@ -337,7 +336,7 @@ def _from_head(model: Any, head: np.ndarray | None) -> set[str]:
             i.get_node().get_friendly_name() for out in op.outputs() for i in out.get_target_inputs()
         ]
         if op.get_type_name() == "MatMul" and (w := _weight(op)) is not None:
-            if any(v.shape == head.shape and np.array_equal(v, head) for v in (w, w.T)):
+            if any(v.shape == head.shape and np.array_equal(v, head) for v in (w.data, w.data.T)):
                 roots.append(op.get_friendly_name())
     return after(roots, edges)
 

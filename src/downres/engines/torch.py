@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..copying import copied, parameters
 from ..errors import DownresError, first_line
-from ..techniques import BF16, FP16, FP32, INT8
+from ..parse import BF16, FP16, FP32, INT8
 from . import FileRuntime, check_threads
 from .engine import Engine, processor_flags
 from .fuse import fused

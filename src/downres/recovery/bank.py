@@ -18,9 +18,9 @@ from ..engines.torch import TorchRuntime
 from ..errors import DownresError
 from ..images import Images, batches
 from ..measuring.footprint import footprint
+from ..parse import FP32, INT8
 from ..records import Candidate, Footprint, Preprocessing
 from ..reduction import made_for, reduce, takes_any_size
-from ..techniques import FP32, INT8
 from .batchnorm import recalibrate_batchnorm
 from .state import QUANTIZED, RECALIBRATED, State, Step
 from .weights import Weights, with_tensors

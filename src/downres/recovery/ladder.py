@@ -15,8 +15,8 @@ import numpy as np
 
 from ..engines.engine import RANGES, Quantization
 from ..images import Fold
+from ..parse import INT8
 from ..records import OUTSIDE, WITHIN, Budget, Candidate, Drop, Recovery, Rung, Score
-from ..techniques import INT8
 from .bank import CALIBRATION_IMAGES, Bank
 from .batchnorm import has_batchnorm
 from .sensitivity import most_sensitive

@@ -9,10 +9,10 @@ from ..axes import Axes
 from ..errors import DownresError
 from ..families import Model
 from ..measuring.cost import measure_cost
+from ..parse import INT8
 from ..record import plain
 from ..records import Budget, Preprocessing, Result
 from ..tasks import Question, Task
-from ..techniques import INT8
 from .design import design_of, fused_notes
 from .plan import plan
 from .prepare import Measuring, Progress, Source, bank_for_now, check_planned, gather, open_data, prepare_task

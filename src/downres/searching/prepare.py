@@ -18,11 +18,11 @@ from ..errors import DownresError
 from ..families import Model
 from ..images.images import cache_bytes
 from ..images.preprocess import preprocess
-from ..parse import user_path
+from ..parse import RUNTIMES, check_runtime, user_path
 from ..records import Candidate, Preprocessing, Record
 from ..reduction import made_for
 from ..tasks import Data, Question, Task, find_task
-from ..techniques import RUNTIME, RUNTIMES, check_runtime
+from ..techniques import RUNTIME
 from .design import as_model
 from .plan import check_trained
 

@@ -203,7 +203,7 @@ def _measure_all(
             progress(f"{run.best.candidate}: shipping", 0, 1)
         try:
             ship(task, store, bank, run, rungs)
-        except NotExported as error:  # measured in torch, it is proven all the same
+        except (NotExported, QuantizationFailed) as error:  # measured otherwise, it is proven all the same
             store.put(UNSHIPPED, error.why)
             shutil.rmtree(store.folder / "best.partial", ignore_errors=True)
         if progress:

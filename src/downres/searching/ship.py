@@ -10,10 +10,10 @@ import numpy as np
 from ..artifacts import export
 from ..artifacts.proof import distance, parity_images
 from ..environment import versions
+from ..parse import FP32, INT8
 from ..recovery.bank import Bank
 from ..recovery.state import QUANTIZED, RECALIBRATED, REFITTED, State
 from ..tasks import Task
-from ..techniques import FP32, INT8
 from .results import Run
 from .store import Store
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from ..artifacts import read_manifest
 from ..measuring.cost import CONVENTION
+from ..parse import INT8
 from ..records import Preprocessing
 from ..recovery.bank import RANGE_IMAGES
 from ..reports import ReportView, words
 from ..reports import write_report as write_page
-from ..techniques import INT8
 from .results import Run, load_run, readable
 from .select import expense
 from .store import Store

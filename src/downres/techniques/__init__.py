@@ -1,9 +1,9 @@
 """The ways to look at fewer pixels or tokens, one file each; the order here is that of a candidate's text."""
 
 from .patch import PATCH
-from .precision import BF16, FP16, FP32, INT8, PRECISION, PRECISIONS
+from .precision import PRECISION
 from .resolution import RESOLUTION
-from .runtime import RUNTIME, RUNTIMES, check_runtime
+from .runtime import RUNTIME
 from .scaling import DEPTH, WIDTH
 from .stem import STEM
 from .technique import Design, Style, Technique, register, techniques, unregister
@@ -14,5 +14,4 @@ for _technique in (RESOLUTION, STEM, PATCH, TOKENS, DEPTH, WIDTH, PRECISION, RUN
 
 __all__ = [
     "Design", "Merge", "Style", "Technique", "register", "techniques", "unregister", "RESOLUTION", "PRECISION", "RUNTIME",
-    "BF16", "FP16", "FP32", "INT8", "PRECISIONS", "RUNTIMES", "check_runtime",
 ]  # fmt: skip

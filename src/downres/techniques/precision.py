@@ -3,14 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DownresError
+from ..parse import BF16, FP16, FP32, INT8, PRECISIONS
 from .technique import Technique
 
 if TYPE_CHECKING:
     from ..records import Candidate
     from ..reduction import Work
 
-FP32, BF16, FP16, INT8 = "fp32", "bf16", "fp16", "int8"
-PRECISIONS = (FP32, BF16, FP16, INT8)
 _SAID = {BF16: "bfloat16", FP16: "half precision", INT8: "8-bit integers"}
 
 

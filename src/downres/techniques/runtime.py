@@ -1,24 +1,21 @@
 """Another runtime: the same network, measured and shipped for another engine."""
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DownresError
+from ..parse import check_runtime, is_runtime
 from .technique import Technique
 
 if TYPE_CHECKING:
     from ..records import Candidate
     from ..reduction import Work
 
-RUNTIMES = ("onnxruntime", "openvino", "torch")
-"""Names of engines; `onnxruntime:cuda` names the device too."""
-_NAME = re.compile(rf"({'|'.join(RUNTIMES)})(?::([a-z]\w*))?")
-
 
 class RuntimeChoice(Technique):
     """runtime: where it is measured and shipped, `openvino` or `onnxruntime:cuda`; None: the first that the run was given."""
 
     name, neutral, keyword, option = "runtime", None, "runtimes", ""  # the option is that of how it is measured
+    help = "Where a file runs."
     in_file, crosses = True, True
 
     def normalise(self, value: Any) -> str | None:
@@ -29,7 +26,7 @@ class RuntimeChoice(Technique):
         return c.runtime
 
     def read(self, word: str) -> dict[str, Any]:
-        return {self.name: word} if _NAME.fullmatch(word) else {}
+        return {self.name: word} if is_runtime(word) else {}
 
     def parse_option(self, text: str) -> tuple[str, ...]:
         return tuple(check_runtime(word.strip()) for word in text.split(",") if word.strip())
@@ -51,13 +48,3 @@ class RuntimeChoice(Technique):
 
 
 RUNTIME = RuntimeChoice()
-
-
-def check_runtime(name: Any) -> str:
-    """The name itself; DownresError for one that no engine has."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise DownresError(
-            f"Unknown runtime {name!r}: choose from {', '.join(RUNTIMES)}, with a device after a colon where it is not "
-            "the CPU (onnxruntime:cuda)."
-        )
-    return name
