@@ -130,12 +130,12 @@ def arguments(func: Any, args: tuple, kwargs: dict[str, Any], mode: Any) -> tupl
     """The tensors with a storage (sparse ones have none) among the arguments of an operator, and a key: two calls of the same
     key are alike in all that a kernel without numbers can look at. None: it may look at something else.
 
-    mode: of the fake tensors.
+    mode: of the fake tensors; None where a copy with numbers runs.
     """
     tensors: list[Tensor] = []
     key: list[Any] = [func]
     alike = _key((*args, *kwargs.items()), tensors, key, mode)
-    return tensors, tuple(key) if alike else None
+    return tensors, tuple(key) if alike and mode is not None else None
 
 
 def _key(values: Iterable[Any], tensors: list[Tensor], key: list[Any], mode: Any) -> bool:
