@@ -94,7 +94,7 @@ class FakeCopy:
             first, tried, self._copy = error, self._copy, None
         if math.prod(size) > MOST_REAL:
             raise _does_not_run(tried or self.model, size, first) from first
-        real = nn.Module.eval(copied(self.model))
+        real = copied(self.model)
         try:
             return _forward(real, size, watch, self.several)
         except DownresError:
@@ -199,7 +199,7 @@ def materialised(model: nn.Module, input_size: tuple[int, ...] | None = None) ->
     size = batched(input_size or input_size_of(made))
     try:
         with torch.random.fork_rng(devices=[]):
-            _forward(nn.Module.eval(made), size, lambda _model, _x: nullcontext())
+            _forward(made, size, lambda _model, _x: nullcontext())
     except Exception as error:
         text = first_line(error)
         raise DownresError(
@@ -297,7 +297,7 @@ def _forward(model: nn.Module, size: tuple[int, ...], watch: Watch[Seen], severa
     with torch.no_grad(), plain_attention(), uncompiled():
         x = torch.zeros(size, dtype=like.dtype, device=like.device)
         args, kwargs = _given(model, x, several)
-        with watch(model, x) as seen:
+        with watch(nn.Module.eval(model), x) as seen:
             model(*args, **kwargs)
     return seen
 
