@@ -15,7 +15,7 @@ LAYERS = (
     ("techniques",),
     ("records",),
     ("axes",),
-    ("engines",),
+    ("engines", "fakes"),
     ("probe",),
     ("reductions", "images"),
     ("models",),

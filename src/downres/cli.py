@@ -24,6 +24,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from .errors import NO_SPACE, DownresError, shown
+from .lazy import no_collector
 from .parse import floats, format_quantity, format_resolution, fraction, parse_quantity, parse_resolutions
 from .record import plain, write_json
 from .techniques import RESOLUTION, Technique, techniques
@@ -428,7 +429,8 @@ def cost(
     tries = _axes(tried, (), candidate, ragged)
     if tries.is_empty and not any(tried.values()):
         tries = tries.replaced({RESOLUTION.keyword: None})  # nothing asked for: from the model's own down
-    from .searching.costs import costs
+    with no_collector():
+        from .searching.costs import costs
 
     loaded = _load(model, weights, native_resolution, pretrained=False)
     answer: dict[str, Any] = {"label_size": _size(label_size), "output": output, "upsampling": upsampling}
@@ -627,9 +629,10 @@ def _load(
         "std": tuple(floats(std, "--std")) if std else None,
         "scale": fraction(scale, "--scale") if scale else None,
     }
-    from .families import load_model, with_preprocessing
+    with no_collector():
+        from .families import load_model, with_preprocessing
 
-    loaded = load_model(model, weights, pretrained=pretrained)
+        loaded = load_model(model, weights, pretrained=pretrained)
     return with_preprocessing(loaded, resolution=natives[0], **given)
 
 

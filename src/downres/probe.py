@@ -1,12 +1,16 @@
 """One forward pass that computes nothing: what a model executes at an input size, without touching the model."""
 
+import enum
 import functools
 import inspect
 import logging
 import math
+import operator
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,13 +18,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .copying import children, copied, first_float, is_lazy, modules, named_modules, tensors_of, unwrapped
 from .engines.torch import plain_attention, uncompiled
 from .errors import DownresError, first_line
+from .fakes import Fakes, Known
 from .lazy import no_collector
 from .parse import MAX_RESOLUTION
 
@@ -65,10 +70,11 @@ class DoesNotRun(DownresError):
 class FakeCopy:
     """What `fake_run` runs; made once and run at many sizes, as long as no run leaves a trace in the copy."""
 
-    def __init__(self, model: nn.Module, several: bool = False) -> None:
-        self.model, self.several = model, several
+    def __init__(self, model: nn.Module, several: bool = False, again: bool = False, known: Known | None = None) -> None:
+        """again: it is run more than once. known: shared with copies of other networks."""
+        self.model, self.several, self.again, self.known = model, several, again, known or Known()
         self._copy: nn.Module | None = None
-        self._traces: list[Any] = []
+        self._before: list[Any] | None = None
 
     def run(self, input_size: tuple[int, ...], watch: Watch[Seen]) -> Seen:
         """As `fake_run`; what `watch` registers in the copy it takes away again, where the copy is run more than once."""
@@ -76,11 +82,14 @@ class FakeCopy:
         self.model = materialised(self.model, size)
         try:
             with no_collector(), _empty_caches(self.model):
-                if self._copy is None or _traces(self._copy) != self._traces:
+                if self._copy is None:
                     self._copy, self._mode = self._faked()
-                    self._traces = _traces(self._copy)
+                    self._before = _state(self._copy) if self.again else None
                 with self._mode, _unlogged():
-                    return _forward(self._copy, size, watch, self.several)
+                    seen = _forward(self._copy, size, watch, self.several)
+                if self._before is None or not _is_same(self._before, _state(self._copy)):
+                    self._copy = None
+                return seen
         except Exception as error:  # any reason: the real run below succeeds, or says better what is wrong
             first, tried, self._copy = error, self._copy, None
         if math.prod(size) > MOST_REAL:
@@ -93,16 +102,60 @@ class FakeCopy:
         except Exception as error:
             raise _does_not_run(real, size, error) from error
 
-    def _faked(self) -> tuple[nn.Module, FakeTensorMode]:
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        known = {id(t): _faked(t, fake) for t in tensors_of(self.model) if _is_plain(t) or t.device.type == "meta"}
-        with FakeCopyMode(fake):
-            return nn.Module.eval(copied(self.model, known)), fake
+    def _faked(self) -> tuple[nn.Module, Fakes]:
+        fakes = Fakes(self.known)
+        known = {id(t): _faked(t, fakes) for t in tensors_of(self.model) if _is_plain(t) or t.device.type == "meta"}
+        with FakeCopyMode(fakes):
+            return nn.Module.eval(copied(self.model, known)), fakes
 
 
-def _traces(model: nn.Module) -> list[Any]:
-    """Changes when a module gets another attribute, or a list or dictionary of it another length."""
-    return [(id(v), len(v) if isinstance(v, (list, dict)) else 0) for module in modules(model) for v in vars(module).values()]
+_NEVER_CHANGES = frozenset(
+    (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.Size, torch.device, torch.layout)
+    + (torch.memory_format, types.FunctionType, types.BuiltinFunctionType, FakeTensor, nn.Parameter, Tensor)
+)
+"""Tensors of a copy have no numbers; functions and classes of Python are the same in every copy."""
+
+
+def _state(model: nn.Module) -> list[Any] | None:
+    """All that a run may change in a copy, in order, each thing itself; None where something could change unseen."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    stack: list[Any] = [model]
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        kind: Any = type(value)
+        inside: Collection[Any]
+        if kind in (dict, OrderedDict):
+            inside = (*value, *value.values())
+        elif kind in (list, tuple, set, frozenset):
+            inside = value
+        elif kind is functools.partial:
+            inside = value.func, value.args, value.keywords
+        elif kind is types.MethodType:
+            inside = (value.__self__,)
+        elif isinstance(value, enum.Enum):
+            inside = ()
+        elif _is_all_attributes(kind):
+            inside = vars(value).values() if hasattr(value, "__dict__") else ()
+        else:
+            return None
+        found.append(len(inside))
+        found += inside
+        stack += [part for part in inside if type(part) not in _NEVER_CHANGES]
+    return found
+
+
+@functools.cache
+def _is_all_attributes(kind: type) -> bool:
+    """Whether an object has nothing but its `vars`."""
+    return kind.__new__ is object.__new__ and not any(vars(base).get("__slots__") for base in kind.__mro__)
+
+
+def _is_same(before: list[Any], after: list[Any] | None) -> bool:
+    return after is not None and len(before) == len(after) and all(map(operator.is_, before, after))
 
 
 def _does_not_run(model: nn.Module, size: tuple[int, ...], error: Exception) -> DoesNotRun:
@@ -182,13 +235,13 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
-def _faked(tensor: Tensor, mode: FakeTensorMode) -> FakeTensor:
-    """What `mode.from_tensor` makes of a plain tensor, ten times faster: deepcopy takes these instead of copying.
+def _faked(tensor: Tensor, fakes: Fakes) -> FakeTensor:
+    """What `fakes.from_tensor` makes of a plain tensor, twenty times faster: deepcopy takes these instead of copying.
 
     A network on the meta device is measured as one on a CPU.
     """
     shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    made = FakeTensor(mode, shape, torch.device("cpu") if tensor.device.type == "meta" else tensor.device)
+    made = fakes.like(shape, torch.device("cpu") if tensor.device.type == "meta" else tensor.device)
     made.requires_grad_(tensor.requires_grad)
     made._is_param = isinstance(tensor, nn.Parameter)
     return made

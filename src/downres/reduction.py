@@ -145,11 +145,14 @@ def is_flexible(adapter: Adapter) -> bool:
     return adapter.image is None and not adapter.block_names()
 
 
-def divided_by(model: nn.Module, image: Size, channels: int | None = None) -> Size:
-    """What height and width are divided by: a network's patches or windows, else its total stride, in pixels."""
+def divided_by(model: nn.Module, image: Size, channels: int | None = None, stride: int | None = None) -> Size:
+    """What height and width are divided by: a network's patches or windows, else its total stride, in pixels.
+
+    stride: the total stride, where it is known.
+    """
     adapter = find_adapter(model)
     if adapter is None or is_flexible(adapter):
-        stride = total_stride(model, image, channels or channels_of(model, (3, *image)))
+        stride = stride or total_stride(model, image, channels or channels_of(model, (3, *image)))
         height, width = adapter.unit if adapter is not None else (1, 1)
         return math.lcm(stride, height), math.lcm(stride, width)
     return adapter.unit

@@ -3,7 +3,9 @@
 import gc
 import importlib.util
 import warnings
+from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from downres import Candidate, reduce
-from downres.measuring import fastpath, shapes
-from downres.measuring.cost import measure_cost
+from downres.fakes import Fakes
+from downres.measuring import fastpath
+from downres.measuring.cost import count, measure_cost
+from downres.probe import FakeCopy
 
 spec = importlib.util.spec_from_file_location("independent", Path(__file__).parents[2] / "benchmarks" / "independent.py")
 independent = importlib.util.module_from_spec(spec)
@@ -243,13 +247,16 @@ def test_encoder_layer_gives_what_the_kernel_gives(norm_first, activation, monke
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_100", "pvt_v2_b0"])
 def test_shapes_are_those_of_fake_tensor_mode(name, monkeypatch):
     """Operator by operator; strides in dimensions of size 1 apart, where FakeTensorMode's are not the real ones."""
-    direct, compared = shapes.run, 0
+    direct, compared = Fakes.quick, 0
 
-    def both(func, args, kwargs, tensors, like):
+    def both(self, func, args, kwargs, tensors, key):
         nonlocal compared
-        if func._schema.is_mutable:
-            return direct(func, args, kwargs, tensors, like)
-        theirs, ours = func(*args, **kwargs), direct(func, args, kwargs, tensors, like)
+        ours = direct(self, func, args, kwargs, tensors, key)
+        if func._schema.is_mutable or ours is NotImplemented:
+            return ours
+        self._is_asked = True
+        theirs = func(*args, **kwargs)
+        self._is_asked = False
         for a, b in zip(tree_leaves(theirs), tree_leaves(ours), strict=True):
             if isinstance(a, torch.Tensor):
                 assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device), func
@@ -258,9 +265,61 @@ def test_shapes_are_those_of_fake_tensor_mode(name, monkeypatch):
                 compared += 1
         return ours
 
-    monkeypatch.setattr(shapes, "run", both)
+    monkeypatch.setattr(Fakes, "quick", both)
     measure_cost(timm.create_model(name).eval(), (3, 224, 224))
     assert compared > 50
+
+
+class Alike(nn.Module):
+    """Calls that look the same and are not: numbers of other types, views in one storage, a tensor written into itself."""
+
+    def forward(self, x):
+        whole = x.to(torch.int64)
+        doubled = whole * 2, whole * 2.0, whole * True
+        assert [d.dtype for d in doubled] == [torch.int64, torch.float32, torch.int64]
+        first, second = x + 1, x + 1
+        assert first.untyped_storage()._cdata != second.untyped_storage()._cdata
+        assert first.relu_() is first
+        assert first[:, :1].untyped_storage()._cdata == first.untyped_storage()._cdata
+        parts = torch.complex(first, second).conj()
+        assert parts.is_conj()
+        assert not (parts * 1).is_conj()
+        assert (x.mT * 1).stride() != (x * 1).stride()
+        return first
+
+
+def test_only_what_is_alike_is_taken_from_what_was_seen_before():
+    copy = FakeCopy(Alike().eval(), again=True)
+    first = count(copy, (1, 3, 8, 8))
+    assert first == count(copy, (1, 3, 8, 8)) == measure_cost(Alike(), (3, 8, 8))
+
+
+# --- a copy that is run at many sizes -----------------------------------------------------------------------------
+
+
+class Changing(nn.Module):
+    """Counts its runs where `hidden` says, and computes by that."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.hidden, self.partial = hidden, partial(dict, runs=hidden)
+
+    def forward(self, x):
+        runs = self.partial.keywords["runs"]
+        if isinstance(runs, dict):
+            runs["n"]["runs"] += 1
+        else:
+            runs.append(0)
+        for _ in range(runs["n"]["runs"] if isinstance(runs, dict) else len(runs)):
+            x = self.conv(x)
+        return x
+
+
+@pytest.mark.parametrize("hidden", [{"n": {"runs": 0}}, [], deque()], ids=["dict", "list", "deque"])
+def test_a_network_that_changes_as_it_runs_is_copied_anew_for_every_size(hidden):
+    copy = FakeCopy(Changing(hidden).eval(), again=True)
+    assert [count(copy, (1, 3, side, side)).macs for side in (4, 8, 8)] == [9 * side**2 for side in (4, 8, 8)]
 
 
 # --- nothing stays behind -----------------------------------------------------------------------------------------

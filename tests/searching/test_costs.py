@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from plotly.offline import get_plotlyjs
 from torch import Tensor, nn
 
@@ -57,6 +58,32 @@ class Remembering(nn.Module):
         if self.grid is None or self.grid.shape != x.shape[-2:]:
             self.grid = torch.ones(x.shape[-2:]).cumsum(0)
         return self.head((x * self.grid).mean((2, 3)))
+
+
+class BySize(nn.Module):
+    """Pads between 50 and 60 px, and goes on once for every 8 px: other operators at other sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.again, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if 50 < x.shape[-1] < 60:
+            x = F.pad(x, (4, 4, 4, 4))
+        x = y = self.stem(x)
+        for _ in range(x.shape[-1] // 4):
+            x = self.again(x).relu_()
+        x = F.interpolate(F.adaptive_avg_pool2d(x, 2), size=y.shape[-2:], mode="bilinear") + y
+        return self.head(x.mean((2, 3)))
+
+
+def test_operators_that_depend_on_the_size_are_counted_at_each():
+    def macs(side):
+        side = (side + 8 * (50 < side < 60)) // 2
+        return side**2 * 8 * (27 + side // 4 * 72 + 4) + 8 * 5
+
+    sides = [72, 64, 60, 56, 52, 48, 40, 32]
+    assert [row.cost.macs for row in costs(BySize(), sides).rows[1:]] == [macs(side) for side in sides]
 
 
 @pytest.mark.parametrize("merges", [(), (2, 0.5)])

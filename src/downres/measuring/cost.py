@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..copying import first_float, refuse_sealed, unwrapped
 from ..copying import parameters as parameters_of
 from ..engines.fuse import fused, is_fusible, noise
-from ..probe import batched, channels_of, check_rows, fake_run, materialised, rows
+from ..fakes import arguments
+from ..probe import FakeCopy, batched, channels_of, check_rows, materialised, rows
 from ..records import Cost
-from . import fastpath, shapes
+from . import fastpath
 from .macs import does_arithmetic, macs_of, op_name
 
 CONVENTION = (
@@ -50,9 +51,17 @@ def measure_cost(model: nn.Module, input_size: tuple[int, ...] | None = None, *,
     input_size = batched(input_size or (channels_of(unwrapped(model)), 224, 224))
     model = materialised(unwrapped(model), input_size)
     model = fused(model, noise((1, *input_size[1:]), first_float(model))) if fuse and is_fusible(model) else model
-    seen = fake_run(model, input_size, partial(_watch, fast_path=torch.backends.mha.get_fastpath_enabled()))
-    check_rows(model, input_size, seen.rows)
-    parameters = list(parameters_of(model))
+    return count(FakeCopy(model), input_size)
+
+
+def count(copy: FakeCopy, input_size: tuple[int, ...]) -> Cost:
+    """`measure_cost` of a network as it is. copy: of it, which may be counted at many sizes.
+
+    input_size: (batch, channels, height, width).
+    """
+    seen = copy.run(input_size, partial(_watch, fast_path=torch.backends.mha.get_fastpath_enabled()))
+    check_rows(copy.model, input_size, seen.rows)
+    parameters = list(parameters_of(copy.model))
     return Cost(
         macs=seen.macs,
         params=sum(p.numel() for p in parameters),
@@ -87,6 +96,11 @@ class _Observer(TorchDispatchMode):
         self.rows: list[int] = []
         self.live = LiveStorages(x)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled: what keeps torch.compile out costs as much as an operator, and is for that alone."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":  # questions about a tensor
@@ -97,11 +111,19 @@ class _Observer(TorchDispatchMode):
                 whole = parts(*args, **kwargs)
             if whole is not NotImplemented:
                 return whole
-        tensors = _tensors((args, tuple(kwargs.values())))
+        fakes: Any = getattr(self.x, "fake_mode", None)  # none where a copy with numbers runs
+        tensors, key = arguments(func, args, kwargs, fakes)
         self.live.before(tensors)
-        out = shapes.run(func, args, kwargs, tensors, self.x)
-        self.live.after(_tensors((out,)), _held(op_name(func), args, out))
-        macs = macs_of(func, args, kwargs, out)
+        out = NotImplemented if fakes is None else fakes.quick(func, args, kwargs, tensors, key)
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+        cost = fakes.known.cost.get(key) if key is not None else None
+        if cost is None:
+            cost = _held(op_name(func), args, out), macs_of(func, args, kwargs, out)
+            if key is not None:
+                fakes.known.cost[key] = cost
+        held, macs = cost
+        self.live.after(_tensors((out,)), held)
         if macs is not None:
             self.macs += macs
         elif does_arithmetic(func):

@@ -15,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..axes import Axes, axes_of
 from ..copying import copied, tensors_of
 from ..errors import DownresError
+from ..fakes import Known
 from ..families import Model, load_model
 from ..families.find import find_adapter
-from ..measuring.cost import CONVENTION, measure_cost
+from ..measuring.cost import CONVENTION, count, measure_cost
 from ..parse import Resolution, format_quantity, format_resolution
-from ..probe import Answer, chosen_answer, find_answers
+from ..probe import Answer, FakeCopy, chosen_answer, find_answers
 from ..records import Candidate, Cost, Merge
 from ..reduction import made_for, reduce
 from ..reports.rows import ORIGINAL, Row
@@ -161,6 +162,7 @@ class _Measuring:
         self.channels, self.native = len(model.preprocessing.mean), model.preprocessing.hw
         self.notes = fused_notes(model)
         self.fuse = bool(self.notes)
+        self.known = Known()
         self.answering: Callable[[nn.Module], nn.Module] = lambda network: network
         try:
             answers = find_answers(made_for(self.weightless, self.native), (self.channels, *self.native))
@@ -181,19 +183,19 @@ class _Measuring:
             return measure_cost(self._reduced(self.model.module, candidate), size)
         try:
             # A convnet is the same network at every resolution: `reduce` would copy it and change nothing.
-            as_it_is = self.convnet and candidate == Candidate(candidate.resolution)
-            small = self.answering(self.weightless) if as_it_is else self._reduced(self.weightless, candidate)
-            handle = small.register_forward_pre_hook(_only_fake, prepend=True)
-            try:
-                return measure_cost(small, size, fuse=False)
-            finally:
-                handle.remove()
+            if self.convnet and candidate == Candidate(candidate.resolution):
+                return count(self.as_it_is, size)
+            return count(FakeCopy(_only_fake(self._reduced(self.weightless, candidate)), known=self.known), size)
         except Exception:  # something looked at numbers that are not there; the real one says what else is wrong
             return measure_cost(self._reduced(self.model.module, candidate), size, fuse=False)
 
     @cached_property
     def convnet(self) -> bool:
         return find_adapter(self.weightless) is None
+
+    @cached_property
+    def as_it_is(self) -> FakeCopy:
+        return FakeCopy(_only_fake(copied(self.answering(self.weightless))), again=True, known=self.known)
 
     @cached_property
     def weightless(self) -> nn.Module:
@@ -212,7 +214,12 @@ def _hollow(network: nn.Module, device: str) -> nn.Module:
     return copied(network, known)
 
 
-def _only_fake(module: nn.Module, inputs: tuple) -> None:
-    """Forward pre-hook: a hollow network can be looked at, not computed with."""
-    if not isinstance(inputs[0], FakeTensor):
-        raise RuntimeError("its weights are not there")
+def _only_fake(hollow: nn.Module) -> nn.Module:
+    """A network without numbers can be looked at, not computed with."""
+
+    def refuse(module: nn.Module, inputs: tuple) -> None:
+        if not isinstance(inputs[0], FakeTensor):
+            raise RuntimeError("its weights are not there")
+
+    hollow.register_forward_pre_hook(refuse, prepend=True)
+    return hollow

@@ -45,10 +45,6 @@ def design_of(model: Model) -> Design:
     p, adapter = model.preprocessing, find_adapter(model.module)
     patch = adapter.patch[0] if adapter is not None and adapter.patch is not None else None
     original = made_for(model.module, p.hw)
-    return Design(
-        p.resolution,
-        total_stride(original, p.hw, len(p.mean)),
-        patch,
-        adapter is not None and bool(adapter.block_names()),
-        divided_by(original, p.hw, len(p.mean)),
-    )
+    stride = total_stride(original, p.hw, len(p.mean))
+    tokens = adapter is not None and bool(adapter.block_names())
+    return Design(p.resolution, stride, patch, tokens, divided_by(original, p.hw, stride=stride))
