@@ -1,0 +1,167 @@
+"""Pixels and bits, alone and together, in two engines; and what accuracy control alone keeps of its promise.
+
+    python benchmarks/bits.py speed                         ResNet-50, MobileNetV4-M, ViT-S with random weights: time alone
+    python benchmarks/bits.py cells                         EfficientNet-Lite0 on 2624 solar cells, heads cross-fitted
+    python benchmarks/bits.py control                       `nncf.quantize_with_accuracy_control` with the same allowed drop
+
+speed    224, 160, 112 px, fp32 and int8, ONNX Runtime and OpenVINO, each network's all in turns, one image; 8-bit files have
+         ranges of noise, which changes no time and says nothing of quality. Ratios are of medians; `ratio` is a 95 % interval of the
+         median ratio to the fp32 file at 224 px in the same engine, round by round.
+cells    one search over 224, 160, 128 px, both precisions, both engines, an allowed drop of 2 points proven at 95 %; what
+         would be proven of 1 point can be read from `drop_upper`.
+control  EfficientNet-Lite0 in float with a head fitted at 300 px is quantized by NNCF with accuracy control on the tuning images
+         of one fold, allowed to drop by as much; what it drops by on the held-out images of that fold, paired, and how fast it is.
+
+Parts keep their last result in benchmarks/results/bits.json. Expected time on two quiet cores: 12, 15 and 6 minutes.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import RESULTS, save
+
+import downres
+from downres.engines.engine import Quantization, engine_of
+from downres.engines.onnxruntime import export_onnx
+from downres.measuring.latency import interleaved, random_batch
+from downres.searching.demo import demo_model
+from downres.tasks.classification.elpv import DEMO_DATA
+
+NETWORKS = ("resnet50", "mobilenetv4_conv_medium", "vit_small_patch16_224")
+SIZES = (224, 160, 112)
+ENGINES = ("onnxruntime", "openvino")
+ALLOWED = 2.0
+
+
+def speed(threads: int, runs: int) -> list[dict[str, Any]]:
+    """A row for each network, size, precision and engine."""
+    rows = []
+    for name in NETWORKS:
+        torch.manual_seed(0)
+        model = downres.load_model(f"timm:{name}", pretrained=False)
+        with tempfile.TemporaryDirectory() as place:
+            runtimes, inputs = {}, {}
+            for side in SIZES:
+                network = model.module
+                if side != SIZES[0]:
+                    network = downres.reduce(network, resolution=side, input_size=(3, 224, 224), resize_input=False)
+                exported = export_onnx(network, (3, side, side), Path(place) / f"{side}.onnx")
+                noise = random_batch((2, 1, 3, side, side))
+                for engine in map(engine_of, ENGINES):
+                    for precision in ("fp32", "int8"):
+                        file = Path(place) / f"{side}-{precision}-{engine.name}{Path(engine.file).suffix}"
+                        if precision == "int8":
+                            engine.quantize(exported, file, lambda noise=noise: iter(noise), Quantization(), None)  # type: ignore[misc]
+                        else:
+                            engine.write(exported, file, precision)
+                        key = f"{engine.name} {precision} {side}"
+                        runtimes[key] = engine.load(file, threads, precision=precision)
+                        inputs[key] = random_batch((1, 3, side, side))
+            for engine_name in ENGINES:  # the first of each is what its own ratios are taken of
+                own = {k: r for k, r in runtimes.items() if k.startswith(engine_name)}
+                for key, latency in interleaved(own, inputs, runs=runs).items():
+                    engine_, precision, side = key.split()
+                    row = {"network": name, "engine": engine_, "precision": precision, "resolution": int(side)}
+                    rows.append(row | {k: latency.to_json()[k] for k in ("latency_ms", "p10_ms", "p90_ms", "ratio")})
+                    print(rows[-1], flush=True)
+    return rows
+
+
+def cells(threads: int | None, out: Path) -> dict[str, Any]:
+    """One search across engines: `downres search --precision fp32,int8 --runtime onnxruntime,openvino`."""
+    run = downres.search(
+        demo_model(), DEMO_DATA, resolutions=[224, 160, 128], stem_scales=(), precisions="fp32,int8", runtime=ENGINES,
+        fit_head=True, max_drop=ALLOWED, rungs=("head",), threads=threads, out=out,
+        progress=lambda what, done, total: print(what, done, total, flush=True) if done == total else None,
+    )  # fmt: skip
+    found = run.to_json()
+    checked = [finding.to_json() for finding in downres.check(run.artifact)] if run.artifact else []
+    kept = {name: found[name] for name in ("original", "candidates", "interactions", "notes")}
+    return {**kept, "best": found["best"] and found["best"]["candidate"], "checked": checked}
+
+
+def control(threads: int | None) -> dict[str, Any]:
+    """What a user would do instead of a search."""
+    import nncf
+    import openvino as ov
+
+    from downres.searching.prepare import Measuring, open_data, prepare_task
+    from downres.tasks import Question
+
+    question = Question(fit_head=True)
+    task = prepare_task(demo_model(), DEMO_DATA, question)
+    open_data(task, DEMO_DATA, Measuring(), question)
+    with tempfile.TemporaryDirectory() as place:
+        bank = task.bank(Path(place), threads=threads)
+        task.fill(bank)
+        fold = task.data.folds[0]
+        reference = task.reference(bank, 0, fold, ("head",))
+        network = task.serve(bank.network(reference.state))
+        exported = export_onnx(network, (3, 300, 300), Path(place) / "float.onnx")
+        model = ov.Core().read_model(str(exported))
+
+        def pixels(index: int) -> np.ndarray:
+            return np.asarray(next(bank.batches(reference.state, np.array([index]), 1)))
+
+        def right(compiled: Any, indices: Any) -> float:
+            answers = [compiled(pixels(int(i)))[0].argmax(1)[0] == task.labels[int(i)] for i in indices]
+            return float(np.mean(answers))
+
+        tune = reference.tune
+        made = nncf.quantize_with_accuracy_control(
+            model,
+            calibration_dataset=nncf.Dataset([int(i) for i in reference.fit[:128]], pixels),
+            validation_dataset=nncf.Dataset([int(i) for i in tune], lambda i: i),
+            validation_fn=lambda compiled, indices: right(compiled, indices),
+            max_drop=ALLOWED / 100,
+        )
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads or 2}
+        before, after = (ov.compile_model(m, "CPU", options) for m in (ov.Core().read_model(str(exported)), made))
+        correct = [np.array([right(c, [i]) for i in fold.test], bool) for c in (before, after)]
+        from downres.tasks.classification.quality import compare
+
+        drop = compare(*correct, downres.Budget(ALLOWED))
+        ov.save_model(made, str(Path(place) / "made.xml"), compress_to_fp16=False)
+        engine = engine_of("openvino")
+        engine.write(exported, Path(place) / "float.xml", "fp32")
+        files = {"fp32": Path(place) / "float.xml", "accuracy control": Path(place) / "made.xml"}
+        runtimes = {name: engine.load(file, threads) for name, file in files.items()}
+        timed = interleaved(runtimes, dict.fromkeys(runtimes, random_batch((1, 3, 300, 300))), runs=60)
+        return {
+            "allowed": ALLOWED,
+            "tuning_images": len(tune),
+            "held_out": drop.to_json(),
+            "layers": engine.layers(files["accuracy control"]).to_json(),
+            "latency": {name: latency.to_json() for name, latency in timed.items()},
+        }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("parts", nargs="*", choices=("speed", "cells", "control"), default=["speed", "cells", "control"])
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--runs", type=int, default=40)
+    options.add_argument("--work", type=Path, help="folder of the search, which goes on where it was")
+    options.add_argument("--note", help="kept in the result: what else the machine did")
+    options.add_argument("--date", help="for the result, default today")
+    given = options.parse_args()
+    kept = RESULTS / "bits.json"
+    parts = json.loads(kept.read_text())["parts"] if kept.is_file() else {}
+    for name in given.parts:
+        if name == "speed":
+            found: Any = speed(given.threads, given.runs)
+        elif name == "cells":
+            found = cells(given.threads, given.work or Path(tempfile.mkdtemp()))
+        else:
+            found = control(given.threads)
+        parts[name] = {"threads": given.threads, **({"note": given.note} if given.note else {}), "found": found}
+        print(f"{save('bits', 'python benchmarks/bits.py', given.date, {'parts': parts})} written")
+
+
+if __name__ == "__main__":
+    main()
