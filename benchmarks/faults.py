@@ -99,13 +99,11 @@ class Arena:
 
     def ready(self) -> "Arena":
         """With a finished run of each kind of search that nobody disturbed, which stays for the next time."""
-        known, modules = self.folder / "undisturbed.json", self.folder / "modules"
+        known = self.folder / "undisturbed.json"
         if known.exists():
             vars(self).update(json.loads(known.read_text()))
-        else:
-            self._searched("split")  # imports what a search needs
-        self._import(modules)
-        if lacking := [name for name in self.searches if name not in self.expected or not known.exists()]:
+        set_up()
+        if lacking := [name for name in self.searches if name not in self.expected]:
             for name in lacking:
                 self._searched(name)
             self.predicted = self._predicted()
@@ -113,17 +111,6 @@ class Arena:
             known.write_text(json.dumps(kept))
         self.page = cells_of(self.base() / "report.html")
         return self
-
-    def _import(self, modules: Path) -> None:
-        """What a child would have to import and to set up, it has."""
-        for module in modules.read_text().split():
-            if module not in sys.modules and module != "__main__":
-                with contextlib.suppress(Exception):
-                    importlib.import_module(module)
-        import torch
-
-        with contextlib.redirect_stdout(io.StringIO()):  # half of an export is reading the operators, once in a process
-            torch.onnx.export(torch.nn.Linear(2, 2).eval(), (torch.zeros(1, 2),), dynamo=True, verbose=False)
 
     def _searched(self, name: str) -> None:
         run = self.fresh(f"base-{name}")
@@ -134,7 +121,6 @@ class Arena:
                 command(*self.search(run, name), "--json")()
             finally:
                 (self.folder / "changes").write_text(str(changes()))
-                (self.folder / "modules").write_text("\n".join(sys.modules))
 
         ended = forked(counted, 2 * TIME)
         judged(ended, (0,))
@@ -201,6 +187,16 @@ class Arena:
             if found[part] != expected[part]:
                 raise Fault(f"other {part} after going on: {difference(found[part], expected[part])}")
         return "the same answer"
+
+
+def set_up() -> None:
+    """What every child would have to import, and to read, this process has: most of what a search takes otherwise."""
+    for name in ("searching.run", "searching.curve", "searching.single", "searching.ship", "artifacts.proof", "reports.report"):
+        importlib.import_module(f"downres.{name}")
+    import torch
+
+    with contextlib.redirect_stdout(io.StringIO()):  # an export reads all operators
+        torch.onnx.export(torch.nn.Linear(2, 2).eval(), (torch.zeros(1, 2),), dynamo=True, verbose=False)
 
 
 def draw(folder: Path) -> None:
@@ -742,7 +738,7 @@ def checkpoints(arena: Arena) -> Iterator[tuple[str, Attempt]]:
     spec.loader.exec_module(module)
     import torch
 
-    importlib.import_module("downres.families.load")
+    importlib.import_module("downres.families.load")  # which every child has then
     torch.manual_seed(1)
     weights = {name: torch.rand_like(v) if v.is_floating_point() else v for name, v in module.make().state_dict().items()}
     made = list(hostile.checkpoints(weights, arena.marker, random.Random(0), 400))
@@ -785,14 +781,18 @@ KINDS: dict[str, Callable[[Arena], Iterator[tuple[str, Attempt]]]] = {
 }  # fmt: skip
 
 
-def attacked(arena: Arena, kind: str) -> dict[str, Any]:
-    """The figures of one kind; what survived before, says its log, is not tried again."""
+def attacked(arena: Arena, kind: str, most: int) -> dict[str, Any]:
+    """The figures of one kind, of which at most so many are tried (0: all). What survived before, says its log, is kept."""
     log = arena.folder / f"{kind}.jsonl"
     done: dict[str, Any] = {}
     if log.exists():
         done = {one["name"]: one for one in map(json.loads, log.read_text().splitlines())}
     tried, how, faults = 0, Counter[str](), []
-    for name, attempt in KINDS[kind](arena):
+    attempts: Iterator[tuple[str, Attempt]] | list[tuple[str, Attempt]] = KINDS[kind](arena)
+    if most:
+        attempts = list(attempts)
+        attempts = random.Random(kind).sample(attempts, min(most, len(attempts)))
+    for name, attempt in attempts:
         if (one := done.get(name)) is None or one["fault"]:
             one = {"name": name, "how": {}, "fault": ""}
             try:
@@ -823,6 +823,7 @@ def main() -> None:
     options.add_argument("--work", type=Path, default=Path("faults-work"), help="folder where it happens and goes on")
     options.add_argument("--afresh", action="store_true", help="forget what was tried")
     options.add_argument("--part", type=float, default=1.0, help="of the attacks of each kind, for a quick look")
+    options.add_argument("--most", type=int, default=0, help="attacks of each kind, chosen by chance (default: all)")
     options.add_argument("--photos", type=Path, help="folder of photographs, a dozen of which are mutated too")
     options.add_argument("--figures", type=Path, default=RESULTS / "faults.json", help="where they are written")
     given = options.parse_args()
@@ -837,9 +838,9 @@ def main() -> None:
     arena = Arena(given.work, given.part, photos)
     found = json.loads(figures.read_text())["kinds"] if figures.exists() else {}
     for kind in kinds:
-        found[kind] = attacked(arena, kind)
-    found = {kind: found[kind] for kind in KINDS if kind in found}
-    written = save(figures.stem, "python benchmarks/faults.py", None, {"kinds": found}, figures.parent)
+        found[kind] = attacked(arena, kind, given.most)
+        found = {kind: found[kind] for kind in KINDS if kind in found}
+        written = save(figures.stem, "python benchmarks/faults.py", None, {"kinds": found}, figures.parent)
     print(f"{'kind':12} {'tried':>7} {'survived':>9}  how")
     for kind, one in found.items():
         ways = ", ".join(f"{n} {how}" for how, n in list(one["how"].items())[:4])
