@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import io
 import json
 import os
 import random
@@ -98,26 +99,18 @@ class Arena:
 
     def ready(self) -> "Arena":
         """With a finished run of each kind of search that nobody disturbed, which stays for the next time."""
-        known, modules = self.folder / "undisturbed.json", self.folder / "modules"
-        if not known.exists():
-            self._searched("split")  # imports what a search needs
-            self._import(modules)
-            for name in self.searches:
+        known = self.folder / "undisturbed.json"
+        if known.exists():
+            vars(self).update(json.loads(known.read_text()))
+        set_up()
+        if lacking := [name for name in self.searches if name not in self.expected]:
+            for name in lacking:
                 self._searched(name)
             self.predicted = self._predicted()
             kept = {name: getattr(self, name) for name in ("expected", "seconds", "changes", "predicted")}
             known.write_text(json.dumps(kept))
-        vars(self).update(json.loads(known.read_text()))
-        self._import(modules)
         self.page = cells_of(self.base() / "report.html")
         return self
-
-    def _import(self, modules: Path) -> None:
-        """What a child would have to import, it has."""
-        for module in modules.read_text().split():
-            if module not in sys.modules and module != "__main__":
-                with contextlib.suppress(Exception):
-                    importlib.import_module(module)
 
     def _searched(self, name: str) -> None:
         run = self.fresh(f"base-{name}")
@@ -128,7 +121,6 @@ class Arena:
                 command(*self.search(run, name), "--json")()
             finally:
                 (self.folder / "changes").write_text(str(changes()))
-                (self.folder / "modules").write_text("\n".join(sys.modules))
 
         ended = forked(counted, 2 * TIME)
         judged(ended, (0,))
@@ -195,6 +187,16 @@ class Arena:
             if found[part] != expected[part]:
                 raise Fault(f"other {part} after going on: {difference(found[part], expected[part])}")
         return "the same answer"
+
+
+def set_up() -> None:
+    """What every child would have to import, and to read, this process has: most of what a search takes otherwise."""
+    for name in ("searching.run", "searching.curve", "searching.single", "searching.ship", "artifacts.proof", "reports.report"):
+        importlib.import_module(f"downres.{name}")
+    import torch
+
+    with contextlib.redirect_stdout(io.StringIO()):  # an export reads all operators
+        torch.onnx.export(torch.nn.Linear(2, 2).eval(), (torch.zeros(1, 2),), dynamo=True, verbose=False)
 
 
 def draw(folder: Path) -> None:
@@ -443,10 +445,24 @@ def cells_of(page: Path) -> set[str]:
 
 
 def same_page(run: Path, expected: set[str]) -> None:
-    """No cell may hold another number than on the page of the whole run."""
-    for cell in cells_of(run / "report.html") - expected:
+    """No cell may hold another number than on the page of the whole run, unless it is a bound of a run that says it is not
+    finished, and more cautious: the candidates that are not measured yet count against all (Holm's correction).
+    """
+    found = cells_of(run / "report.html")
+    unfinished = any(cell.startswith("waiting") for cell in found)
+    whole = dict(sorted((drop, float(bound)) for drop, bound in map(bound_of, expected) if drop))  # of a drop the widest
+    for cell in found - expected:
+        drop, bound = bound_of(cell)
+        if unfinished and drop in whole and float(bound) >= whole[drop]:
+            continue
         if re.search(r"\d", cell) and not re.search(r"waiting|lost|missing", cell):
             raise Fault(f"the page says {cell[:100]!r}, which it did not")
+
+
+def bound_of(cell: str) -> tuple[str, str]:
+    """('22.50', '34.90') of '22.50 at most 34.90'; empty ones of another cell."""
+    found = re.fullmatch(r"(\S+) at most ([\d.]+)", cell)
+    return (found[1], found[2]) if found else ("", "")
 
 
 # --- images ---
@@ -457,6 +473,7 @@ def images(arena: Arena) -> Iterator[tuple[str, Attempt]]:
     photos = sorted(p for p in arena.photos.rglob("*") if p.is_file() and p.stat().st_size < 200_000) if arena.photos else []
     seeds |= {f"photograph {p.name}": p.read_bytes() for p in random.Random(0).sample(photos, min(len(photos), 12))}
     size, names = 100, list(seeds)
+    importlib.import_module("downres.images")  # which every child has then
     for first in range(0, arena.many(12_000), size):
         yield f"images {first} to {first + size - 1}", lambda first=first: decoded(seeds, names, range(first, first + size))
 
@@ -476,9 +493,7 @@ def decoded(seeds: dict[str, bytes], names: list[str], numbers: range) -> "Count
             signal.alarm(20)
             try:
                 pixels = decode(file)
-                right = (
-                    pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and (pixels == decode(file)).all()
-                )
+                right = is_picture(pixels, content) and np.array_equal(pixels, decode(file))
                 print("a picture" if right else "no picture or not twice the same", end="")
             except Unreadable as reason:
                 print(f"unreadable, {re.sub('[0-9.]+', 'N', str(reason))}", end="")
@@ -493,6 +508,14 @@ def decoded(seeds: dict[str, bytes], names: list[str], numbers: range) -> "Count
     if ended.code or sum(found.values()) != len(numbers):
         raise Fault(f"exit {ended.code}: {ended.err[-300:]}")
     return found
+
+
+def is_picture(pixels: np.ndarray, content: bytes) -> bool:
+    """8 bits in three channels; of the two formats that hold numbers, also one channel, 16 bits or finite floats."""
+    if content.startswith((b"\x93NUMPY", b"II", b"MM")):
+        numbers = pixels.dtype in (np.uint8, np.uint16, np.float32) and bool(np.isfinite(pixels).all())
+        return numbers and pixels.size > 0 and (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3))
+    return pixels.dtype == np.uint8 and pixels.size > 0 and pixels.ndim == 3 and pixels.shape[2] == 3
 
 
 # --- command lines ---
@@ -715,6 +738,7 @@ def checkpoints(arena: Arena) -> Iterator[tuple[str, Attempt]]:
     spec.loader.exec_module(module)
     import torch
 
+    importlib.import_module("downres.families.load")  # which every child has then
     torch.manual_seed(1)
     weights = {name: torch.rand_like(v) if v.is_floating_point() else v for name, v in module.make().state_dict().items()}
     made = list(hostile.checkpoints(weights, arena.marker, random.Random(0), 400))
@@ -757,14 +781,18 @@ KINDS: dict[str, Callable[[Arena], Iterator[tuple[str, Attempt]]]] = {
 }  # fmt: skip
 
 
-def attacked(arena: Arena, kind: str) -> dict[str, Any]:
-    """The figures of one kind; what survived before, says its log, is not tried again."""
+def attacked(arena: Arena, kind: str, most: int) -> dict[str, Any]:
+    """The figures of one kind, of which at most so many are tried (0: all). What survived before, says its log, is kept."""
     log = arena.folder / f"{kind}.jsonl"
     done: dict[str, Any] = {}
     if log.exists():
         done = {one["name"]: one for one in map(json.loads, log.read_text().splitlines())}
     tried, how, faults = 0, Counter[str](), []
-    for name, attempt in KINDS[kind](arena):
+    attempts: Iterator[tuple[str, Attempt]] | list[tuple[str, Attempt]] = KINDS[kind](arena)
+    if most:
+        attempts = list(attempts)
+        attempts = random.Random(kind).sample(attempts, min(most, len(attempts)))
+    for name, attempt in attempts:
         if (one := done.get(name)) is None or one["fault"]:
             one = {"name": name, "how": {}, "fault": ""}
             try:
@@ -795,6 +823,7 @@ def main() -> None:
     options.add_argument("--work", type=Path, default=Path("faults-work"), help="folder where it happens and goes on")
     options.add_argument("--afresh", action="store_true", help="forget what was tried")
     options.add_argument("--part", type=float, default=1.0, help="of the attacks of each kind, for a quick look")
+    options.add_argument("--most", type=int, default=0, help="attacks of each kind, chosen by chance (default: all)")
     options.add_argument("--photos", type=Path, help="folder of photographs, a dozen of which are mutated too")
     options.add_argument("--figures", type=Path, default=RESULTS / "faults.json", help="where they are written")
     given = options.parse_args()
@@ -809,9 +838,9 @@ def main() -> None:
     arena = Arena(given.work, given.part, photos)
     found = json.loads(figures.read_text())["kinds"] if figures.exists() else {}
     for kind in kinds:
-        found[kind] = attacked(arena, kind)
-    found = {kind: found[kind] for kind in KINDS if kind in found}
-    written = save(figures.stem, "python benchmarks/faults.py", None, {"kinds": found}, figures.parent)
+        found[kind] = attacked(arena, kind, given.most)
+        found = {kind: found[kind] for kind in KINDS if kind in found}
+        written = save(figures.stem, "python benchmarks/faults.py", None, {"kinds": found}, figures.parent)
     print(f"{'kind':12} {'tried':>7} {'survived':>9}  how")
     for kind, one in found.items():
         ways = ", ".join(f"{n} {how}" for how, n in list(one["how"].items())[:4])

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import io
 import json
 import os
@@ -59,6 +60,19 @@ def pictures(side: int = 40) -> dict[str, bytes]:
         except (KeyError, OSError):  # this build of PIL does not write it
             continue
         made[name] = content.getvalue()
+    values = np.asarray(colour)
+    for name, array in {"npy": values, "npy grey": np.asarray(deep), "npy floats": values.transpose(2, 0, 1) / 255}.items():
+        content = io.BytesIO()
+        np.save(content, array)
+        made[name] = content.getvalue()
+    with contextlib.suppress(ImportError):  # the one writer of 16-bit colours, which not everyone has
+        import tifffile
+
+        for name, how in {"tiff 16-bit colours": {}, "tiff in planes": {"planarconfig": "separate"}}.items():
+            content = io.BytesIO()
+            planes = values.astype(np.uint16) * 257 if not how else values.transpose(2, 0, 1).astype(np.uint16) * 257
+            tifffile.imwrite(content, planes, photometric="rgb", **how)
+            made[name] = content.getvalue()
     made["ppm in letters"] = b"P3 2 2 255 " + b"9 8 7 6 5 4 3 2 1 0 255 128"
     return made
 

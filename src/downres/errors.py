@@ -39,9 +39,10 @@ def _escaped(letter: str) -> str:
 
 
 def first_line(error: BaseException, otherwise: str = "") -> str:
-    """The first line of what was raised, without colours and the full stop, to stand in a sentence of ours.
+    """The first line of what was raised, without colours, the number of a system's error and the full stop, to stand in a
+    sentence of ours.
 
     otherwise: for an error without words; else the name of its class.
     """
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    text = re.sub(r"\x1b\[[0-9;]*m|^\[(Errno|WinError) -?\d+\] ", "", str(error)).strip()
     return shown((text.splitlines() or [otherwise or type(error).__name__])[0].rstrip("."))

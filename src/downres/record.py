@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 import types
 import typing
@@ -83,7 +84,8 @@ def write_json(document: Any, **how: Any) -> str:
 def write_whole(path: Path, content: bytes) -> None:
     """All of it or nothing: a full disk, a hard stop or a power cut leaves the old file, and nothing beside it.
 
-    The content is written to a file without a name, which vanishes with its process, and named when it is complete.
+    The content is written to a file without a name, which vanishes with its process, and named when it is complete. It has
+    another name for an instant, for ever where the process is killed in it: see `sweep`.
     """
     handle, partial = _unnamed(path)
     try:
@@ -100,6 +102,28 @@ def write_whole(path: Path, content: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Removes the names that processes killed in `write_whole` left in a folder and those in it. Others may be at work."""
+    for file in folder.rglob(".*.partial"):
+        if (found := _LEFT.fullmatch(file.name)) and not _at_work(int(found[1])):
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+_LEFT = re.compile(r"\..+\.(\d+)\.\d+\.partial")
+"""The names of `_unnamed`."""
+
+
+def _at_work(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another's
+        pass
+    return process != os.getpid()  # a container gives the same number again
 
 
 def _unnamed(path: Path) -> tuple[int, Path]:

@@ -91,6 +91,19 @@ def test_another_process_locks_this_one_out(store):
     Store.open(store.folder, SETTINGS).close()  # whoever ends, however, leaves it open
 
 
+def test_what_a_killed_writer_was_about_to_rename_goes_and_that_of_one_at_work_stays(store):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    store.close()
+    names = {f".run.json.{ended.pid}.7.partial": False, f"weights/.a.{os.getpid()}.7.partial": False}
+    names |= {f".report.html.{os.getppid()}.7.partial": True, ".mine.partial": True}
+    (store.folder / "weights").mkdir()
+    for name in names:
+        (store.folder / name).touch()
+    Store.open(store.folder, SETTINGS).close()
+    assert {name: (store.folder / name).exists() for name in names} == names
+
+
 def test_a_second_writer_in_the_same_process_is_locked_out_too(store):
     with pytest.raises(DownresError, match="Another downres"):
         Store.open(store.folder, SETTINGS)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DownresError
-from ..record import plain, read_json, settled, sha256, write_json, write_whole
+from ..record import plain, read_json, settled, sha256, sweep, write_json, write_whole
 
 FORMAT = 4
 """Of run.json and measurements.jsonl; a run of another format is refused."""
@@ -85,6 +85,7 @@ class Store:
                 f"Another downres is writing to {path}: wait for it, or give another folder with `out`."
             ) from None
         try:
+            sweep(path)
             store = cls(path)  # read under the lock: another process may just have finished
             store._lock = lock
             settings = json.loads(write_json(settings))
