@@ -5,12 +5,13 @@
     python benchmarks/bits.py control                       `nncf.quantize_with_accuracy_control` with the same allowed drop
 
 speed    224, 160, 112 px, fp32 and int8, ONNX Runtime and OpenVINO, each network's all in turns, one image; 8-bit files have
-         ranges of noise, which changes no time and says nothing of quality. Ratios are of medians; `ratio` is a 95 % interval of the
-         median ratio to the fp32 file at 224 px in the same engine, round by round.
+         ranges of noise, which changes no time and says nothing of quality. Ratios are of medians; `ratio` is a 95 % interval
+         of the median ratio to the fp32 file at 224 px in the same engine, round by round.
 cells    one search over 224, 160, 128 px, both precisions, both engines, an allowed drop of 2 points proven at 95 %; what
          would be proven of 1 point can be read from `drop_upper`.
-control  EfficientNet-Lite0 in float with a head fitted at 300 px is quantized by NNCF with accuracy control on the tuning images
-         of one fold, allowed to drop by as much; what it drops by on the held-out images of that fold, paired, and how fast it is.
+control  EfficientNet-Lite0 in float with a head fitted at 300 px is quantized by NNCF with accuracy control on the tuning
+         images of one fold, allowed to drop by as much; what it drops by on the held-out images of that fold, paired, and how
+         fast it is.
 
 Parts keep their last result in benchmarks/results/bits.json. Expected time on two quiet cores: 12, 15 and 6 minutes.
 """

@@ -365,7 +365,7 @@ def test_an_export_that_fails_leaves_the_old_artifact(shipped, tmp_path, monkeyp
         qualities = [Quality.from_json(manifest[which]["quality"]) for which in ("result", "original")]
         result, original = (dataclasses.replace(Result.from_json(b), quality=q) for b, q in zip(bare, qualities, strict=True))
         write.export(
-            copied, model.module, task, lambda _: {"name": "onnxruntime"}, preprocessing=model.preprocessing, state=State.from_json(manifest["state"]),
-            result=result, recovery=result.recovery, original=original, source={},
+            copied, model.module, task, lambda _: {"name": "onnxruntime"}, preprocessing=model.preprocessing,
+            state=State.from_json(manifest["state"]), result=result, recovery=result.recovery, original=original, source={},
         )  # fmt: skip
     assert {p.name: p.read_bytes() for p in copied.iterdir()} == before

@@ -281,7 +281,8 @@ def search(
         str | None,
         _allowed(
             "--minimize",
-            help="What cheapest means: macs, memory, latency or size; default: macs, with --precision or several runtimes latency.",
+            help="What cheapest means: macs, memory, latency or size; default: macs, with --precision or several "
+            "runtimes latency.",
         ),
     ] = None,
     task: TaskOption = None,

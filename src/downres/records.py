@@ -259,8 +259,8 @@ class Latency(Record):
 
 @dataclass(frozen=True)
 class Footprint(Record):
-    """What the file that runs takes: its bytes, and, in a fresh process with nothing but NumPy and the runtime, the peak resident
-    memory of loading it and answering once; of that what was there before the file was loaded (`runtime_bytes`).
+    """What the file that runs takes: its bytes, and, in a fresh process with nothing but NumPy and the runtime, the peak
+    resident memory of loading it and answering once; of that what was there before the file was loaded (`runtime_bytes`).
     """
 
     file_bytes: int

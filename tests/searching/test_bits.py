@@ -134,7 +134,8 @@ def test_cross_fitted_files_are_checked_fold_by_fold(runtime, loaded, cells, tin
 
 
 def test_rungs_of_files(loaded, cells, tmp_path):
-    """Other ranges, the head on quantized features, the most sensitive layers in float: until the drop is within, or all are tried."""
+    """Other ranges, the head on quantized features, the most sensitive layers in float: until the drop is within, or all are
+    tried."""
     run = search(
         loaded, cells.dataset(), resolutions=[], candidates=["24 int8"], rungs=("ranges", "head", "layers"),
         out=tmp_path / "run", **{**OPTIONS, "max_drop": 0.0},

@@ -10,7 +10,8 @@ from .manifest import Port, served_by
 
 
 class Graph:
-    """The graph of an artifact, in its own runtime; call it as a `Runtime`. spread: see `OnnxRuntime`. stem: of its file's name.
+    """The graph of an artifact, in its own runtime; call it as a `Runtime`. spread: see `OnnxRuntime`. stem: of its file's
+    name.
 
     Raises DownresError where its inputs or outputs are not those of the manifest, where a run fails or takes longer than
     `limit_s` seconds an image, and for an answer of another shape, or with NaN or infinity in it: of a class map, which has

@@ -45,8 +45,8 @@ class Outcome(Record):
 
 @dataclass(frozen=True)
 class Served(Record):
-    """What the graph runs in. layers: of 8 bits, see `engines.engine.Layers`; distance: between its answers and those of the torch
-    network on real images, as a part of the latter, when it was shipped; None where both are equal but for rounding.
+    """What the graph runs in. layers: of 8 bits, see `engines.engine.Layers`; distance: between its answers and those of the
+    torch network on real images, as a part of the latter, when it was shipped; None where both are equal but for rounding.
     """
 
     name: str

@@ -123,8 +123,8 @@ def _parity(
 def distance(
     task: Task, network: nn.Module, runtime: Runtime, chosen: np.ndarray, p: Preprocessing, threads: int | None = None
 ) -> float:
-    """How far a file of fewer bits answers from its network in float, as a part of what that answers: of numbers the root of the
-    mean square, of class maps the share of pixels.
+    """How far a file of fewer bits answers from its network in float, as a part of what that answers: of numbers the root of
+    the mean square, of class maps the share of pixels.
     """
     pairs = zip(
         *(_answers(one, task.data.images, chosen, p) for one in (runtime, TorchRuntime(task.serve(network), threads))),

@@ -1,6 +1,6 @@
-"""Writing an artifact: the graph of its runtime (model.onnx, or model.xml and model.bin; the small input, batch free), model.safetensors (the same weights for torch),
-manifest.json, serve.py (a program that needs nothing else), proof.json (which images were the proof) and, where the quality was
-cross-fitted, folds.safetensors (the tensors that it was measured with).
+"""Writing an artifact: the graph of its runtime (model.onnx, or model.xml and model.bin; the small input, batch free),
+model.safetensors (the same weights for torch), manifest.json, serve.py (a program that needs nothing else), proof.json (which
+images were the proof) and, where the quality was cross-fitted, folds.safetensors (the tensors that it was measured with).
 """
 
 import hashlib

@@ -71,8 +71,8 @@ class Engine(ABC):
 
     name: that of `--runtime`; file: of a shipped model; extra: what `pip install 'downres[…]'` needs for it, '' for nothing;
     exported: whether it starts from an ONNX file.
-    alone: a program that needs nothing but NumPy and the engine: `python -c alone FILE THREADS B C H W` loads the file, answers once
-    and prints two numbers, the peak resident memory before and after, in KiB; '' where there is none.
+    alone: a program that needs nothing but NumPy and the engine: `python -c alone FILE THREADS B C H W` loads the file,
+    answers once and prints two numbers, the peak resident memory before and after, in KiB; '' where there is none.
     """
 
     name: ClassVar[str]
@@ -128,7 +128,8 @@ class Engine(ABC):
         """The file ready to run. spread: for many images, see `OnnxRuntime`."""
 
     def with_tensors(self, file: Path, tensors: Mapping[str, np.ndarray], path: Path) -> bool:
-        """Writes the file with other values for tensors of these names in the network's state dict; False where it has not all."""
+        """Writes the file with other values for tensors of these names in the network's state dict; False where it has not
+        all."""
         return False
 
     def files(self, file: Path) -> list[Path]:

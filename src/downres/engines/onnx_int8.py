@@ -51,11 +51,12 @@ class _Images(CalibrationDataReader):
 
 
 def quantize_onnx(source: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None) -> None:
-    """Writes the graph of `source` with convolutions, linear layers and what lies between them in 8 bits; see `Engine.quantize`.
+    """Writes the graph of `source` with convolutions, linear layers and what lies between them in 8 bits; see
+    `Engine.quantize`.
 
-    BatchNorms are folded into convolutions first. Of a network with attention the linear layers alone are quantized: products of
-    activations, softmax and layer norms lose too much in 8 bits. Where 8-bit sums would overflow (x86 without VNNI) weights have
-    7 bits.
+    BatchNorms are folded into convolutions first. Of a network with attention the linear layers alone are quantized: products
+    of activations, softmax and layer norms lose too much in 8 bits. Where 8-bit sums would overflow (x86 without VNNI) weights
+    have 7 bits.
     """
     with tempfile.TemporaryDirectory(prefix="downres-") as place, _quiet():
         folded = Path(place) / "folded.onnx"
@@ -138,7 +139,8 @@ def _is_weight(name: str, known: set[str], made_by: dict[str, str]) -> bool:
 
 
 def layer_names(file: Path, head: np.ndarray | None) -> list[str]:
-    """The layers with weights that are quantized unless they are kept, by the names that `Quantization.kept` takes, in the order in which they run."""
+    """The layers with weights that are quantized unless they are kept, by the names that `Quantization.kept` takes, in the
+    order in which they run."""
     with tempfile.TemporaryDirectory(prefix="downres-") as place, _quiet():
         quant_pre_process(file, folded := Path(place) / "folded.onnx", skip_symbolic_shape=True)
         graph = onnx.load(folded)

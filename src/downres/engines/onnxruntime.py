@@ -42,10 +42,10 @@ class OnnxRuntime:
     """One ONNX model in ONNX Runtime, deterministic where it runs on the CPU.
 
     device: 'cpu', 'cuda', 'tensorrt', 'coreml', 'directml', …; what cannot run there runs on the CPU, but where nothing can the
-    runtime is refused. model: a path or the bytes of a file. threads: of the session; None takes all available cores. limit_s: seconds that one
-    image may take, None for ever; it is looked at between the graph's nodes. spread: the images of a batch are spread over the
-    threads, each image on one, in place of every operator: the same answers, as fast where nothing else runs, and faster where
-    the cores have other work (threads of one operator wait for each other); no time of a single image.
+    runtime is refused. model: a path or the bytes of a file. threads: of the session; None takes all available cores. limit_s:
+    seconds that one image may take, None for ever; it is looked at between the graph's nodes. spread: the images of a batch
+    are spread over the threads, each image on one, in place of every operator: the same answers, as fast where nothing else
+    runs, and faster where the cores have other work (threads of one operator wait for each other); no time of a single image.
     inputs: (name, shape) of each, a free side by its name; outputs: their names.
     Raises DownresError when the content is not an ONNX model that ONNX Runtime can run, and where a run fails.
     """

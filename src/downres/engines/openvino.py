@@ -24,8 +24,8 @@ _LAYERS = {"Convolution": "Convolution", "GroupConvolution": "GroupConvolution",
 class OpenVino:
     """One model in OpenVINO, made for latency; compiled anew for each batch size, whose shapes are then fixed.
 
-    model: a path (.xml beside its .bin, .onnx). precision: of what is not in 8 bits; refused where the device does not keep to it.
-    limit_s: seconds that one image may take. hints: what OpenVINO says it runs with.
+    model: a path (.xml beside its .bin, .onnx). precision: of what is not in 8 bits; refused where the device does not keep to
+    it. limit_s: seconds that one image may take. hints: what OpenVINO says it runs with.
     Raises DownresError when the content is not a model that OpenVINO can run, and where a run fails.
     """
 
@@ -68,7 +68,8 @@ class OpenVino:
                 if not request.wait_for(int(1000 * self.limit_s * len(batch))):
                     request.cancel()
                     raise DownresError(
-                        f"{self._told} gave no answer in {self.limit_s:g} s and was stopped: give it more time, or export it again."
+                        f"{self._told} gave no answer in {self.limit_s:g} s and was stopped: give it more time, or export it "
+                        "again."
                     )
                 found = request.results
         except DownresError:
@@ -257,8 +258,9 @@ def _single(images: Batches) -> Any:
 
 
 def _ranges(ranges: str) -> Any:
-    """How NNCF takes the ranges of activations. Its own choice, the mean of each image's extremes, cuts off what few images have: on
-    photographs of solar cells the answers of a small network were 0.59 of their spread off with it, 0.025 with all that is seen.
+    """How NNCF takes the ranges of activations. Its own choice, the mean of each image's extremes, cuts off what few images
+    have: on photographs of solar cells the answers of a small network were 0.59 of their spread off with it, 0.025 with all
+    that is seen.
     """
     import nncf
     from nncf.quantization.range_estimator import (

@@ -23,7 +23,8 @@ class TorchRuntime:
     `fastest_layout` finds on the first batch, on the model's device.
 
     threads: of PyTorch's pool during a call; None takes all available cores. The pool's size is put back after each call.
-    device: 'cuda' or the like, 'compile' for the CPU through torch.compile, None where the model is. precision: fp32, bf16, fp16.
+    device: 'cuda' or the like, 'compile' for the CPU through torch.compile, None where the model is. precision: fp32, bf16,
+    fp16.
     """
 
     name = "torch"

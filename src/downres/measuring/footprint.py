@@ -12,9 +12,9 @@ LIMIT_S = 120.0
 
 
 def footprint(engine: Engine, file: Path, shape: Sequence[int], threads: int) -> Footprint:
-    """Of a file of that engine, answering once to a batch of that shape (b, c, h, w). The memory is that of a process of its own,
-    as Linux reports it (VmHWM; `ru_maxrss` would be that of whoever started it): libraries, weights and activations; None where
-    no such process can run.
+    """Of a file of that engine, answering once to a batch of that shape (b, c, h, w). The memory is that of a process of its
+    own, as Linux reports it (VmHWM; `ru_maxrss` would be that of whoever started it): libraries, weights and activations; None
+    where no such process can run.
     """
     size = sum(one.stat().st_size for one in engine.files(file))
     if not engine.alone or engine.device != "cpu" or sys.platform != "linux":

@@ -26,7 +26,8 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
 
 
 def share_bound(count: int, n: int, alpha: float) -> tuple[float, float]:
-    """(lower, upper) bounds of the share count / n, each one-sided at 1 - alpha (Clopper and Pearson 1934, Biometrika 26:404)."""
+    """(lower, upper) bounds of the share count / n, each one-sided at 1 - alpha (Clopper and Pearson 1934, Biometrika
+    26:404)."""
     found = binomtest(count, n).proportion_ci(1 - 2 * alpha, method="exact")
     return float(found.low), float(found.high)
 

@@ -193,7 +193,8 @@ class Bank:
         return file
 
     def write(self, state: State, onnx: Path, file: Path, head: np.ndarray | None) -> None:
-        """Makes the file of a state of its exported network. head: the weight of its last linear layer, which stays in float."""
+        """Makes the file of a state of its exported network. head: the weight of its last linear layer, which stays in
+        float."""
         engine, precision = self.engine(state.candidate), state.candidate.precision
         partial = file.with_name(f"partial{file.suffix}")
         if (step := state.step(QUANTIZED)) is not None:
@@ -209,8 +210,8 @@ class Bank:
     def ship(
         self, state: State, folder: Path, serve: Callable[[nn.Module], nn.Module], name: str, stem: str = "model"
     ) -> Engine:
-        """Writes the file of a state as it is shipped, with `name` as its one output, into the folder; the engine that it is for:
-        what was measured in torch is shipped as ONNX.
+        """Writes the file of a state as it is shipped, with `name` as its one output, into the folder; the engine that it is
+        for: what was measured in torch is shipped as ONNX.
         """
         engine = engine_of("onnxruntime") if self._in_torch(state.candidate) else self.engine(state.candidate)
         file = (folder / stem).with_suffix(Path(engine.file).suffix)

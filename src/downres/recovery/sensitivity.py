@@ -12,7 +12,8 @@ from .state import QUANTIZED, State
 
 IMAGES = 8
 GROUPS = 12
-"""Layers are looked at in at most so many neighbours at a time, then one by one within the worst: a file for each is seconds."""
+"""Layers are looked at in at most so many neighbours at a time, then one by one within the worst: a file for each is
+seconds."""
 
 
 def most_sensitive(bank: Bank, state: State, indices: np.ndarray) -> list[str]:

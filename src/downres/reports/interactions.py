@@ -16,8 +16,8 @@ MOST = 4
 
 @dataclass(frozen=True)
 class Part:
-    """One line: a way alone, the product of all, or all together as measured. Gains are of the original's value over this one, 1
-    where nothing changes, None where it was not measured; drop in the unit of the score.
+    """One line: a way alone, the product of all, or all together as measured. Gains are of the original's value over this one,
+    1 where nothing changes, None where it was not measured; drop in the unit of the score.
     """
 
     name: str

@@ -10,7 +10,6 @@ from ..tasks.classification.elpv import DEMO_DATA
 from .results import Run
 from .run import search
 
-
 JOINT = ("300 int8", "128 int8")
 """Bits alone, and with the fewest pixels that are proven in float."""
 
@@ -32,6 +31,7 @@ def demo_model() -> Model:
 def demo(
     out: str | Path = "demo", *, max_drop: float = 2.0, progress: Callable[[str, int, int], None] | None = None, **options
 ) -> Run:  # type: ignore[no-untyped-def]
-    """`search` for a drop of at most 2 points on the 2624 photographs, with heads fitted cross-wise: fewer pixels, 8 bits, both."""
+    """`search` for a drop of at most 2 points on the 2624 photographs, with heads fitted cross-wise: fewer pixels, 8 bits,
+    both."""
     given = {"candidates": JOINT, "fit_head": True, "max_drop": max_drop} | options
     return search(demo_model(), DEMO_DATA, out=out, progress=progress, **given)

@@ -71,7 +71,8 @@ def recover(
     check_planned(subject, [candidate])
     if candidate.network != candidate:
         raise DownresError(
-            f"`recover` gives a torch network, {candidate} is a file of one: search with that candidate, or recover {candidate.network}."
+            f"`recover` gives a torch network, {candidate} is a file of one: search with that candidate, or "
+            f"recover {candidate.network}."
         )
     rungs = rungs_for(subject, [candidate], rungs)
     with bank_for_now(subject, measuring, progress) as bank:

@@ -85,8 +85,8 @@ def _made(run: Run) -> dict[str, str]:
     own = run.task.made(run.budget, run.settings["runtime"], proof, many)
     rest = {
         "MACs and memory": CONVENTION,
-        "Latency": f"Median of interleaved runs after warm-up, batch {run.settings.get('latency_batch', 1)}, random input; 10th to "
-        "90th percentile beside it. Resizing and decoding of the image are not in it.",
+        "Latency": f"Median of interleaved runs after warm-up, batch {run.settings.get('latency_batch', 1)}, random input; "
+        "10th to 90th percentile beside it. Resizing and decoding of the image are not in it.",
         "Recovery": "Rungs are tried from cheap to dear on tuning images, until the drop there is shown to be within "
         "the allowed one; otherwise the best rung is taken. Seconds are wall-clock time for all folds together.",
     }
@@ -100,6 +100,7 @@ def _made(run: Run) -> dict[str, str]:
         )
     if any(r.footprint and r.footprint.peak_rss_bytes for r in run.results):
         rest["Memory of the file"] = (
-            "Peak resident memory of a fresh process with nothing but NumPy and the runtime that loads the file and answers once."
+            "Peak resident memory of a fresh process with nothing but NumPy and the runtime that loads the file and answers "
+            "once."
         )
     return own | {name: text for name, text in rest.items() if name not in own}

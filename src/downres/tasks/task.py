@@ -199,8 +199,8 @@ class Task(ABC):
         return np.sort(shuffled[count:]), np.sort(shuffled[:count])
 
     def fill(self, bank: Bank) -> None:
-        """Give the bank the images, for each fold (and for everything) those that BatchNorm may be recalibrated on, and those that
-        8-bit activations take their ranges from.
+        """Give the bank the images, for each fold (and for everything) those that BatchNorm may be recalibrated on, and those
+        that 8-bit activations take their ranges from.
         """
         bank.images = self.data.images
         fitting = [self.split(fold)[0] for fold in (*self.data.folds, self.everything())]
@@ -251,8 +251,8 @@ class Task(ABC):
         raise NotImplementedError
 
     def changed(self, original: Any, one: Any) -> np.ndarray | None:
-        """Which images get another answer than the original's, bool (n,); None where an answer is no single thing. Of those that
-        do, `points` say whether a right answer became a wrong one.
+        """Which images get another answer than the original's, bool (n,); None where an answer is no single thing. Of those
+        that do, `points` say whether a right answer became a wrong one.
         """
         return None
 
