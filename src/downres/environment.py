@@ -15,6 +15,8 @@ def versions() -> dict[str, str]:
         "onnx",
         "onnxscript",
         "onnxruntime",
+        "openvino",
+        "nncf",
         "scikit-learn",
         "numpy",
         "pillow",

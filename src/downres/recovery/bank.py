@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..engines import Runtime, check_threads
 from ..engines.engine import Engine, Quantization, check_calibration, engine_of, is_whole_file
-from ..engines.onnxruntime import export_onnx, resize_onnx
+from ..engines.onnxruntime import NotExported, export_onnx, resize_onnx
 from ..engines.torch import TorchRuntime
 from ..errors import DownresError
 from ..images import Images, batches
@@ -213,6 +213,8 @@ class Bank:
         """Writes the file of a state as it is shipped, with `name` as its one output, into the folder; the engine that it is
         for: what was measured in torch is shipped as ONNX.
         """
+        if self._in_torch(state.candidate) and state.candidate.precision != FP32:
+            raise NotExported(f"a torch network in {state.candidate.precision} is no file that downres writes")
         engine = engine_of("onnxruntime") if self._in_torch(state.candidate) else self.engine(state.candidate)
         file = (folder / stem).with_suffix(Path(engine.file).suffix)
         if not self._in_torch(state.candidate) and self.output_names == (name,):

@@ -82,7 +82,8 @@ def _made(run: Run) -> dict[str, str]:
         if compared > 1
         else ""
     )
-    own = run.task.made(run.budget, run.settings["runtime"], proof, many)
+    runtimes = dict.fromkeys([run.settings["runtime"], *(r.candidate.runtime for r in run.results if r.candidate.runtime)])
+    own = run.task.made(run.budget, " or ".join(runtimes), proof, many)
     rest = {
         "MACs and memory": CONVENTION,
         "Latency": f"Median of interleaved runs after warm-up, batch {run.settings.get('latency_batch', 1)}, random input; "
