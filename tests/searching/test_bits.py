@@ -192,7 +192,7 @@ def test_too_few_images_stop_that_file_alone(loaded, cells, tmp_path):
 def test_bad_input_is_one_sentence(loaded, cells, tmp_path):
     for text, said in (("32 int8", "makes a network of float32"), ("32 openvino", "makes a torch network")):
         with pytest.raises(DownresError, match=f"`reduce` {said}"):
-            reduce(loaded.module, text, input_size=(3, 48, 48))
+            reduce(loaded.module, Candidate.parse(text), input_size=(3, 48, 48))
     with pytest.raises(DownresError, match="A precision is one of fp32, bf16, fp16, int8; 'int4' is none of them"):
         Axes(precisions="int4")
     with pytest.raises(DownresError, match="max_flips is a percentage of images above 0"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..errors import DownresError
 from ..families import Model, load_model
@@ -33,5 +34,5 @@ def demo(
 ) -> Run:  # type: ignore[no-untyped-def]
     """`search` for a drop of at most 2 points on the 2624 photographs, with heads fitted cross-wise: fewer pixels, 8 bits,
     both."""
-    given = {"candidates": JOINT, "fit_head": True, "max_drop": max_drop} | options
+    given: dict[str, Any] = {"candidates": JOINT, "fit_head": True, "max_drop": max_drop} | options
     return search(demo_model(), DEMO_DATA, out=out, progress=progress, **given)
