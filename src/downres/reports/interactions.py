@@ -74,7 +74,7 @@ def interactions(original: Result, results: Sequence[Result], chosen: Result | N
         if len(alone) > 1 and all(part in known for part in alone):
             each = tuple(_part(words.label_beside(part, original.candidate), original, known[part]) for part in alone)
             speed, memory, size = (_product([getattr(part, kind) for part in each]) for kind in ("speed", "memory", "size"))
-            expected = Part("multiplied", speed, memory, size, _sum([part.drop for part in each]))
+            expected = Part("gains multiplied, drops added", speed, memory, size, _sum([part.drop for part in each]))
             found.append(Interaction(result.candidate, each, expected, _part("together, measured", original, result)))
     return found[:MOST]
 

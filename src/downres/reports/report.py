@@ -53,7 +53,7 @@ def build_report(view: ReportView) -> str:
         metric=view.score.metric,
         unit=view.original.quality.unit if view.original.quality else "points",
         sentence=words.verdict(view.original, view.results, chosen, view.budget, view.score),
-        tiles=_tiles(view.original, shown),
+        tiles=_tiles(view.original, shown, any(r.candidate.network != r.candidate for r in view.results)),
         rungs=_rungs(view.results),
         interactions=interactions(view.original, view.results, chosen),
         tuning=sorted({rung.n for r in view.results if r.recovery for rung in r.recovery.tried if rung.n}),
@@ -94,8 +94,10 @@ class Tile:
     more: str = ""
 
 
-def _tiles(original: Result, shown: Result | None) -> list[Tile]:
-    """The score, MACs, memory, latency, parameters: those that were measured on the original and on `shown`."""
+def _tiles(original: Result, shown: Result | None, files: bool) -> list[Tile]:
+    """The score, MACs, memory, latency, parameters: those that were measured on the original and on `shown`. files: whether the
+    search was one over files of one network, too.
+    """
     after = shown or original
     tiles = []
     if (q := original.quality) and (p := after.quality):
@@ -124,10 +126,10 @@ def _tiles(original: Result, shown: Result | None) -> list[Tile]:
                 f"p10–p90 {words.spread(u)}, was {words.spread(t)}",
             )
         )
-    if (f := original.footprint) and (g := after.footprint):
+    if files and (f := original.footprint) and (g := after.footprint):
         resident = f"{format_quantity(g.peak_rss_bytes, 'B')} resident to load it and answer once" if g.peak_rss_bytes else ""
         tiles.append(_cost_tile("File", f.file_bytes, g.file_bytes, "B", "less", resident))
-    if (flips := after.flips) is not None and after is not original:
+    if (flips := after.flips) is not None and (files or flips.verdict):
         told = f"{flips.lost} right→wrong, {flips.won} wrong→right; at most {flips.upper:.1f}\u00a0%"
         tiles.append(Tile("Another answer than before", words.percent(flips.share), words.percent(0.0), "", told))
     if (c := original.cost) and (d := after.cost):
