@@ -1,4 +1,4 @@
-"""The main job end to end on real photographs: gates, numbers by hand, interruption, and what the proof images may decide."""
+"""The main job end to end with a tiny network: gates, numbers by hand, interruption, and what the proof images may decide."""
 
 import dataclasses
 import os
@@ -85,52 +85,6 @@ def final(run):
         if r.status == "measured"
     }
     return [answer(r) for r in (run.original, *run.results)], states, run.best and run.best.candidate, run.finished
-
-
-# --- on the real network ---
-
-
-def test_a_search_on_real_photographs(real_run):
-    run, dataset = real_run
-    assert run.finished and run.original.quality.n == len(dataset.labels) == 200
-    assert run.original.quality.top1 > 70  # an ImageNet network sees the defects of solar cells
-    (lowered,) = run.results
-    assert lowered.status == "measured" and lowered.recovery.rung in ("none", "crop", "head")
-    assert lowered.cost.macs < run.original.cost.macs and lowered.latency.runtime == "onnxruntime"
-    assert run.best == lowered and run.artifact == run.folder / "best"
-    assert (run.folder / "report.html").stat().st_size > 10_000
-    assert not (run.folder / "features").exists() and not (run.folder / "onnx").exists()
-
-
-def test_drops_equal_what_the_stored_predictions_give(real_run):
-    run, dataset = real_run
-    store = Store.read(run.folder)
-    proof = np.concatenate([fold.test for fold in dataset.folds])
-    correct = {}
-    for result in (run.original, *run.results):
-        kept = store.arrays(f"predictions/{State(result.candidate, 1.0).key()}")
-        assert (kept["correct"] == (kept["predicted"] == dataset.labels[proof])).all()
-        assert ((kept["confidence"] >= 50) & (kept["confidence"] <= 100.001)).all()
-        assert result.quality.correct == kept["correct"].sum() and result.quality.n == len(proof)
-        correct[str(result.candidate)] = kept["correct"]
-    original = correct.pop(str(run.original.candidate))
-    (lowered,) = run.results
-    lost = int((original & ~correct["64"]).sum())
-    won = int((~original & correct["64"]).sum())
-    assert (lowered.drop.lost, lowered.drop.won) == (lost, won)
-    assert lowered.drop.drop == pytest.approx(100 * (lost - won) / len(proof))
-
-
-def test_the_row_has_every_number(real_run):
-    run, _ = real_run
-    document = run.to_json()
-    assert document["finished"] is True and document["best"] == document["candidates"][0]
-    row = document["candidates"][0]
-    for name in ("resolution", "macs", "params", "peak_activation_bytes", "latency_ms", "top1", "n", "drop", "verdict"):
-        assert row[name] is not None, name
-
-
-# --- the tiny network from here on ---
 
 
 def test_all_candidates_are_judged_together(whole, cells):

@@ -49,7 +49,7 @@ def run(vit_file, cells, tmp_path_factory):
     return search(
         vit_file, cells.dataset(), fit_head=True, max_drop=40.0, resolutions=[32], stem_scales=(0.5,), patch_sizes=[12],
         merges=[4, "50%-decreasing", "prune4", 30], candidates=["40 merge3"], rungs=("crop", "head"), threads=1,
-        out=tmp_path_factory.mktemp("vit") / "run",
+        runtime="torch", out=tmp_path_factory.mktemp("vit") / "run",
     )  # fmt: skip
 
 
