@@ -47,14 +47,16 @@ def search_command(model, data, out, *more):
 def run_folder(model, scenes, tmp_path_factory):
     """A finished run, made by the command itself; its standard output was one JSON document."""
     out = tmp_path_factory.mktemp("cli") / "run"
-    printed, said = io.StringIO(), io.StringIO()
+    printed, said = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
         patch.setattr(sys, "argv", ["downres", *map(str, search_command(model, scenes, out, "--json"))])
         with contextlib.suppress(SystemExit), warnings.catch_warnings():
             main()
-    document = json.loads(printed.getvalue())
+    printed.seek(0)
+    said.seek(0)
+    document = json.loads(printed.read())
     assert document["finished"] and document["artifact"] == str(out / "best")
-    assert "looking at images" in said.getvalue()
+    assert "looking at images" in said.read()
     return out
 
 
