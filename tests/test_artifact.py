@@ -9,7 +9,6 @@ import sys
 import warnings
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from PIL import Image
@@ -49,56 +48,6 @@ def found(findings):
 ALL = {
     "files": True, "preprocessing = PIL": True, "torch = onnxruntime": True, "quality": True, "serve.py = predict": True,
 }  # fmt: skip
-
-
-def test_the_files_and_what_the_manifest_says(real_run):
-    run, dataset = real_run
-    assert {p.name for p in run.artifact.iterdir()} == {
-        "model.onnx", "model.safetensors", "folds.safetensors", "manifest.json", "serve.py", "proof.json",
-    }  # fmt: skip
-    manifest = read_manifest(run.artifact)
-    assert manifest["format"] == 3 and manifest["candidate"]["resolution"] == 64
-    assert manifest["input"] == {"name": "input", "shape": ["batch", 3, 64, 64], "dtype": "float32", "layout": "NCHW"}
-    assert {**manifest["output"], "meaning": ""} == {
-        "name": "logits", "shape": ["batch", 2], "dtype": "float32", "values": "logits", "meaning": "",
-    }  # fmt: skip
-    assert Preprocessing.from_json(manifest["preprocessing"]).hw == (64, 64)
-    assert manifest["classes"] == ["intact", "defective"]
-    assert manifest["result"] == run.best.to_json() and manifest["original"] == run.original.to_json()
-    assert {"macs", "peak_activation_bytes"} <= manifest["result"]["cost"].keys()
-    assert {"top1", "top1_low", "top1_high", "n"} <= manifest["result"]["quality"].keys()
-    assert manifest["source"]["model"]["spec"] == "timm:tf_efficientnet_lite0"
-    assert manifest["source"]["data"]["sha256"] == dataset.fingerprint() and manifest["source"]["data"]["licence"] == "CC"
-    assert len(manifest["folds"]) == 2 and {"torch", "onnxruntime", "downres"} <= manifest["versions"].keys()
-    assert manifest["sha256"].keys() == {p.name for p in run.artifact.iterdir()}
-    assert str(run.folder) not in (run.artifact / "manifest.json").read_text()
-
-
-def test_the_onnx_file_takes_any_batch_and_the_small_input(real_run):
-    run, _ = real_run
-    graph = onnx.load(run.artifact / "model.onnx").graph
-    (entry,) = graph.input
-    dims = entry.type.tensor_type.shape.dim
-    assert entry.name == "input" and dims[0].dim_param and [d.dim_value for d in dims[1:]] == [3, 64, 64]
-    runtime = OnnxRuntime(run.artifact / "model.onnx", 1)
-    batch = np.random.default_rng(0).standard_normal((5, 3, 64, 64), np.float32)
-    together = runtime(batch)[0]
-    assert together.shape == (5, 2)
-    for i in range(5):
-        assert np.allclose(runtime(batch[i : i + 1])[0][0], together[i], atol=1e-4)
-
-
-def test_check_proves_a_real_shipped_model(real_run):
-    """Also its cross-fitted quality, to the image: each fold's head in the shipped graph, on images it never saw."""
-    run, dataset = real_run
-    findings = check(run.artifact, data=dataset, threads=1)
-    assert found(findings) == ALL
-    assert "32 of 32 real images" in findings[2].detail
-    q = run.best.quality
-    assert findings[3].detail.startswith(f"top-1 {q.top1:.2f} % ({q.correct}/{q.n}), stated {q.top1:.2f} %")
-    tensors, shipped = load_file(run.artifact / "folds.safetensors"), load_file(run.artifact / "model.safetensors")
-    for i in (0, 1):
-        assert not torch.equal(tensors[f"{i}/classifier.weight"], shipped["classifier.weight"])
 
 
 def test_check_works_where_the_folder_was_moved_to(shipped, folder):

@@ -1,9 +1,11 @@
 """The command line on masks: every command, its JSON, and one sentence for everything that can be wrong with masks."""
 
+import contextlib
+import io
 import json
 import shutil
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from downres import load_model, load_run, measure_cost
+from downres.cli import main
 
 RECIPE = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--native-resolution", "48x64", "--threads", "1"]
-MAIN = [sys.executable, "-c", "from downres.cli import main; main()"]
 
 
 def refused(done, *words):
@@ -43,13 +45,18 @@ def search_command(model, data, out, *more):
 
 @pytest.fixture(scope="module")
 def run_folder(model, scenes, tmp_path_factory):
-    """A finished run, made by the command itself in a process of its own; its standard output was one JSON document."""
+    """A finished run, made by the command itself; its standard output was one JSON document."""
     out = tmp_path_factory.mktemp("cli") / "run"
-    done = subprocess.run([*MAIN, *map(str, search_command(model, scenes, out, "--json"))], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    printed, said = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+        patch.setattr(sys, "argv", ["downres", *map(str, search_command(model, scenes, out, "--json"))])
+        with contextlib.suppress(SystemExit), warnings.catch_warnings():
+            main()
+    printed.seek(0)
+    said.seek(0)
+    document = json.loads(printed.read())
     assert document["finished"] and document["artifact"] == str(out / "best")
-    assert "looking at images" in done.stderr
+    assert "looking at images" in said.read()
     return out
 
 

@@ -25,9 +25,10 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
-def lite0():
+def small():
+    """timm's smallest EfficientNet."""
     torch.manual_seed(0)
-    model = timm.create_model("tf_efficientnet_lite0", num_classes=10).train()
+    model = timm.create_model("test_efficientnet", num_classes=10).train()
     with torch.no_grad():  # running statistics of real activations, so that the logits are neither huge nor constant
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.momentum = None
@@ -36,15 +37,15 @@ def lite0():
     return model.eval()
 
 
-def test_onnxruntime_equals_torch_at_any_batch(lite0, tmp_path, capfd):
-    path = export_onnx(lite0, SIZE, tmp_path / "model.onnx")
+def test_onnxruntime_equals_torch_at_any_batch(small, tmp_path, capfd):
+    path = export_onnx(small, SIZE, tmp_path / "model.onnx")
     assert capfd.readouterr().out == ""
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]  # weights inside
-    ort, eager = OnnxRuntime(path), TorchRuntime(lite0)
+    ort, eager = OnnxRuntime(path), TorchRuntime(small)
     for n in (1, 2, 5):
         (ours,), (theirs,) = ort(images(n)), eager(images(n))
         with torch.inference_mode():
-            plain = lite0(torch.from_numpy(images(n))).numpy()
+            plain = small(torch.from_numpy(images(n))).numpy()
         assert ours.shape == (n, 10) and plain.std() > 0.01
         assert np.abs(ours - plain).max() < 1e-4 and np.abs(theirs - plain).max() < 1e-4
     assert np.array_equal(ort(images(2))[0], ort(images(2))[0])
@@ -78,7 +79,7 @@ def test_names_and_free_batch_in_the_file(tmp_path):
 
 
 def test_attention_exports(tmp_path):
-    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=4).eval()
+    model = timm.create_model("test_vit", depth=1, img_size=32, num_classes=4).eval()
     path = export_onnx(model, (3, 32, 32), tmp_path / "vit.onnx")
     batch = images(3, (3, 32, 32))
     assert np.abs(OnnxRuntime(path)(batch)[0] - TorchRuntime(model)(batch)[0]).max() < 1e-4
@@ -216,7 +217,7 @@ class Joined(nn.Module):
     ("network", "size", "same"),
     [
         (tiny, (3, 48, 40), True),
-        (lambda: timm.create_model("mobilenetv3_small_050", num_classes=3).eval(), (3, 64, 96), True),
+        (lambda: timm.create_model("test_efficientnet", num_classes=3).eval(), (3, 64, 96), True),
         (Padded, (3, 48, 48), True),
         (Padded, (3, 33, 33), False),
         (Joined, (3, 48, 48), False),

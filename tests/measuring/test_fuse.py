@@ -118,9 +118,7 @@ def test_a_hook_inside_keeps_its_branches() -> None:
     assert measure_cost(moved, (3, 32, 32)).macs == ONE
 
 
-@pytest.mark.parametrize(
-    "name, side, share", [("repvgg_a0", 64, 0.91), ("mobileone_s0", 64, 0.28), ("ghostnetv3_050", 64, 0.5)]
-)
+@pytest.mark.parametrize("name, side, share", [("repvgg_a0", 64, 0.91), ("mobileone_s0", 64, 0.28)])
 def test_timms_networks(name, side, share) -> None:
     model = timm.create_model(name, num_classes=5).eval()
     served = timm.utils.reparameterize_model(model)

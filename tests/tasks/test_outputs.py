@@ -228,7 +228,7 @@ def test_what_is_shipped_for_classes(photos, tmp_path, net, options):
 def _shipped(net, data, tmp_path, max_drop, **options):
     run = downres.search(
         net, data, preprocessing=P, resolutions=[SIDE // 2], stem_scales=(), max_drop=max_drop, folds=2, snap=False, threads=1,
-        out=tmp_path / "run", **options,
+        runtime="torch", out=tmp_path / "run", **options,
     )  # fmt: skip
     assert run.best is not None
     assert [str(f.detail) for f in downres.check(tmp_path / "run/best", model=net) if not f.ok] == []

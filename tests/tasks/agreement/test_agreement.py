@@ -1,5 +1,6 @@
 """Agreement: no labels; classes, embeddings and class maps of the original are the truth."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from downres import DownresError, check, curve, predict, search
+from downres import DownresError, Run, check, curve, predict, search
 from downres.tasks.agreement.task import overlap, unit
 
 from ..conftest import Colours, model_of
@@ -42,17 +43,23 @@ def test_classes_by_arithmetic(painted: tuple[Path, np.ndarray], tmp_path: Path)
         assert d.won == 0 and d.drop == pytest.approx(100 - result.quality.agreement) and d.lost == 80 - result.quality.same
 
 
-def test_the_whole_way_with_classes(painted: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def classes(painted: tuple[Path, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A search for the original's classes."""
     folder, _ = painted
-    run = search(
+    return search(
         model_of(Colours(), outputs=3), folder, task="agreement", resolutions=[16], stem_scales=(), snap=False, max_drop=20.0,
-        threads=1, out=tmp_path / "run",
+        threads=1, out=tmp_path_factory.mktemp("classes") / "run",
     )  # fmt: skip
-    assert run.best is not None and run.task.name == "agreement"
-    assert [f.ok for f in check(tmp_path / "run" / "best")] == [True, True, None, True, True]
-    (found,) = predict(tmp_path / "run" / "best", [folder / "00.png"])
+
+
+def test_the_whole_way_with_classes(painted: tuple[Path, np.ndarray], classes: Run) -> None:
+    folder, _ = painted
+    assert classes.best is not None and classes.artifact is not None and classes.task.name == "agreement"
+    assert [f.ok for f in check(classes.artifact)] == [True, True, None, True, True]
+    (found,) = predict(classes.artifact, [folder / "00.png"])
     assert found.classes[0].startswith("class ")
-    assert "Agreement" in (tmp_path / "run" / "report.html").read_text()
+    assert "Agreement" in (classes.folder / "report.html").read_text()
 
 
 def test_embeddings_by_cosine_and_neighbours(painted: tuple[Path, np.ndarray], tmp_path: Path) -> None:
@@ -79,23 +86,19 @@ def test_masks_against_the_originals(painted: tuple[Path, np.ndarray], tmp_path:
     assert [f.ok for f in check(tmp_path / "run" / "best")] == [True, True, None, True, True]
 
 
-def test_a_broken_artifact_is_noticed(painted: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+def test_a_broken_artifact_is_noticed(classes: Run, tmp_path: Path) -> None:
     """The original's answers travel with the artifact: another truth, and the quality is not as stated."""
     from downres.artifacts import proof
 
-    folder, _ = painted
-    run = search(
-        model_of(Colours(), outputs=3), folder, task="agreement", resolutions=[16], stem_scales=(), snap=False, max_drop=20.0,
-        threads=1, out=tmp_path / "run",
-    )  # fmt: skip
-    assert run.artifact is not None
-    kept = np.load(run.artifact / "targets.npz")["classes"]
-    np.savez_compressed(run.artifact / "targets.npz", classes=(kept + 1) % 3)
-    assert [f.what for f in check(run.artifact) if f.ok is False] == ["files"]
+    assert classes.artifact is not None
+    spoilt = shutil.copytree(classes.artifact, tmp_path / "best")
+    kept = np.load(spoilt / "targets.npz")["classes"]
+    np.savez_compressed(spoilt / "targets.npz", classes=(kept + 1) % 3)
+    assert [f.what for f in check(spoilt) if f.ok is False] == ["files"]
     unchecked = pytest.MonkeyPatch()
     unchecked.setattr(proof, "changed_files", lambda *_: [])
     try:
-        assert [f.what for f in check(run.artifact) if f.ok is False] == ["quality"]
+        assert [f.what for f in check(spoilt) if f.ok is False] == ["quality"]
     finally:
         unchecked.undo()
 

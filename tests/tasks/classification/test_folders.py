@@ -248,16 +248,18 @@ def link(root, tree):
 
 
 def test_of_many_training_images_only_a_sample_is_opened(tmp_path, monkeypatch):
+    assert folders_module.TRAINING_IMAGES == 10_000
+    monkeypatch.setattr(folders_module, "TRAINING_IMAGES", 1000)
     calls = decoded_names(monkeypatch)
-    link(tmp_path, {"train/cat": 16_000, "train/dog": 3000, "val/cat": 600, "val/dog": 400})
+    link(tmp_path, {"train/cat": 1600, "train/dog": 300, "val/cat": 60, "val/dog": 40})
     data = open_folder(tmp_path, outputs=2, seed=3)
-    assert len(calls) == 11_000 and set(calls.values()) == {1}
+    assert len(calls) == 1100 and set(calls.values()) == {1}
     (fold,) = data.folds
-    assert len(data.images) == 11_000 and len(fold.train) == 10_000 and len(fold.test) == 1000
-    assert np.bincount(data.labels[fold.train]).tolist() == [8421, 1579]
+    assert len(data.images) == 1100 and len(fold.train) == 1000 and len(fold.test) == 100
+    assert np.bincount(data.labels[fold.train]).tolist() == [842, 158]
     assert data.description == (
-        "11000 images of 2 classes, 10000 in train to fit on and 1000 in val to test on; a stratified sample of 10000 of the "
-        f"19000 images to fit on is used (seed 3), so that time, memory and disk do not grow with their number{CAT_AND_DOG}."
+        "1100 images of 2 classes, 1000 in train to fit on and 100 in val to test on; a stratified sample of 1000 of the "
+        f"1900 images to fit on is used (seed 3), so that time, memory and disk do not grow with their number{CAT_AND_DOG}."
     )
     alone = open_folder(tmp_path, outputs=2, seed=3, parts=("train",))
     assert alone.images.names == [data.images.names[i] for i in fold.train]
