@@ -1,4 +1,4 @@
-"""Preprocessing inside the graph: a file beside the model that takes pictures of any size, 8 bits a channel, as they were decoded."""
+"""Preprocessing inside the graph: a file beside the model that takes pictures of any size as they were decoded."""
 
 import tempfile
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def refuse_numbers(task: Task, p: Preprocessing) -> None:
 
 class _Nodes:
     """A graph that is written as expressions: `g.Add(a, b)` adds an operator and gives the name of what it makes. Numbers and
-    lists become constants: whole ones int64, others float32; arrays keep their type. outer: whose names and constants it shares.
+    lists become constants, whole ones int64, others float32; arrays keep their type. outer: shares its names and constants.
     """
 
     def __init__(self, outer: "_Nodes | None" = None) -> None:
@@ -121,9 +121,10 @@ class _Nodes:
 def front(p: Preprocessing) -> onnx.ModelProto:
     """The preprocessing as a graph of standard operators: uint8 (1, height, width, 3) → float32 (1, channels, *p.hw).
 
-    Sizes and offsets are computed in whole numbers, which round as `images.preprocess` does at every size (with the fit 'pad', in
-    double precision as there). An antialiased resize is a product with the weights of its filter: ONNX's own Resize treats borders
-    otherwise (ONNX Runtime's linear one was 17 of 255 levels off there), and OpenVINO reads it without antialiasing.
+    Sizes and offsets are computed in whole numbers, which round as `images.preprocess` does at every size; with the fit 'pad'
+    in double precision as there, which OpenVINO takes for single: where a side ends half way between two pixels (at most 28 of
+    25,200 sizes) it may be one more or less there. An antialiased resize is a product with the weights of its filter: of ONNX's
+    own, ONNX Runtime's linear one treats borders otherwise (up to 17 of 255 levels off), and OpenVINO leaves antialiasing out.
     """
     g = _Nodes()
     size = [g.Shape(PICTURE, start=axis, end=axis + 1) for axis in (1, 2)]  # height, width
@@ -148,7 +149,7 @@ def _cropped(g: _Nodes, pixels: str, size: list[str], p: Preprocessing) -> str:
     """The centre of the picture that covers `cover_of(p)`."""
     keep, start, out, first = _centre(g, size, p)
     if p.antialias:
-        down, across = (_weights(g, *one, p) for one in zip(size, start, keep, out, first, p.hw, strict=True))
+        down, across = (_weights(g, size[i], start[i], keep[i], out[i], first[i], p.hw[i], p) for i in (0, 1))
         return _passes(g, pixels, down, across)
     kept = g.Slice(pixels, *(g.Concat(*ends, axis=0) for ends in (start, _ends(g, start, keep))), [2, 3])
     resized = _resized(g, kept, out, p)

@@ -19,7 +19,7 @@ MOST_BYTES = 2**28
 SERVE, PROOF = "serve.py", "proof.json"
 """Beside the model: what serves it without downres, and the names and checksums of the images that it was proven on."""
 EMBEDDED, PICTURE, PREPROCESSED = "model_uint8", "image", "preprocessing/input"
-"""Of the file that has its preprocessing inside: its name without the ending, its input, and what the model itself gets there."""
+"""Of the file that has its preprocessing inside: its name without the ending, its input, and what the model gets in there."""
 
 
 @dataclass(frozen=True)
