@@ -171,23 +171,28 @@ def embedded_apart(task: Task, folder: Path, manifest: dict[str, Any], file: Pat
     model = Graph(folder, manifest, threads, LIMIT_S)
     whole = Graph(file.parent, manifest, threads, LIMIT_S, stem=EMBEDDED, taken=taken)
     levels = np.array(p.std, np.float64)[:, None, None] * divisor(np.dtype(np.uint8), p)
-    answers, apart = [], []
+    pictures = [as_colours(task.data.images[int(i)]) for i in chosen]
+
+    def through(one: Runtime, *, decoded: bool) -> Iterator[np.ndarray]:
+        for picture in pictures:
+            yield one(picture[None] if decoded else preprocess(picture, p)[None].numpy())[0][0]
+
     with tempfile.TemporaryDirectory(prefix="downres-") as place:
         engine.up_to(file, PREPROCESSED, pixels := Path(place) / file.name)
         inside = engine.load(pixels, threads, LIMIT_S, precision=precision)
-        for i in chosen:
-            picture = as_colours(task.data.images[int(i)])
-            wanted = preprocess(picture, p)[None].numpy()
-            apart.append(np.abs(inside(picture[None])[0].astype(np.float64) - wanted)[0] * levels)
-            answers.append((whole(picture[None])[0][0], model(wanted)[0][0]))
-    said = [(task.decided(ours), task.decided(theirs)) for ours, theirs in answers]
+        both = zip(through(inside, decoded=True), (preprocess(one, p).numpy() for one in pictures), strict=True)
+        apart = [np.abs(ours.astype(np.float64) - theirs) * levels for ours, theirs in both]
+    changed = None
+    if type(task).changed is not Task.changed:
+        answers = through(model, decoded=False), through(whole, decoded=True)
+        changed = task.changed(*(task.judge(one, chosen, p) for one in answers))
     return Embedded(
         file.name,
         taken,
         round(max(float(one.max()) for one in apart), 3),
         float(np.mean([one.mean() for one in apart])),
-        _distance(answers),
-        float(np.mean([ours != theirs for ours, theirs in said])) if said[0][1] is not None else None,
+        _distance(zip(through(whole, decoded=True), through(model, decoded=False), strict=True)),
+        None if changed is None else float(changed.mean()),
         len(chosen),
     )
 

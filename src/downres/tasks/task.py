@@ -335,12 +335,6 @@ class Task(ABC):
         alike = worst <= TOLERANCE * scale
         return alike, f"largest difference {worst:.2g} at {self.output_name} up to {scale:.3g}, on {n} real images"
 
-    def decided(self, answer: np.ndarray) -> Any:
-        """What of an answer, (K, …) without the batch axis, is either the same as of another or not: a classifier's class. None
-        where answers are only nearer or farther.
-        """
-        return None
-
     # Whoever serves the file has PIL, NumPy and a runtime
 
     dtype: str = "float32"

@@ -216,9 +216,6 @@ class Classification(VectorTask):
         ok = worst <= TOLERANCE * max(scale, 1.0) and agree == total
         return ok, f"{detail}same class on {agree} of {total} real images"
 
-    def decided(self, answer: np.ndarray) -> int:
-        return int(self.logits(answer[None]).argmax())
-
     def meaning(self, preprocessing: Preprocessing) -> dict[str, Any]:
         if self.outputs > 1:
             values, said = (
