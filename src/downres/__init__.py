@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from .lazy import lazy
 
 if TYPE_CHECKING:
-    from .artifacts import Finding, check, predict
+    from .artifacts import Embedded, Finding, check, embed, predict
     from .axes import Axes
     from .errors import DownresError
     from .families import Model, load_model, with_preprocessing
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 __all__ = [
     # the verbs
     "reduce", "token_map", "measure_cost", "measure_latency", "evaluate", "recover", "costs", "curve", "search", "demo",
-    "check", "predict", "write_report",
+    "check", "embed", "predict", "write_report",
     # groups of their options
     "Axes", "Budget", "Question", "Measuring",
     # models and data
@@ -65,14 +65,14 @@ __all__ = [
     # records
     "Candidate", "Merge", "Cost", "Latency", "Score", "Quality", "SegmentationQuality", "MultilabelQuality",
     "RegressionQuality", "AgreementQuality", "EmbeddingQuality", "Dense", "Drop", "Preprocessing",
-    "Record", "Recovery", "Rung", "Result", "Run", "Curve", "Costs", "Change", "Reduction", "Finding", "Prediction",
+    "Record", "Recovery", "Rung", "Result", "Run", "Curve", "Costs", "Change", "Reduction", "Finding", "Embedded", "Prediction",
     "MaskPrediction", "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
 
 # Importing torch, timm and the runtimes takes seconds; a name is imported when it is first used, so that
 # `downres --help` and a mistyped option answer at once. The imports above say the same to type checkers.
 _HOMES = {
-    "artifacts": ("Finding", "check", "predict"),
+    "artifacts": ("Embedded", "Finding", "check", "embed", "predict"),
     "axes": ("Axes",),
     "errors": ("DownresError",),
     "families": ("Model", "load_model", "with_preprocessing"),

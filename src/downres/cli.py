@@ -309,6 +309,9 @@ def search(
     scale: ScaleOption = None,
     antialias: AntialiasOption = None,
     snap: SnapOption = False,
+    embed_preprocessing: Annotated[
+        bool, _model("--embed-preprocessing", help="Ship also a file that takes pictures of any size, see downres embed.")
+    ] = False,
     runtime: SearchRuntimeOption = None,
     threads: ThreadsOption = None,
     latency_batch: Annotated[int, _measure("--latency-batch", help="Images in the pass that is timed.")] = 1,
@@ -336,7 +339,7 @@ def search(
             val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
             cache_gb=cache_gb, task=_task(task), labels=_text(labels), compare=compare, classes=_text(classes),
             output_index=output_index, ignore_output=ignore_output,
-            label_size=_size(label_size), output=output, upsampling=upsampling,
+            label_size=_size(label_size), output=output, upsampling=upsampling, embed_preprocessing=embed_preprocessing,
             command=_command(), progress=progress,
         )  # fmt: skip
     _print_run(run, as_json)
@@ -510,6 +513,24 @@ def check(
             out.print(Text.assemble(mark, shown(f" {finding.what}: {as_options(finding.detail)}")), soft_wrap=True)
     if any(f.ok is False for f in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def embed(
+    artifact: Annotated[Path, typer.Argument(metavar="RUN/best")],
+    data: Annotated[str | None, _data("--data", metavar="DIR", help="Where the proof images are now.")] = None,
+    task: TaskOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write beside a shipped model one that has its preprocessing inside and takes pictures of any size, 8 bits a channel."""
+    from .artifacts import embed as run_embed
+
+    embedded = run_embed(artifact, data=data, threads=threads, task=_task(task))
+    if as_json:
+        _print_json(embedded.to_json())
+    else:
+        _say(out, f"{artifact / embedded.file}: {embedded}", soft_wrap=True)
 
 
 @app.command()
@@ -721,6 +742,8 @@ def _print_run(run: Any, as_json: bool) -> None:
     _say(out, f"Report: {run.folder / 'report.html'}", soft_wrap=True)
     if run.artifact:
         _say(out, f"Model:  {run.artifact}  (downres check {shlex.quote(str(run.artifact))})", soft_wrap=True)
+        if embedded := run.embedded:
+            _say(out, f"        {embedded.file} has its preprocessing inside: {embedded}", soft_wrap=True)
 
 
 def _print_notes(notes: Any) -> None:

@@ -11,7 +11,7 @@ from .manifest import Port, served_by
 
 class Graph:
     """The graph of an artifact, in its own runtime; call it as a `Runtime`. spread: see `OnnxRuntime`. stem: of its file's
-    name.
+    name. taken: what goes in, None: what the manifest says of the model.
 
     Raises DownresError where its inputs or outputs are not those of the manifest, where a run fails or takes longer than
     `limit_s` seconds an image, and for an answer of another shape, or with NaN or infinity in it: of a class map, which has
@@ -27,10 +27,11 @@ class Graph:
         *,
         spread: bool = False,
         stem: str = "model",
+        taken: Port | None = None,
     ) -> None:
         engine, precision = served_by(manifest)
         self.file = (folder / stem).with_suffix(Path(engine.file).suffix)
-        self.taken, self.given = (Port.from_json(manifest[name]) for name in ("input", "output"))
+        self.taken, self.given = taken or Port.from_json(manifest["input"]), Port.from_json(manifest["output"])
         self._runtime = engine.load(self.file, threads, limit_s, precision=precision, spread=spread)
         self.name, self.versions, self.threads = self._runtime.name, self._runtime.versions, self._runtime.threads
         found = self._runtime.inputs
@@ -41,7 +42,7 @@ class Graph:
             raise self._other(f"it gives {', '.join(names) or 'nothing'}, not {self.given.name}")
 
     def __call__(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(b, c, h, w) float32 → the one output in a tuple."""
+        """(b, c, h, w) float32, or what else it takes → the one output in a tuple."""
         (answer,) = self._runtime(batch)
         wanted = ("batch", *self.given.shape[1:])
         if not isinstance(answer, np.ndarray) or not _fits(answer.shape, (len(batch), *wanted[1:])):

@@ -8,7 +8,7 @@ from typing import Any
 from ..engines.engine import Engine, Layers, engine_of
 from ..errors import DownresError, first_line
 from ..parse import FP32
-from ..record import Misfit, read_json, sha256
+from ..record import Misfit, read_json, sha256, write_json, write_whole
 from ..records import Candidate, Cost, Drop, Latency, Preprocessing, Record, Recovery
 from ..recovery.state import State
 from ..tasks import Question
@@ -18,6 +18,8 @@ MOST_BYTES = 2**28
 """Of a manifest; a larger one is none of ours."""
 SERVE, PROOF = "serve.py", "proof.json"
 """Beside the model: what serves it without downres, and the names and checksums of the images that it was proven on."""
+EMBEDDED, PICTURE, PREPROCESSED = "model_uint8", "image", "preprocessing/input"
+"""Of the file that has its preprocessing inside: its name without the ending, its input, and what the model gets in there."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,35 @@ class Served(Record):
     precision: str = FP32
     layers: Layers | None = None
     distance: float | None = None
+
+
+@dataclass(frozen=True)
+class Embedded(Record):
+    """The file that has its preprocessing inside, and how far it is from the preprocessing that the model was measured with.
+
+    largest_level, mean_level: between what the model gets from both, in levels of 255 a pixel. distance: between the answers,
+    see `artifacts.proof.distance`. other_answers: share of the images with another answer, None where the task has none that is
+    the same or not.
+    """
+
+    file: str
+    input: Port
+    largest_level: float
+    mean_level: float
+    distance: float
+    other_answers: float | None
+    images: int
+
+    def __post_init__(self) -> None:
+        if Path(self.file).stem != EMBEDDED or self.file != Path(self.file).name:
+            raise DownresError(f"The file with its preprocessing inside is {EMBEDDED}, {self.file[:40]!r} is not.")
+
+    def __str__(self) -> str:
+        other = "" if self.other_answers is None else f", another answer to {100 * self.other_answers:.2g} %"
+        return (
+            f"pixels at most {self.largest_level:.2g} of 255 levels apart, {self.mean_level:.2g} on average; answers "
+            f"{self.distance:.2g} apart{other}; on {self.images} real images"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,6 +146,7 @@ class Manifest(Record):
     source: Source
     sha256: dict[str, str]
     runtime: Served = Served("onnxruntime")
+    embedded: Embedded | None = None
     folds: tuple[FoldPart, ...] = ()
     classes: tuple[str, ...] = ()
     colours: tuple[tuple[int, int, int], ...] = ()
@@ -145,6 +177,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes it with its own digest in it, which is that of the text in which it is blank."""
+    manifest["sha256"]["manifest.json"] = ""
+    text = write_json(manifest, indent=1) + "\n"
+    manifest["sha256"]["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
+    write_whole(folder / "manifest.json", (write_json(manifest, indent=1) + "\n").encode())
+
+
 def changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """The names of files that are not as they were shipped; the manifest vouches for the others."""
     digests = manifest["sha256"]
@@ -166,9 +206,15 @@ def served_by(manifest: dict[str, Any]) -> tuple[Engine, str]:
 
 
 def needed(manifest: dict[str, Any]) -> list[str]:
-    """What every artifact of its runtime has."""
+    """What every artifact of its runtime has, and every one that says that its preprocessing is embedded."""
     engine, _ = served_by(manifest)
-    return [*(file.name for file in engine.files(Path(engine.file))), "model.safetensors"]
+    named = [Path(engine.file), *([embedded_in(engine)] if manifest.get("embedded") else [])]
+    return [*(file.name for one in named for file in engine.files(one)), "model.safetensors"]
+
+
+def embedded_in(engine: Engine) -> Path:
+    """Name of the file that has its preprocessing inside."""
+    return Path(engine.file).with_stem(EMBEDDED)
 
 
 def is_whole(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..engines.torch import TorchRuntime
 from ..errors import DownresError, first_line
 from ..families import Model, load_model
 from ..images import Images, batches, preprocess, resize_and_crop
-from ..images.preprocess import shown_size
+from ..images.preprocess import divisor, shown_size
 from ..parse import INT8
 from ..probe import find_answer
 from ..record import read_json
@@ -30,7 +30,21 @@ from ..records import Candidate, Preprocessing, Record
 from ..reduction import made_for, reduce
 from ..tasks import Data, Question, Task, known_task, restored
 from .graph import Graph
-from .manifest import MOST_BYTES, PROOF, FoldPart, Served, changed_files, read_manifest, served_by
+from .manifest import (
+    EMBEDDED,
+    MOST_BYTES,
+    PICTURE,
+    PREPROCESSED,
+    PROOF,
+    Embedded,
+    FoldPart,
+    Port,
+    Served,
+    changed_files,
+    embedded_in,
+    read_manifest,
+    served_by,
+)
 from .served import served_alike
 from .serving import proof_of
 
@@ -39,6 +53,9 @@ LIMIT_S = 60.0
 """Seconds that a graph may take for one picture: one that never ends is no proof."""
 PIXEL_TOLERANCE = 2
 """Largest difference, of 255 levels, between the pixels that the network gets and those of PIL's resize."""
+
+
+INSIDE = "preprocessing inside"
 
 
 @dataclass(frozen=True)
@@ -93,9 +110,10 @@ def _looked_at(
     served = Served.from_json(manifest["runtime"]) if "runtime" in manifest else Served("onnxruntime")
     equal = f"torch = {served.name}" if served.distance is None else f"torch and {served.name} {served.precision}"
     network, why_no_network = _network(folder, manifest, model)
-    dataset, why_no_data = _dataset(own, folder, manifest, data)
+    dataset, why_no_data = opened_data(own, folder, manifest, data)
     if dataset is None:
-        unseen = ("preprocessing = PIL", equal, "quality", "serve.py = predict")
+        inside = (INSIDE,) if manifest.get("embedded") else ()
+        unseen = ("preprocessing = PIL", equal, "quality", *inside, "serve.py = predict")
         return [*(Finding(what, None, why_no_data) for what in unseen)]
     chosen = parity_images(own)
     findings = [_pixels(dataset, chosen, preprocessing)]
@@ -108,6 +126,8 @@ def _looked_at(
         said = f"answers {found:.2g} apart, {served.distance:.2g} when it was shipped, on {len(chosen)} real images"
         findings.append(Finding(equal, abs(found - served.distance) <= 0.1 * served.distance + 1e-3, said))
     findings.append(_quality(own, folder, manifest, runtime, network, preprocessing, threads))
+    if manifest.get("embedded"):
+        findings.append(_as_embedded(own, folder, manifest, threads))
     findings.append(Finding("serve.py = predict", *served_alike(own, folder, manifest, runtime, preprocessing)))
     return findings
 
@@ -126,10 +146,12 @@ def distance(
     """How far a file of fewer bits answers from its network in float, as a part of what that answers: of numbers the root of
     the mean square, of class maps the share of pixels.
     """
-    pairs = zip(
-        *(_answers(one, task.data.images, chosen, p) for one in (runtime, TorchRuntime(task.serve(network), threads))),
-        strict=True,
-    )
+    both = (_answers(one, task.data.images, chosen, p) for one in (runtime, TorchRuntime(task.serve(network), threads)))
+    return _distance(zip(*both, strict=True))
+
+
+def _distance(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Of answers from those that they should be."""
     apart = whole = 0.0
     for ours, theirs in pairs:
         if ours.dtype.kind == "f":
@@ -137,6 +159,64 @@ def distance(
         else:
             apart, whole = apart + float((ours != theirs).sum()), whole + ours.size
     return float(np.sqrt(apart / max(whole, 1e-12))) if ours.dtype.kind == "f" else apart / whole
+
+
+def embedded_apart(task: Task, folder: Path, manifest: dict[str, Any], file: Path, threads: int | None = None) -> Embedded:
+    """What a file with its preprocessing inside changes, on some of the proof images: of the pixels that it makes, and of the
+    answers of the model in the folder.
+    """
+    p, (engine, precision) = Preprocessing.from_json(manifest["preprocessing"]), served_by(manifest)
+    taken = Port(PICTURE, (1, "height", "width", 3), "uint8")
+    chosen = parity_images(task)
+    model = Graph(folder, manifest, threads, LIMIT_S)
+    whole = Graph(file.parent, manifest, threads, LIMIT_S, stem=EMBEDDED, taken=taken)
+    levels = np.array(p.std, np.float64)[:, None, None] * divisor(np.dtype(np.uint8), p)
+    pictures = [as_colours(task.data.images[int(i)]) for i in chosen]
+
+    def through(one: Runtime, *, decoded: bool) -> Iterator[np.ndarray]:
+        for picture in pictures:
+            yield one(picture[None] if decoded else preprocess(picture, p)[None].numpy())[0][0]
+
+    with tempfile.TemporaryDirectory(prefix="downres-") as place:
+        engine.up_to(file, PREPROCESSED, pixels := Path(place) / file.name)
+        inside = engine.load(pixels, threads, LIMIT_S, precision=precision)
+        both = zip(through(inside, decoded=True), (preprocess(one, p).numpy() for one in pictures), strict=True)
+        apart = [np.abs(ours.astype(np.float64) - theirs) * levels for ours, theirs in both]
+    changed = None
+    if type(task).changed is not Task.changed:
+        answers = through(model, decoded=False), through(whole, decoded=True)
+        changed = task.changed(*(task.judge(one, chosen, p) for one in answers))
+    return Embedded(
+        file.name,
+        taken,
+        round(max(float(one.max()) for one in apart), 3),
+        float(np.mean([one.mean() for one in apart])),
+        _distance(zip(through(whole, decoded=True), through(model, decoded=False), strict=True)),
+        None if changed is None else float(changed.mean()),
+        len(chosen),
+    )
+
+
+def as_colours(picture: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3), grey repeated, as `decode` gives it to a network of three channels."""
+    planes = picture.reshape(*picture.shape[:2], -1)
+    return np.ascontiguousarray(np.broadcast_to(planes, (*planes.shape[:2], 3)))
+
+
+def _as_embedded(task: Task, folder: Path, manifest: dict[str, Any], threads: int | None) -> Finding:
+    """Whether the file with its preprocessing inside is as near as it was when it was written."""
+    stated = Embedded.from_json(manifest["embedded"])
+    found = embedded_apart(task, folder, manifest, folder / embedded_in(served_by(manifest)[0]), threads)
+    # Another processor may round a pixel or an answer the other way.
+    alike = (
+        abs(found.largest_level - stated.largest_level) <= 1.01
+        and abs(found.mean_level - stated.mean_level) <= 0.2 * stated.mean_level + 0.01
+        and abs(found.distance - stated.distance) <= 0.2 * stated.distance + 1e-3
+        and abs((found.other_answers or 0.0) - (stated.other_answers or 0.0)) <= 1.01 / found.images
+        and (found.other_answers is None, found.images) == (stated.other_answers is None, stated.images)
+        and (found.file, found.input) == (stated.file, stated.input)
+    )
+    return Finding(INSIDE, alike, f"{found}" if alike else f"{found}; stated: {stated}")
 
 
 def parity_images(task: Task) -> np.ndarray:
@@ -286,7 +366,7 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
     return nn.Module.eval(module), ""
 
 
-def _dataset(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -> tuple[Data | None, str]:
+def opened_data(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -> tuple[Data | None, str]:
     """The proof images, or None and why; the task has them then."""
     source = manifest["source"].get("data")
     if source is None:

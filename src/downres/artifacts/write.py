@@ -3,7 +3,6 @@ model.safetensors (the same weights for torch), manifest.json, serve.py (a progr
 images were the proof) and, where the quality was cross-fitted, folds.safetensors (the tensors that it was measured with).
 """
 
-import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..record import settled, sha256, write_json
 from ..records import Preprocessing, Recovery, Result
 from ..recovery.state import State
 from ..tasks import Task
-from .manifest import FORMAT, PROOF, SERVE
+from .manifest import FORMAT, PROOF, SERVE, write_manifest
 from .serving import output_of, program, proof_of, steps, takes_numbers
 
 
@@ -82,12 +81,9 @@ def export(
         "source": source,
         "folds": list(folds),
         "versions": versions or {},
-        "sha256": {file.name: sha256(file) for file in sorted(partial.iterdir())} | {"manifest.json": ""},
+        "sha256": {file.name: sha256(file) for file in sorted(partial.iterdir())},
     }
-    text = write_json(manifest, indent=1) + "\n"
-    manifest["sha256"]["manifest.json"] = hashlib.sha256(text.encode()).hexdigest()
-    (partial / "manifest.json").write_text(write_json(manifest, indent=1) + "\n")
-    settled(partial / "manifest.json")
+    write_manifest(partial, manifest)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
     return folder

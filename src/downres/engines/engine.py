@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -18,10 +18,15 @@ from ..parse import FP32, INT8, check_runtime
 from ..record import Record
 from . import FileRuntime
 
+if TYPE_CHECKING:
+    import onnx
+
 RANGES = ("minmax", "percentile", "entropy")
 """How the range of an activation is taken from what is seen on calibration images: all of it; without the largest 0.001 %; that
 which loses the least information (Kullback-Leibler).
 """
+LEAST_OPSET = 18
+"""Of ONNX; whatever downres writes has it or a later one."""
 LEAST_CALIBRATION = 16
 """Images below which a range is luck."""
 
@@ -131,6 +136,14 @@ class Engine(ABC):
         """Writes the file with other values for tensors of these names in the network's state dict; False where it has not
         all."""
         return False
+
+    def put_in_front(self, front: "onnx.ModelProto", file: Path, path: Path) -> None:
+        """Writes the file with what another graph gives as its input. front: of opset LEAST_OPSET, one input and one output."""
+        raise NotImplementedError
+
+    def up_to(self, file: Path, tensor: str, path: Path) -> None:
+        """Writes what of a file leads to a tensor."""
+        raise NotImplementedError
 
     def files(self, file: Path) -> list[Path]:
         """All that belongs to a file."""

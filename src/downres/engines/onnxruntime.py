@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.compose
+import onnx.helper
 import onnx.numpy_helper
 import onnxruntime
 import torch
@@ -25,7 +27,7 @@ from ..copying import copied, single
 from ..errors import NO_SPACE, DownresError, first_line, shown
 from ..parse import FP16, FP32, INT8
 from . import check_threads
-from .engine import Batches, Engine, Layers, Quantization, plain_name
+from .engine import LEAST_OPSET, Batches, Engine, Layers, Quantization, plain_name
 from .fuse import fused, noise
 from .torch import TorchRuntime, plain_attention, uncompiled
 
@@ -86,17 +88,18 @@ class OnnxRuntime:
             raise DownresError(f"{self._told} is not an ONNX model that can run ({reason}): export it again.") from error
         self.inputs = [(one.name, list(one.shape)) for one in self._session.get_inputs()]
         self.outputs = [one.name for one in self._session.get_outputs()]
+        self._takes = np.uint8 if self._session.get_inputs()[0].type == "tensor(uint8)" else np.float32
         self._pool = ThreadPoolExecutor(self.threads) if spread and self.threads > 1 else None
 
     def __call__(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(b, c, h, w) float32 → the outputs, in the graph's order."""
+        """(b, c, h, w) float32, or uint8 pictures where the graph takes these → the outputs, in the graph's order."""
         if self._pool is None or len(batch) < 2:
             return self._run(batch)
         parts = self._pool.map(self._run, np.array_split(batch, min(self.threads, len(batch))))
         return tuple(np.concatenate(outputs) for outputs in zip(*parts, strict=True))
 
     def _run(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
-        given = {self.inputs[0][0]: np.ascontiguousarray(batch, dtype=np.float32)}
+        given = {self.inputs[0][0]: np.ascontiguousarray(batch, dtype=self._takes)}
         try:
             return tuple(
                 self._session.run(None, given) if self.limit_s is None else self._in_time(given, self.limit_s * len(batch))
@@ -202,6 +205,21 @@ print(before, peak())
             target.CopyFrom(onnx.numpy_helper.from_array(np.asarray(values), target.name))
         path.write_bytes(graph.SerializeToString())
         return True
+
+    def put_in_front(self, front: onnx.ModelProto, file: Path, path: Path) -> None:
+        model, before = onnx.load(file), onnx.ModelProto()
+        before.CopyFrom(front)
+        # The operators of what stands in front mean the same in every later opset.
+        own = {one.domain: one.version for one in model.opset_import}
+        before.ir_version, before.opset_import[0].version = model.ir_version, max(LEAST_OPSET, own.get("", 0))
+        joint = [(before.graph.output[0].name, model.graph.input[0].name)]
+        path.write_bytes(onnx.compose.merge_models(before, model, io_map=joint).SerializeToString())
+
+    def up_to(self, file: Path, tensor: str, path: Path) -> None:
+        model = onnx.load(file)
+        del model.graph.output[:]
+        model.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
+        path.write_bytes(model.SerializeToString())
 
     def load(
         self,

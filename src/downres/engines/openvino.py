@@ -53,12 +53,13 @@ class OpenVino:
             raise DownresError(
                 f"{self._told} is not a model that OpenVINO can run ({_reason(error)}): export it again."
             ) from error
+        self._takes = np.uint8 if self._model.input(0).element_type == ov.Type.u8 else np.float32
         self._requests: dict[int, Any] = {}
         self.hints: dict[str, str] = {}
 
     def __call__(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(b, c, h, w) float32 → the outputs, in the graph's order."""
-        batch = np.ascontiguousarray(batch, dtype=np.float32)
+        """(b, c, h, w) float32, or uint8 pictures where the graph takes these → the outputs, in the graph's order."""
+        batch = np.ascontiguousarray(batch, dtype=self._takes)
         try:
             request = self._request(batch.shape)
             if self.limit_s is None:
@@ -83,7 +84,8 @@ class OpenVino:
     def _request(self, shape: tuple[int, ...]) -> Any:
         if shape[0] not in self._requests:
             fixed = self._model.clone()
-            fixed.reshape({0: list(shape)})
+            if self._takes is np.float32:  # pictures have many sizes
+                fixed.reshape({0: list(shape)})
             options: dict[str, Any] = {
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_PRECISION_HINT": self._hint,
@@ -194,6 +196,18 @@ print(before, peak())
                 taken.replace_source_output(made.output(0))
         _save(model, path)
         return True
+
+    def put_in_front(self, front: Any, file: Path, path: Path) -> None:
+        before, model = ov.Core().read_model(front.SerializeToString()), _read(file)
+        given = before.output(0).get_node().input_value(0)
+        for taken in list(model.input(0).get_target_inputs()):
+            taken.replace_source_output(given)
+        _save(ov.Model(model.get_results(), before.get_parameters()), path)
+
+    def up_to(self, file: Path, tensor: str, path: Path) -> None:
+        model = _read(file)
+        given = next(out for op in model.get_ops() for out in op.outputs() if tensor in out.get_names())
+        _save(ov.Model([given], model.get_parameters()), path)
 
     def load(
         self,

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DownresError, first_line, shown
 from ..images import Skip
@@ -32,6 +32,9 @@ from ..reports.interactions import interactions
 from ..tasks import Task, restored
 from .select import over_budget, select
 from .store import IN_TORCH, STOPPED, UNEXPORTED, UNSHIPPED, Store
+
+if TYPE_CHECKING:
+    from ..artifacts import Embedded
 
 NOT_OPENED = {
     "description": "No image was opened.",
@@ -79,6 +82,14 @@ class Run:
     def artifact(self) -> Path | None:
         """Folder of the shipped model, or None."""
         return self.folder / "best" if (self.folder / "best" / "manifest.json").exists() else None
+
+    @property
+    def embedded(self) -> "Embedded | None":
+        """What is beside the shipped model with its preprocessing inside, or None."""
+        from ..artifacts import Embedded, read_manifest  # and all runtimes
+
+        said = read_manifest(self.artifact).get("embedded") if self.artifact else None
+        return Embedded.from_json(said) if said else None
 
     def to_json(self) -> dict[str, Any]:
         return plain(

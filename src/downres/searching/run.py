@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..artifacts import is_whole
+from ..artifacts import is_whole, read_manifest
+from ..artifacts.embed import embed_with, refuse_channels, refuse_numbers
 from ..axes import Axes, default_axes
 from ..engines.engine import QuantizationFailed, engine_of
 from ..engines.onnxruntime import NotExported
@@ -61,6 +62,7 @@ def search(
     rungs: tuple[str, ...] = RUNGS,
     minimize: str | None = None,
     preprocessing: Preprocessing | None = None,
+    embed_preprocessing: bool = False,
     out: str | Path | None = None,
     command: str = "",
     progress: Progress | None = None,
@@ -84,6 +86,8 @@ def search(
             quantized 'ranges' (other ranges) and 'layers' (the most sensitive layers in float); () only lowers the input.
         minimize: what 'cheapest' means: 'macs', 'memory', 'latency' or 'size'; None: latency where precisions or runtimes are
             tried, of which MACs know nothing, else MACs.
+        embed_preprocessing: ship beside the model one that takes pictures of any size, see `downres.embed`; a run that is
+            finished gets it too.
         out: folder of the run; the same call again goes on where it was. Default: a new temporary folder.
         command: how the run was asked for, to be shown in its report.
 
@@ -101,6 +105,8 @@ def search(
         warnings.warn("runtime 'torch' measures in torch; the shipped model.onnx is checked against it.", stacklevel=2)
     subject = prepare_task(model, data, question, task, preprocessing)
     subject.check_budget(budget)
+    if embed_preprocessing:
+        refuse_channels(subject.model.preprocessing)
     design = design_of(subject.model)
     if len(measuring.runtimes) > 1 and tries.given(RUNTIME) is None:
         tries = tries.replaced({RUNTIME.keyword: (None, *measuring.runtimes[1:])})
@@ -146,12 +152,19 @@ def search(
         if len(alive) > 1:  # the first is the original
             open_data(subject, data, measuring, question, progress=progress)
             store.same("data", describe_data(subject), "sha256")
+            if embed_preprocessing:
+                refuse_numbers(subject, subject.model.preprocessing)
             _measure_all(subject, store, budget, alive, rungs, bank, progress)
         if store.get("finished") is None:
             store.put("finished", True)
         bank.forget()
         run = load_run(folder, store)
         write_report(run)
+        if embed_preprocessing and run.artifact is not None and not read_manifest(run.artifact).get("embedded"):
+            try:
+                embed_with(subject, run.artifact, measuring.threads)
+            except DownresError as error:  # the model itself is proven and shipped
+                warnings.warn(f"the model is shipped alone: {str(error).rstrip('.')}", stacklevel=2)
         return run
     finally:
         store.close()
