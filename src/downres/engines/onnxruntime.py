@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import io
+import json
 import logging
 import os
 import re
 import shutil
+import tempfile
 import threading
 import traceback
 import warnings
@@ -25,7 +27,7 @@ from ..copying import copied, single
 from ..errors import NO_SPACE, DownresError, first_line, shown
 from ..techniques import FP16, FP32, INT8
 from . import check_threads
-from .engine import Batches, Engine, Layers, Quantization
+from .engine import PROFILED, Batches, Engine, Layers, Operator, Quantization
 from .fuse import fused, noise
 from .torch import TorchRuntime, plain_attention, uncompiled
 
@@ -124,6 +126,11 @@ class OnnxRuntime:
             late.cancel()
 
 
+def _reads_8_bits(inputs: list[dict[str, list[int]]]) -> bool:
+    """Whether one of the inputs that a profile names, by type and shape, is a tensor of 8 bits, and no zero point."""
+    return any(shape and kind in ("int8", "uint8") for one in inputs for kind, shape in one.items())
+
+
 def _providers(device: str) -> list[str]:
     """What a session is asked for; DownresError where this onnxruntime has it not."""
     have = onnxruntime.get_available_providers()
@@ -191,6 +198,35 @@ print(before, peak())
         from .onnx_int8 import layer_names
 
         return layer_names(exported, head)
+
+    def executed(self, file: Path, batch: np.ndarray, threads: int | None = None) -> list[Operator]:
+        with tempfile.TemporaryDirectory(prefix="downres-") as place:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads, options.log_severity_level = check_threads(threads), 4
+            options.optimized_model_filepath = str(Path(place) / "optimized.onnx")
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(place) / "profile")
+            session = onnxruntime.InferenceSession(str(file), options, providers=_providers(self.device))
+            for _ in range(PROFILED + 1):
+                session.run(None, {session.get_inputs()[0].name: batch})
+            events = json.loads(Path(session.end_profiling()).read_text())
+            graph = onnx.load(Path(place) / "optimized.onnx").graph
+        seen: dict[str, list[dict]] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                seen.setdefault(event["name"].removesuffix("_kernel_time"), []).append(event)
+        made_by = {out: node.name for node in graph.node for out in node.output}
+        return [
+            Operator(
+                node.name,
+                node.op_type,
+                tuple(made_by[name] for name in node.input if name in made_by),
+                node.op_type != "QuantizeLinear" and _reads_8_bits(runs[-1]["args"]["input_type_shape"]),
+                node.op_type == "QuantizeLinear",
+                float(np.median([event["dur"] for event in runs[-PROFILED:]])),
+            )
+            for node in graph.node
+            if (runs := seen.get(node.name)) and runs[-1]["args"].get("input_type_shape")
+        ]
 
     def with_tensors(self, file: Path, tensors: Mapping[str, np.ndarray], path: Path) -> bool:
         graph = onnx.load(file)
