@@ -500,16 +500,14 @@ def doctor(
         {
             "runtime": f"{one.runtime} {one.latency.versions.get(one.runtime.partition(':')[0], '')}",
             "numbers": one.precision,
-            "threads": str(one.threads),
             "latency": f"{words.digits(one.latency.latency_ms)} ms",
-            "of ten, nine": words.spread(one.latency),
+            "10 to 90 %": words.spread(one.latency),
         }
         for one in found.timings
     ]
     out.print(terminal.stacked(rows, ("runtime", "numbers"), out.width))
     _say(out, found.verdict, "bold")
-    for one in found.findings:
-        out.print(terminal.finding(as_options(one.text), one.gain, one.of))
+    out.print(terminal.findings([(as_options(one.text), one.gain, one.of) for one in found.findings]))
     _print_notes(found.notes)
 
 

@@ -73,7 +73,6 @@ class Timing(Record):
 
     runtime: str
     precision: str
-    threads: int
     latency: Latency
 
 
@@ -165,20 +164,23 @@ def doctor(
         findings += threads_compared(more, times)
         if data is not None:
             findings += decoding(data, loaded, quickest, ways.ready[quickest], notes)
-    measured = {**timings, **{way: one for way, one in more.items() if way not in timings}}
     notes += [
         f"times are medians of one image in {runs} rounds in which all ways take turns, intervals those of the median of paired "
         "rounds, 95 %"
     ]
-    if any(way.precision == INT8 for way in measured):
+    if any(way.precision == INT8 for way in timings):
         notes.append("int8 is quantized on noise here: its times are real, of its quality nothing is known")
+    if any(one.disturbed for one in [*timings.values(), *more.values()]):
+        notes.append(
+            "something else ran here at the same time, every tenth pass took twice the median: times of a quiet machine differ"
+        )
     return Diagnosis(
         loaded.spec or type(loaded.module).__name__,
         size,
         hardware(),
-        {**versions(), **{name: text for one in measured.values() for name, text in one.versions.items()}},
+        {**versions(), **{name: text for one in timings.values() for name, text in one.versions.items()}},
         cost,
-        tuple(Timing(way.runtime, way.precision, way.threads, one) for way, one in measured.items()),
+        tuple(Timing(way.runtime, way.precision, one) for way, one in timings.items()),
         tuple(sorted(findings, key=lambda one: -(one.gain or 0.0))),
         tuple(notes),
     )
@@ -468,8 +470,8 @@ def precisions(timings: Mapping[Way, Latency], seconds: Mapping[Way, np.ndarray]
         measured = {"runtime": way.runtime, way.precision: mine, rival.precision: theirs, "times_as_fast": list(faster)}
         compared = f"{{}} {rival.precision} in {way.runtime} here: {numbers}, "
         if faster[0] > 1 and mine < theirs:
-            text = f"{way.precision} is {compared.format('faster than')}{_range(faster)} as fast. Search with `precisions` to "
-            text += "know what it costs in quality."
+            text = f"{way.precision} is {compared.format('faster than')}{_range(faster)} as fast. Search with "
+            text += f"`precisions={way.precision!r}` to know what it costs in quality."
             findings.append(Advice("precision", text, 1 - mine / theirs, TIME, measured))
         elif faster[1] < 1 and mine > theirs:
             text = f"{way.precision} is {compared.format('slower than')}{_range(_inverse(faster))} as long. Leave it out here."
@@ -510,18 +512,18 @@ def threads_compared(timings: Mapping[Way, Latency], seconds: Mapping[Way, np.nd
         return faster is not None and faster[0] > 1
 
     enough = next(i for i, way in enumerate(ways) if not any(helps(way, more) for more in ways[i + 1 :]))
-    if enough == len(ways) - 1:
-        return []
     best, most = ways[enough], ways[-1]
     times = ", ".join(f"{_ms(timings[w].latency_ms)} on {w.threads}" for w in ways)
     measured = {"runtime": best.runtime, "enough": best.threads, **{str(w.threads): timings[w].latency_ms for w in ways}}
+    if best is most:
+        return [Advice("threads", f"All {_threads(most)} help {most.runtime} here: {times}.", None, CORES, measured)]
     slower = times_as_fast(seconds[most], seconds[best])
     if slower is not None and slower[0] > 1:
         text = f"{_threads(most)} take {_range(slower)} as long as {best.threads} in {best.runtime} here: {times}. "
         text += f"Run it with `threads={best.threads}`."
         return [Advice("threads", text, 1 - timings[best].latency_ms / timings[most].latency_ms, TIME, measured)]
-    text = f"More than {_threads(best)} are not seen to help {best.runtime} here: {times}. `threads={best.threads}` leaves "
-    text += f"{most.threads - best.threads} of {most.threads} cores to other work."
+    text = f"More than {_threads(best)} {'is' if best.threads == 1 else 'are'} not seen to help {best.runtime} here: {times}. "
+    text += f"`threads={best.threads}` leaves {most.threads - best.threads} of {most.threads} cores to other work."
     return [Advice("threads", text, 1 - best.threads / most.threads, CORES, measured)]
 
 
