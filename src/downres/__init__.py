@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     # the verbs
-    "reduce", "token_map", "measure_cost", "measure_latency", "evaluate", "recover", "costs", "curve", "search", "demo", "doctor",
-    "check", "predict", "write_report",
+    "reduce", "token_map", "measure_cost", "measure_latency", "evaluate", "recover", "costs", "curve", "search", "demo",
+    "doctor", "check", "predict", "write_report",
     # groups of their options
     "Axes", "Budget", "Question", "Measuring",
     # models and data
@@ -66,8 +66,8 @@ __all__ = [
     # records
     "Candidate", "Merge", "Cost", "Latency", "Score", "Quality", "SegmentationQuality", "MultilabelQuality",
     "RegressionQuality", "AgreementQuality", "EmbeddingQuality", "Dense", "Drop", "Preprocessing",
-    "Record", "Recovery", "Rung", "Result", "Run", "Curve", "Costs", "Diagnosis", "Change", "Reduction", "Finding", "Prediction",
-    "MaskPrediction", "load_run", "CONVENTION", "DownresError",
+    "Record", "Recovery", "Rung", "Result", "Run", "Curve", "Costs", "Diagnosis", "Change", "Reduction", "Finding",
+    "Prediction", "MaskPrediction", "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
 
 # Importing torch, timm and the runtimes takes seconds; a name is imported when it is first used, so that

@@ -492,10 +492,8 @@ def doctor(
         return
     from .reports import terminal, words
 
-    _say(
-        out,
-        f"{found.model}, {'x'.join(map(str, found.input_size))}, {format_quantity(found.cost.macs)} MACs. {found.hardware}.",
-    )
+    size, python = "x".join(map(str, found.input_size)), found.versions["python"]
+    _say(out, f"{found.model}, {size}, {format_quantity(found.cost.macs)} MACs. {found.hardware}, Python {python}.")
     rows: list[dict[str, str | Text]] = [
         {
             "runtime": f"{one.runtime} {one.latency.versions.get(one.runtime.partition(':')[0], '')}",

@@ -1,5 +1,7 @@
 """What is told of a network and what is not; runtimes are faked where it is their time that is told."""
 
+import importlib
+import importlib.util
 import json
 import time
 
@@ -16,10 +18,10 @@ from downres.engines.engine import Operator, engine_of
 from downres.engines.torch import TorchRuntime
 from downres.errors import DownresError
 from downres.families import load_model, with_preprocessing
-from downres.searching import doctor as module_of_the_same_name  # noqa: F401  # the function; see `here`
+from downres.images.decode import decode
 from downres.searching.design import as_model
 
-here = __import__("sys").modules["downres.searching.doctor"]
+here = importlib.import_module("downres.searching.doctor")
 Way = here.Way
 FAST, SLOW = 0.001, 0.02
 OWN = """
@@ -67,12 +69,10 @@ def of(found, about):
 
 
 def test_a_size_that_does_not_fit_is_told_and_one_that_does_is_not(own):
-    found = {
-        side: doctor(own, runtimes="torch", resolution=side, threads=1, runs=6) for side in (57, 64)
-    }
+    found = {side: doctor(own, runtimes="torch", resolution=side, threads=1, runs=6) for side in (57, 64)}
     (told,) = of(found[57].findings, "ragged")
     fits, ragged = (measured_macs(own, side) for side in (56, 57))
-    assert "stride of 8" in told.text and "57, 29, 15, 8" not in told.text and "29, 15, 8" in told.text
+    assert "stride of 8" in told.text and "29, 15, 8" in told.text
     assert told.measured["fitting"] == [{"hw": [56, 56], "macs": fits}] and told.measured["macs"] == ragged
     assert told.of == "MACs" and told.gain == pytest.approx(1 - fits / ragged)
     assert of(found[64].findings, "ragged") == []
@@ -100,13 +100,28 @@ def test_patches_that_do_not_divide_are_told_and_the_rest_is_measured_beside():
     assert here._fitting(with_preprocessing(model, resolution=64))[1] == []
 
 
+class Branches(nn.Module):
+    """3×3 and 1×1 side by side, which `fuse` puts together."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.point = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+    def fuse(self):
+        with torch.no_grad():
+            self.wide.weight[:, :, 1:2, 1:2] += self.point.weight
+            self.wide.bias += self.point.bias
+        self.point = None
+
+    def forward(self, x):
+        return (self.wide(x) if self.point is None else self.wide(x) + self.point(x)).mean((2, 3))
+
+
 def test_branches_for_training_are_told():
-    net = timm.create_model("mobileone_s0", num_classes=2)
-    model = with_preprocessing(as_model(net), resolution=64)
-    cost = downres.measure_cost(model.module, (3, 64, 64))
+    model = with_preprocessing(as_model(Branches().eval()), resolution=32)
+    cost = downres.measure_cost(model.module, (3, 32, 32))
     (told,) = here._branches(model, model.module, cost)
-    apart = downres.measure_cost(model.module, (3, 64, 64), fuse=False).macs
-    assert told.measured == {"apart": apart, "together": cost.macs} and told.gain == pytest.approx(1 - cost.macs / apart)
+    assert told.measured == {"apart": 32 * 32 * 3 * 4 * 10, "together": 32 * 32 * 3 * 4 * 9} and told.gain == pytest.approx(0.1)
 
 
 def test_int8_slower_faster_and_neither():
@@ -159,13 +174,15 @@ def test_one_thread_is_compared_with_nothing():
 
 
 @pytest.mark.parametrize(("seconds", "longer"), [(0.0, True), (0.2, False)])
-def test_pictures_against_the_network(own, tmp_path, seconds, longer):
+def test_pictures_against_the_network(own, tmp_path, seconds, longer, monkeypatch):
+    monkeypatch.setattr(here, "decode", lambda *given: time.sleep(0 if seconds else SLOW) or decode(*given))
     for i in range(4):
         Image.effect_noise((160, 120), 80).convert("RGB").save(tmp_path / f"{i}.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     notes = []
     (told,) = here.decoding(tmp_path, load_model(own), Way("fake", "fp32", 1), Sleepy(seconds), notes)
-    assert told.measured["pictures"] == 4 and told.measured["longer"] == (4 if longer else 0)
+    assert told.measured["pictures"] == 4 and f"longer for {told.measured['longer']} of 4 pictures" in told.text
+    assert (told.measured["longer"] >= 2) == longer
     assert ("takes longer than the network" in told.text) == longer == (told.gain is not None)
     assert notes == ["1 of 5 pictures could not be read"]
     with pytest.raises(DownresError, match="no pictures"):
@@ -180,7 +197,7 @@ def test_float_between_8_bits():
     graph = [
         op("first", ("input",), False, "Quantize", True),
         op("conv", ("first",), True),
-        op("back", ("conv",), True, "Dequantize"),
+        op("back", ("conv",), True, "Dequantize", True),
         op("gelu", ("back",), False, "Gelu"),
         op("tanh", ("gelu",), False, "Tanh"),
         op("again", ("tanh",), False, "Quantize", True),
@@ -188,7 +205,7 @@ def test_float_between_8_bits():
         op("softmax", ("last",), False, "Softmax"),  # nothing in 8 bits comes after it
     ]
     (told,) = here.in_float("onnxruntime", graph)
-    assert told.measured["operators"] == {"Gelu": 1, "Tanh": 1} and told.gain == pytest.approx(3 / 12)
+    assert told.measured["operators"] == {"Gelu": 1, "Tanh": 1} and told.gain == pytest.approx(4 / 12)
     assert here.in_float("onnxruntime", [one for one in graph if one.name not in ("gelu", "tanh", "again")]) == []
 
 
@@ -205,7 +222,8 @@ def test_onnxruntime_and_openvino_as_they_are(own):
     compared = {one.measured["runtime"] for one in of(found.findings, "precision") if "int8" in one.measured}
     assert compared == {"onnxruntime", "openvino"}
     kinds = {one.measured["runtime"]: one.measured["operators"] for one in of(found.findings, "float")}
-    assert "HardSwish" in kinds["onnxruntime"] and "Subgraph" in kinds["openvino"]
+    assert "HardSigmoid" in kinds["onnxruntime"] and "Sigmoid" not in kinds["onnxruntime"]  # SiLU's runs in 8 bits there
+    assert "Subgraph" in kinds["openvino"]
     assert any("noise" in note for note in found.notes)
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert Diagnosis.from_json(document) == found and document["verdict"] == found.verdict
@@ -221,14 +239,11 @@ class Unexported(nn.Module):
         return x.mean((2, 3)) * (2.0 if float(x.abs().sum()) > 0 else 1.0)
 
 
-def test_what_cannot_be_exported_is_timed_in_torch(monkeypatch):
-    network = Unexported()
-    ways = here._Ways(network, (3, 32, 32), ["onnxruntime"], 1, None)
-    monkeypatch.setattr(here, "export_onnx", refused := lambda *_: (_ for _ in ()).throw(here.NotExported("no operator")))
-    ways.folder = __import__("pathlib").Path(".")
+def test_what_cannot_be_exported_is_timed_in_torch(tmp_path):
+    ways = here._Ways(Unexported().eval(), (3, 32, 32), ["onnxruntime"], 1, tmp_path)
     told = ways.make()
-    assert "cannot be exported to ONNX (no operator)" in told[0].text and refused
-    assert list(ways.ready)[0] == Way("torch", "fp32", 1)
+    assert "cannot be exported to ONNX (what it computes depends on" in told[0].text and told[0].gain is None
+    assert next(iter(ways.ready)) == Way("torch", "fp32", 1)
 
 
 def test_what_does_not_run_here_is_a_finding(tmp_path, monkeypatch):
@@ -253,7 +268,7 @@ def test_command(cli, own, tmp_path):
     done = cli("doctor", own, "--runtime", "torch", "--resolution", "57", "--threads", "1", "--json")
     assert done.json["findings"][0]["about"] == "ragged" and done.json["input_size"] == [3, 57, 57]
     done = cli("doctor", own, "--runtime", "torch", "--resolution", "57", "--threads", "1")
-    assert done.code == 0 and "does not divide 57x57" in done.out and "torch" in done.out and "Python" in done.out
+    assert done.code == 0 and "does not divide 57 px" in done.out and "torch" in done.out and "Python" in done.out
     for wrong, words in (
         (["--runtime", "tensorrt"], "Unknown runtime 'tensorrt'"),
         (["--runtime", "torch", "--data", tmp_path / "none"], "There is no folder"),
@@ -265,10 +280,8 @@ def test_command(cli, own, tmp_path):
 
 
 def test_a_runtime_that_is_not_installed_is_refused_where_it_is_named(own, monkeypatch):
-    find = here.engine_of.__globals__["importlib"].util.find_spec
-    monkeypatch.setattr(
-        here.engine_of.__globals__["importlib"].util, "find_spec", lambda name: None if name == "openvino" else find(name)
-    )
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
     with pytest.raises(DownresError, match="The runtime openvino is not installed"):
         doctor(own, runtimes="openvino")
     assert here._named(None) == (("onnxruntime", "torch"), ["openvino is not installed and was not timed"])
@@ -277,4 +290,3 @@ def test_a_runtime_that_is_not_installed_is_refused_where_it_is_named(own, monke
 def test_too_few_rounds_are_refused(own):
     with pytest.raises(DownresError, match="6 rounds"):
         doctor(own, runs=5)
-    assert torch.get_num_threads() >= 1

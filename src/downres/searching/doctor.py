@@ -165,8 +165,8 @@ def doctor(
         if data is not None:
             findings += decoding(data, loaded, quickest, ways.ready[quickest], notes)
     notes += [
-        f"times are medians of one image in {runs} rounds in which all ways take turns, intervals those of the median of paired "
-        "rounds, 95 %"
+        f"times are medians of one image in {runs} rounds in which all ways take turns, intervals 95 % ones of the median of "
+        "paired rounds"
     ]
     if any(way.precision == INT8 for way in timings):
         notes.append("int8 is quantized on noise here: its times are real, of its quality nothing is known")
@@ -541,18 +541,21 @@ def in_float(runtime: str, operators: Sequence[Operator]) -> list[Advice]:
     for op in reversed(operators):
         if any(taker.in_8_bits or taker.name in then for taker in takers.get(op.name, ())):
             then.add(op.name)
-    found = [op for op in operators if not op.in_8_bits and op.name in before & then]
-    kinds = Counter(op.kind for op in found if not op.converts)
-    if not kinds:
+    found = [op for op in operators if not (op.in_8_bits or op.converts) and op.name in before & then]
+    if not found:
         return []
-    spent, whole = sum(op.us for op in found), sum(op.us for op in operators)
+    names = {op.name for op in found}
+    read = {name for op in found for name in op.takes}
+    around = [op for op in operators if op.converts and (op.name in read or names & {*op.takes})]
+    kinds = Counter(op.kind for op in found)
+    spent, whole = sum(op.us for op in [*found, *around]), sum(op.us for op in operators)
     named = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
     share = spent / whole if whole else 0.0
     profile = f"{_ms(spent / 1000)} of {_ms(whole / 1000)}"
     text = (
-        f"In the int8 file of {runtime} these compute in float between operators of 8 bits: {named}. With the conversions around "
-        f"them they take {_percent(share)} of the time in its profile ({profile}), of which layers that the runtime has in 8 bits "
-        "would save a part."
+        f"In the int8 file of {runtime} these compute in float between operators of 8 bits: {named}. With the conversions "
+        f"around them they take {_percent(share)} of the time in its profile ({profile}); layers that it has in 8 bits would "
+        "save a part."
     )
     measured = {"runtime": runtime, "operators": dict(kinds), "us": spent, "of_us": whole}
     return [Advice("float", text, share or None, TIME, measured)]
@@ -580,18 +583,20 @@ def decoding(
         return perf_counter() - start, x.numpy()[None]
 
     # One torch thread, as in every worker that prepares pictures for a search.
+    found: list[tuple[float, float]] = []
+    unread = 0
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        made, unread = [], 0
-        for path in [chosen[0], *chosen]:  # the first of all pays for what is made once
+        for path in chosen:
             try:
-                made.append(pool.submit(prepare, path).result())
+                for _ in range(1 if found else 2):  # the first pays for what is made once
+                    took, x = pool.submit(prepare, path).result()
+                    start = perf_counter()
+                    runtime(x)
             except (Unreadable, DownresError, OSError):  # broken, or of other channels than the network's
                 unread += 1
                 continue
-            start = perf_counter()
-            runtime(made[-1][1])
-            made[-1] = made[-1][0], np.array(perf_counter() - start)
-    pairs = np.array([(ready, float(net)) for ready, net in made[1:]])
+            found.append((took, perf_counter() - start))
+    pairs = np.array(found)
     if not len(pairs):
         raise DownresError(f"None of {len(chosen)} pictures in {folder} can be read: point `data` to others.")
     if unread:
