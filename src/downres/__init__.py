@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .searching.costs import Costs, costs
     from .searching.curve import Curve, curve
     from .searching.demo import demo
+    from .searching.doctor import Diagnosis, doctor
     from .searching.prepare import Measuring
     from .searching.results import Run, load_run
     from .searching.run import search
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 __all__ = [
     # the verbs
     "reduce", "token_map", "measure_cost", "measure_latency", "evaluate", "recover", "costs", "curve", "search", "demo",
-    "check", "embed", "predict", "write_report",
+    "doctor", "check", "embed", "predict", "write_report",
     # groups of their options
     "Axes", "Budget", "Question", "Measuring",
     # models and data
@@ -65,8 +66,8 @@ __all__ = [
     # records
     "Candidate", "Merge", "Cost", "Latency", "Score", "Quality", "SegmentationQuality", "MultilabelQuality",
     "RegressionQuality", "AgreementQuality", "EmbeddingQuality", "Dense", "Drop", "Preprocessing",
-    "Record", "Recovery", "Rung", "Result", "Run", "Curve", "Costs", "Change", "Reduction", "Finding", "Embedded", "Prediction",
-    "MaskPrediction", "load_run", "CONVENTION", "DownresError",
+    "Record", "Recovery", "Rung", "Result", "Run", "Curve", "Costs", "Diagnosis", "Change", "Reduction", "Finding", "Embedded",
+    "Prediction", "MaskPrediction", "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
 
 # Importing torch, timm and the runtimes takes seconds; a name is imported when it is first used, so that
@@ -89,6 +90,7 @@ _HOMES = {
     "searching.costs": ("Costs", "costs"),
     "searching.curve": ("Curve", "curve"),
     "searching.demo": ("demo",),
+    "searching.doctor": ("Diagnosis", "doctor"),
     "searching.prepare": ("Measuring",),
     "searching.results": ("Run", "load_run"),
     "searching.run": ("search",),

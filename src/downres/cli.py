@@ -471,6 +471,51 @@ def cost(
 
 
 @app.command()
+def doctor(
+    model: ModelArgument,
+    runtime: Annotated[
+        str | None,
+        _measure("--runtime", metavar="NAMES", help="onnxruntime,openvino,torch, with a device after a colon; default: all."),
+    ] = None,
+    resolution: Annotated[
+        str | None, _model("--resolution", metavar="N|HxW", help="That it is used at; default: its own configuration.")
+    ] = None,
+    data: Annotated[
+        str | None, _data("--data", metavar="DIR", help="Pictures, to compare the time to decode them with the network's.")
+    ] = None,
+    weights: WeightsOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What wastes compute on this machine for this network, measured: sizes, types of numbers, runtimes, threads, decoding."""
+    from .searching.doctor import doctor as diagnose
+
+    loaded = _load(model, weights, resolution, pretrained=False, option="--resolution")
+    with _progress() as progress:
+        found = diagnose(loaded, runtimes=runtime, data=data, threads=threads, progress=progress)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from .reports import terminal, words
+
+    size, python = "x".join(map(str, found.input_size)), found.versions["python"]
+    _say(out, f"{found.model}, {size}, {format_quantity(found.cost.macs)} MACs. {found.hardware}, Python {python}.")
+    rows: list[dict[str, str | Text]] = [
+        {
+            "runtime": f"{one.runtime} {one.latency.versions.get(one.runtime.partition(':')[0], '')}",
+            "numbers": one.precision,
+            "latency": f"{words.digits(one.latency.latency_ms)} ms",
+            "10 to 90 %": words.spread(one.latency),
+        }
+        for one in found.timings
+    ]
+    out.print(terminal.stacked(rows, ("runtime", "numbers"), out.width))
+    _say(out, found.verdict, "bold")
+    out.print(terminal.findings([(as_options(one.text), one.gain, one.of) for one in found.findings]))
+    _print_notes(found.notes)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN")], task: TaskOption = None, as_json: JsonOption = False) -> None:
     """Write RUN/report.html from what the run has measured so far."""
     from .searching.view import write_report
@@ -640,12 +685,12 @@ def _command() -> str:
 
 def _load(
     model: str, weights: Path | None, native: str | None, mean: str | None = None, std: str | None = None,
-    scale: str | None = None, pretrained: bool = True, **given: Any,
+    scale: str | None = None, pretrained: bool = True, option: str = "--native-resolution", **given: Any,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """The model as the options describe it. Options are read first: a typing error must not wait for weights."""
     natives = [None] if native is None else parse_resolutions(native)
     if len(natives) > 1:
-        raise DownresError(f"--native-resolution is one resolution, {native!r} are {len(natives)}: give for example 224.")
+        raise DownresError(f"{option} is one resolution, {native!r} are {len(natives)}: give for example 224.")
     given |= {
         "mean": tuple(floats(mean, "--mean")) if mean else None,
         "std": tuple(floats(std, "--std")) if std else None,

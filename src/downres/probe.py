@@ -356,11 +356,11 @@ def total_stride(model: nn.Module, resolution: tuple[int, int], channels: int = 
     """
     roomy = tuple(math.ceil(side / ROOMY_STEP) * ROOMY_STEP for side in resolution)
     try:
-        small = _leaf_outputs(model, (channels, *roomy))
-        large = _leaf_outputs(model, (channels, *(2 * side for side in roomy)))
+        small = leaf_outputs(model, (channels, *roomy))
+        large = leaf_outputs(model, (channels, *(2 * side for side in roomy)))
         growth, pairs = roomy, list(zip(small, large, strict=True))
     except (DownresError, ValueError):  # not at these sizes, or another path at each
-        shapes = _leaf_outputs(model, (channels, *resolution))
+        shapes = leaf_outputs(model, (channels, *resolution))
         growth, pairs = resolution, [((0, 0, 0, 0), shape) for shape in shapes]
     return max([1, *(ratio for pair in pairs for ratio in _ratios(growth, *pair))])
 
@@ -375,7 +375,7 @@ def _ratios(growth: tuple[int, ...], small: tuple[int, ...], large: tuple[int, .
                 yield by_height
 
 
-def _leaf_outputs(model: nn.Module, input_size: tuple[int, ...]) -> list[tuple[int, ...]]:
+def leaf_outputs(model: nn.Module, input_size: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Shapes of the four-dimensional outputs of the modules without children, in order of execution."""
 
     @contextmanager

@@ -30,6 +30,9 @@ LEAST_OPSET = 18
 LEAST_CALIBRATION = 16
 """Images below which a range is luck."""
 
+PROFILED = 10
+"""Passes of a profiler, after the first, in which memory is taken."""
+
 Batches = Callable[[], Iterator[np.ndarray]]
 """The calibration images, (b, c, h, w) float32, from the start each time it is called."""
 
@@ -61,6 +64,23 @@ class Layers(Record):
             for what, found in (("in 8 bits", self.quantized), ("in float", self.in_float))
         ]
         return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One of what a runtime executes, once its own optimisations are done.
+
+    kind: as the engine calls it; takes: names of those whose results it reads; in_8_bits: whether what it reads is in 8 bits;
+    converts: it changes the type or layout of numbers and computes nothing; us: microseconds in a pass, by the engine's own
+    profiler.
+    """
+
+    name: str
+    kind: str
+    takes: tuple[str, ...]
+    in_8_bits: bool
+    converts: bool
+    us: float
 
 
 class QuantizationFailed(DownresError):
@@ -118,6 +138,10 @@ class Engine(ABC):
 
     def layer_names(self, exported: Path, head: np.ndarray | None) -> list[str]:
         """The layers of an exported network that `quantize` takes to 8 bits unless they are kept, in the order they run."""
+        raise NotImplementedError
+
+    def executed(self, file: Path, batch: np.ndarray, threads: int | None = None) -> list[Operator]:
+        """What runs when an int8 file does, in order, timed over `PROFILED` passes."""
         raise NotImplementedError
 
     @abstractmethod

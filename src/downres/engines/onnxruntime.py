@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import io
+import json
 import logging
 import os
 import re
 import shutil
+import tempfile
 import threading
 import traceback
 import warnings
@@ -27,7 +29,7 @@ from ..copying import copied, single
 from ..errors import NO_SPACE, DownresError, first_line, shown
 from ..parse import FP16, FP32, INT8
 from . import check_threads
-from .engine import LEAST_OPSET, Batches, Engine, Layers, Quantization, plain_name
+from .engine import LEAST_OPSET, PROFILED, Batches, Engine, Layers, Operator, Quantization, plain_name
 from .fuse import fused, noise
 from .torch import TorchRuntime, plain_attention, uncompiled
 
@@ -68,13 +70,7 @@ class OnnxRuntime:
         self.limit_s, self._told = limit_s, "This content" if isinstance(model, bytes) else str(model)
         self.threads = check_threads(threads)
         self.versions = {"onnxruntime": onnxruntime.__version__}
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1 if spread else self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # what fails is raised, and said in a sentence
-        options.use_deterministic_compute = True
-        # An idle session's threads would otherwise keep spinning for a while and slow down whoever is timed next.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options = _options(1 if spread else self.threads)
         source = model if isinstance(model, bytes) else str(model)
         if isinstance(source, str) and shown(source) != source:  # it takes names in UTF-8 alone
             source = Path(source).read_bytes()
@@ -125,6 +121,22 @@ class OnnxRuntime:
             ) from None
         finally:
             late.cancel()
+
+
+def _options(threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # what fails is raised, and said in a sentence
+    options.use_deterministic_compute = True
+    # An idle session's threads would otherwise keep spinning for a while and slow down whoever is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _reads_8_bits(inputs: list[dict[str, list[int]]]) -> bool:
+    """Whether one of the inputs that a profile names, by type and shape, is a tensor of 8 bits, and no zero point."""
+    return any(shape and kind in ("int8", "uint8") for one in inputs for kind, shape in one.items())
 
 
 def _providers(device: str) -> list[str]:
@@ -194,6 +206,35 @@ print(before, peak())
         from .onnx_int8 import layer_names
 
         return layer_names(exported, head)
+
+    def executed(self, file: Path, batch: np.ndarray, threads: int | None = None) -> list[Operator]:
+        named = onnx.load(file)
+        for i, node in enumerate(named.graph.node):
+            node.name = node.name or f"unnamed {i}"  # the profile knows operators by their names alone
+        with tempfile.TemporaryDirectory(prefix="downres-") as place:
+            options = _options(check_threads(threads))
+            options.optimized_model_filepath = str(Path(place) / "optimized.onnx")
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(place) / "profile")
+            session = onnxruntime.InferenceSession(named.SerializeToString(), options, providers=_providers(self.device))
+            for _ in range(PROFILED + 1):
+                session.run(None, {session.get_inputs()[0].name: batch})
+            events = json.loads(Path(session.end_profiling()).read_text())
+            graph = onnx.load(Path(place) / "optimized.onnx").graph
+        seen: dict[str, list[dict]] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                seen.setdefault(event["name"].removesuffix("_kernel_time"), []).append(event)
+        made_by = {out: node.name for node in graph.node for out in node.output}
+        found = []
+        for node in graph.node:
+            runs = seen.get(node.name, [])[-PROFILED:]
+            takes = tuple(made_by[name] for name in node.input if name in made_by)
+            converts = node.op_type in ("QuantizeLinear", "DequantizeLinear") or not runs
+            reads = node.op_type != "QuantizeLinear" and runs  # whose zero points are in 8 bits too
+            in_8_bits = bool(reads) and _reads_8_bits(runs[-1]["args"].get("input_type_shape", []))
+            us = float(np.median([event["dur"] for event in runs])) if runs else 0.0
+            found.append(Operator(node.name, node.op_type, takes, in_8_bits, converts, us))
+        return found
 
     def with_tensors(self, file: Path, tensors: Mapping[str, np.ndarray], path: Path) -> bool:
         graph = onnx.load(file)

@@ -12,12 +12,15 @@ import numpy as np
 import openvino as ov
 
 from ..errors import DownresError, first_line
-from ..parse import BF16, FP16, FP32
+from ..parse import BF16, FP16, FP32, INT8
 from . import check_threads
-from .engine import Batches, Engine, Layers, Quantization, QuantizationFailed, after, plain_name
+from .engine import PROFILED, Batches, Engine, Layers, Operator, Quantization, QuantizationFailed, after, plain_name
 
-_HINTS = {FP32: "f32", BF16: "bf16", FP16: "f16", "int8": "f32"}
+_HINTS = {FP32: "f32", BF16: "bf16", FP16: "f16", INT8: "f32"}
 """What is asked for whatever is not in 8 bits: by itself OpenVINO takes bf16 or f16 where the processor has them."""
+_NO_WORK = ("Input", "Const", "Output")
+_CONVERSIONS = ("Reorder", "Convert", "FakeQuantize")
+"""Of the graph that runs."""
 _LAYERS = {"Convolution": "Convolution", "GroupConvolution": "GroupConvolution", "MatMul": "MatMul"}
 
 
@@ -83,17 +86,7 @@ class OpenVino:
 
     def _request(self, shape: tuple[int, ...]) -> Any:
         if shape[0] not in self._requests:
-            fixed = self._model.clone()
-            if self._takes is np.float32:  # pictures have many sizes
-                fixed.reshape({0: list(shape)})
-            options: dict[str, Any] = {
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_PRECISION_HINT": self._hint,
-                "NUM_STREAMS": 1,
-            }
-            if self.device == "CPU":
-                options |= {"INFERENCE_NUM_THREADS": self.threads, "ENABLE_CPU_PINNING": False}
-            compiled = self._core.compile_model(fixed, self.device, options)
+            compiled = self.compiled(shape)
             self.hints = {
                 "precision": compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name(),
                 "device": ", ".join(compiled.get_property("EXECUTION_DEVICES")),
@@ -104,6 +97,21 @@ class OpenVino:
                 )
             self._requests[shape[0]] = compiled.create_infer_request()
         return self._requests[shape[0]]
+
+    def compiled(self, shape: tuple[int, ...], **more: Any) -> Any:
+        """For inputs (b, c, h, w). more: properties of OpenVINO's."""
+        fixed = self._model.clone()
+        if self._takes is np.float32:  # pictures have many sizes
+            fixed.reshape({0: list(shape)})
+        options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": self._hint,
+            "NUM_STREAMS": 1,
+            **more,
+        }
+        if self.device == "CPU":
+            options |= {"INFERENCE_NUM_THREADS": self.threads, "ENABLE_CPU_PINNING": False}
+        return self._core.compile_model(fixed, self.device, options)
 
 
 class OpenVinoEngine(Engine):
@@ -222,6 +230,23 @@ print(before, peak())
 
     def files(self, file: Path) -> list[Path]:
         return [file, file.with_suffix(".bin")]
+
+    def executed(self, file: Path, batch: np.ndarray, threads: int | None = None) -> list[Operator]:
+        compiled = self.load(file, threads, precision=INT8).compiled(batch.shape, PERF_COUNT=True)
+        request = compiled.create_infer_request()
+        for _ in range(PROFILED + 1):
+            request.infer({0: batch}, share_inputs=True)
+        found = []
+        for op in compiled.get_runtime_model().get_ordered_ops():
+            told = op.get_rt_info()
+            kind, us = str(told["layerType"].value), str(told["execTimeMcs"].value)
+            if kind not in _NO_WORK:
+                takes = tuple(value.get_node().get_friendly_name() for value in op.input_values())
+                in_8_bits = str(told["runtimePrecision"].value) in ("i8", "u8")
+                runs = us.isdigit()  # others are views
+                converts = kind in _CONVERSIONS or not runs
+                found.append(Operator(op.get_friendly_name(), kind, takes, in_8_bits, converts, float(us) if runs else 0.0))
+        return found
 
 
 ENGINE = OpenVinoEngine

@@ -78,6 +78,24 @@ def interleaved(
     inputs: for each candidate its batch, (b, c, h, w) float32. warmup: untimed calls of each candidate before the first
     round.
     """
+    seconds = rounds(runtimes, inputs, runs=runs, warmup=warmup, seed=seed, progress=progress)
+    first = next(iter(seconds)) if len(seconds) > 1 else None
+    return {
+        name: described(runtimes[name], inputs[name], times, None if first is None else times_as_fast(seconds[first], times))
+        for name, times in seconds.items()
+    }
+
+
+def rounds(
+    runtimes: Mapping[str, Runtime],
+    inputs: Mapping[str, np.ndarray],
+    *,
+    runs: int,
+    warmup: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, np.ndarray]:
+    """Seconds of each candidate in every round, as `interleaved` times them: any two can be compared, round by round."""
     if runs < 1 or warmup < 0:
         raise DownresError(f"Timing needs at least one run and no negative warm-up; runs={runs}, warmup={warmup} is not that.")
     for name, runtime in runtimes.items():
@@ -96,11 +114,7 @@ def interleaved(
             done += 1
             if progress is not None:
                 progress("latency", done, total)
-    first = np.array(seconds[next(iter(seconds))]) if len(seconds) > 1 else None
-    return {
-        name: _latency(runtimes[name], inputs[name], times, None if first is None else first / np.array(times))
-        for name, times in seconds.items()
-    }
+    return {name: np.array(times) for name, times in seconds.items()}
 
 
 def random_batch(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -119,8 +133,9 @@ def hardware() -> str:
     return f"{name}, {cores} core{'s' * (cores > 1)}, {platform.system()} {platform.machine()}"
 
 
-def _latency(runtime: Runtime, batch: np.ndarray, seconds: list[float], ratios: np.ndarray | None) -> Latency:
-    p10, median, p90 = (float(ms) for ms in np.percentile(np.array(seconds) * 1000, (10, 50, 90)))
+def described(runtime: Runtime, batch: np.ndarray, seconds: np.ndarray, ratio: tuple[float, float] | None = None) -> Latency:
+    """The record of what was timed. ratio: see `Latency`."""
+    p10, median, p90 = (float(ms) for ms in np.percentile(seconds * 1000, (10, 50, 90)))
     return Latency(
         latency_ms=median,
         p10_ms=p10,
@@ -131,13 +146,15 @@ def _latency(runtime: Runtime, batch: np.ndarray, seconds: list[float], ratios: 
         threads=runtime.threads,
         hardware=hardware(),
         versions={"python": platform.python_version(), "numpy": np.__version__, **runtime.versions},
-        ratio=None if ratios is None else _median_interval(ratios),
+        ratio=ratio,
     )
 
 
-def _median_interval(ratios: np.ndarray) -> tuple[float, float] | None:
-    """A 95 % interval of the median by order statistics; None of too few to have one (fewer than six)."""
+def times_as_fast(than: np.ndarray, seconds: np.ndarray) -> tuple[float, float] | None:
+    """A 95 % interval of the median of `than` over `seconds`, round by round, by order statistics; None of too few to have one
+    (fewer than six).
+    """
     from scipy.stats import quantile_test
 
-    found = quantile_test(ratios, q=1.0, p=0.5).confidence_interval(0.95)
+    found = quantile_test(than / seconds, q=1.0, p=0.5).confidence_interval(0.95)
     return (float(found.low), float(found.high)) if np.isfinite([found.low, found.high]).all() else None

@@ -81,6 +81,15 @@ def stacked(rows: Sequence[Mapping[str, str | Text]], key: Sequence[str], width:
     return Group(*drawn)
 
 
+def findings(told: Sequence[tuple[str, float | None, str]]) -> Table:
+    """(sentence, what it saves, of what): `-31 % time` beside the sentence, a dash where nothing is saved."""
+    table = Table.grid(padding=(0, GAP, 0, 0))
+    for text, gain, of in told:
+        saved = "–" if gain is None else f"-{100 * gain:.0f} % {of}" if gain >= 0.01 else f"-<1 % {of}"
+        table.add_row(Text(saved, "dim" if gain is None else "yellow", no_wrap=True), Text(shown(text)))
+    return table
+
+
 def _fits(names: Sequence[str], widths: Mapping[str, int], width: int) -> bool:
     return sum(widths[name] + GAP for name in names) - GAP <= width
 
