@@ -1,14 +1,13 @@
 """Fixtures for all tests."""
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,20 +23,6 @@ from downres.images import cross_folds, split_once
 from downres.images.images import from_arrays as images_of
 from downres.tasks.classification.elpv import open_elpv
 from downres.tasks.classification.folders import from_arrays
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_table_of_operators() -> Iterator[None]:
-    """torch reads how operators are written in ONNX anew for every export, half of what a small network's takes: once here.
-
-    The table is the same for every network: nothing but an export's own translations, which there are none of, changes it.
-    """
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    kept = functools.cache(ONNXRegistry.from_torchlib)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(kept))
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -299,7 +300,7 @@ def export_onnx(
     example = torch.zeros(2, channels, height, width)  # two: torch.export takes a dimension of one for a constant
     try:
         plain = single(copied(model)).requires_grad_(False)
-        with _silence(), plain_attention(), uncompiled():
+        with _silence(), plain_attention(), uncompiled(), _one_table():
             plain = fused(plain, noise((1, *input_size), example))
             free_batch = ({0: torch.export.Dim.DYNAMIC},)
             program = torch.export.export(plain, (example,), dynamic_shapes=free_batch, strict=False)
@@ -359,6 +360,35 @@ def _check_batch_is_free(path: Path, image: np.ndarray) -> None:
         outputs = runtime(np.repeat(image, size, axis=0))
         if any(o.shape[:1] != (size,) for o in outputs):
             raise ValueError(f"a batch of {size} gives outputs of shape {[o.shape for o in outputs]}")
+
+
+@contextlib.contextmanager
+def _one_table() -> Iterator[None]:
+    """torch reads how operators are written in ONNX anew for every export, half of what a small network's takes: once is enough,
+    as nothing but translations of one's own, of which downres has none, changes that table.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        before = vars(ONNXRegistry)["from_torchlib"]
+    except (ImportError, KeyError):  # another torch, which does it otherwise
+        yield
+        return
+    make = ONNXRegistry.from_torchlib
+
+    def once(*version: int) -> Any:
+        if version not in _TABLES:
+            _TABLES[version] = make(*version)
+        return _TABLES[version]
+
+    ONNXRegistry.from_torchlib = staticmethod(once)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = before  # type: ignore[method-assign]
+
+
+_TABLES: dict[tuple[int, ...], Any] = {}
 
 
 @contextlib.contextmanager
