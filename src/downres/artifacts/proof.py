@@ -181,7 +181,8 @@ def embedded_apart(task: Task, folder: Path, manifest: dict[str, Any], file: Pat
         engine.up_to(file, PREPROCESSED, pixels := Path(place) / file.name)
         inside = engine.load(pixels, threads, LIMIT_S, precision=precision)
         both = zip(through(inside, decoded=True), (preprocess(one, p).numpy() for one in pictures), strict=True)
-        apart = [np.abs(ours.astype(np.float64) - theirs) * levels for ours, theirs in both]
+        # Thousandths of a level are rounding after the resize.
+        apart = [(np.abs(ours.astype(np.float64) - theirs) * levels).round(3) for ours, theirs in both]
     changed = None
     if type(task).changed is not Task.changed:
         answers = through(model, decoded=False), through(whole, decoded=True)
@@ -189,7 +190,7 @@ def embedded_apart(task: Task, folder: Path, manifest: dict[str, Any], file: Pat
     return Embedded(
         file.name,
         taken,
-        round(max(float(one.max()) for one in apart), 3),
+        max(float(one.max()) for one in apart),
         float(np.mean([one.mean() for one in apart])),
         _distance(zip(through(whole, decoded=True), through(model, decoded=False), strict=True)),
         None if changed is None else float(changed.mean()),
