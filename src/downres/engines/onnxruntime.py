@@ -364,8 +364,8 @@ def _check_batch_is_free(path: Path, image: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def _one_table() -> Iterator[None]:
-    """torch reads how operators are written in ONNX anew for every export, half of what a small network's takes: once is enough,
-    as nothing but translations of one's own, of which downres has none, changes that table.
+    """torch reads how operators are written in ONNX anew for every export, half of what a small network's takes: once is
+    enough, as nothing but translations of one's own, of which downres has none, changes that table.
     """
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -376,10 +376,11 @@ def _one_table() -> Iterator[None]:
         return
     make = ONNXRegistry.from_torchlib
 
-    def once(*version: int) -> Any:
-        if version not in _TABLES:
-            _TABLES[version] = make(*version)
-        return _TABLES[version]
+    def once(*version: int, **named: int) -> Any:
+        key = (*version, *named.values())
+        if key not in _TABLES:
+            _TABLES[key] = make(*version, **named)
+        return _TABLES[key]
 
     ONNXRegistry.from_torchlib = staticmethod(once)  # type: ignore[method-assign, assignment]
     try:
