@@ -127,6 +127,20 @@ def test_products_of_activations_stay_in_float(runs, tmp_path):
     assert apart.max() < 0.1
 
 
+def test_logits_are_brought_to_size_in_float(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.Upsample(scale_factor=8, mode="bilinear")
+    )
+    exported = export_onnx(network.eval(), SIZE, tmp_path / "dense.onnx")
+    onnx_int8.quantize_onnx(exported, tmp_path / "q.onnx", batches, Quantization(), None)
+    nodes = onnx.load(tmp_path / "q.onnx").graph.node
+    (resize,) = (node for node in nodes if node.op_type == "Resize")
+    assert not any(node.op_type == "QuantizeLinear" and set(node.input) & set(resize.output) for node in nodes)
+    (answer,) = engine_of("onnxruntime").load(tmp_path / "q.onnx", 1)(IMAGES[0][:1])
+    assert len(np.unique(answer)) > 1000 and np.abs(answer - answers(network, IMAGES[0][:1])).max() < 0.2
+
+
 def test_nothing_to_quantize(runs, tmp_path):
     exported = export_onnx(nn.Sequential(nn.AvgPool2d(4), nn.Flatten()), SIZE, tmp_path / "plain.onnx")
     with pytest.raises(QuantizationFailed, match="found no layer in it that it quantizes"):

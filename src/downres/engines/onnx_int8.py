@@ -54,9 +54,9 @@ def quantize_onnx(source: Path, path: Path, images: Batches, how: Quantization, 
     """Writes the graph of `source` with convolutions, linear layers and what lies between them in 8 bits; see
     `Engine.quantize`.
 
-    BatchNorms are folded into convolutions first. Of a network with attention the linear layers alone are quantized: products
-    of activations, softmax and layer norms lose too much in 8 bits. Where 8-bit sums would overflow (x86 without VNNI) weights
-    have 7 bits.
+    BatchNorms are folded into convolutions first. What makes the answer after the last layer stays in float. Of a network with
+    attention the linear layers alone are quantized: products of activations, softmax and layer norms lose too much in 8 bits.
+    Where 8-bit sums would overflow (x86 without VNNI) weights have 7 bits.
     """
     with tempfile.TemporaryDirectory(prefix="downres-") as place, _quiet():
         folded = Path(place) / "folded.onnx"
@@ -78,7 +78,9 @@ def quantize_onnx(source: Path, path: Path, images: Batches, how: Quantization, 
                 reduce_range=sums_saturate(),
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=sorted({*kept, *_from_head(graph, head), *(_products(graph) if transformer else ())}),
+                nodes_to_exclude=sorted(
+                    {*kept, *_from_head(graph, head), *_answering(graph), *(_products(graph) if transformer else ())}
+                ),
                 calibrate_method=_METHODS[how.ranges],
                 extra_options={"CalibStridedMinMax": 1, "DedicatedQDQPair": False},
             )
@@ -109,12 +111,26 @@ def _from_head(graph: onnx.ModelProto, head: np.ndarray | None) -> set[str]:
         return set()
     values = {one.name: one for one in graph.graph.initializer if tuple(one.dims) in (head.shape, head.shape[::-1])}
     same = {name for name, one in values.items() if _is_head(numpy_helper.to_array(one), head)}
+    return after([node.name for node in graph.graph.node if same & set(node.input)], _followers(graph))
+
+
+def _answering(graph: onnx.ModelProto) -> set[str]:
+    """What comes after all layers and makes the answer of theirs: logits brought to full size would have 256 values."""
+    before: dict[str, list[str]] = {}
+    for name, followers in _followers(graph).items():
+        for follower in followers:
+            before.setdefault(follower, []).append(name)
+    layers = [node.name for node in graph.graph.node if node.op_type in LAYERS]
+    return {node.name for node in graph.graph.node} - after(layers, before)
+
+
+def _followers(graph: onnx.ModelProto) -> dict[str, list[str]]:
+    """Node → the nodes that take what it gives."""
     taken: dict[str, list[str]] = {}
     for node in graph.graph.node:
         for name in node.input:
             taken.setdefault(name, []).append(node.name)
-    edges = {node.name: [follower for out in node.output for follower in taken.get(out, ())] for node in graph.graph.node}
-    return after([node for name in same for node in taken.get(name, ())], edges)
+    return {node.name: [follower for out in node.output for follower in taken.get(out, ())] for node in graph.graph.node}
 
 
 def _is_head(values: np.ndarray, head: np.ndarray) -> bool:
