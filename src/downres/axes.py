@@ -80,7 +80,7 @@ class Axes:
         return [(t, Candidate.of(**t.variant(value))) for t in others for value in self.given(t) or ()]
 
     def crossed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Each candidate with each value of what is tried with all of them; what names a value itself keeps it."""
+        """Each candidate with each value of what is tried with all of them; what names another than the default keeps it."""
         found = list(candidates)
         for t in (t for t in techniques() if t.crosses):
             variants = [t.variant(value) for value in self.given(t) or ()]

@@ -200,4 +200,4 @@ def check_runtime(name: Any) -> str:
             f"Unknown runtime {name!r}: choose from {', '.join(RUNTIMES)}, with a device after a colon where it is not "
             "the CPU (onnxruntime:cuda)."
         )
-    return str(name)
+    return str(name).removesuffix(":cpu")

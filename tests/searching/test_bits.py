@@ -7,16 +7,22 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import numpy_helper
+from torch import nn
 
 from downres import Axes, Budget, Candidate, check, curve, evaluate, load_model, load_run, recover, reduce, search
 from downres.engines import onnx_int8
+from downres.engines.torch import TorchRuntime
 from downres.errors import DownresError
 from downres.images import preprocess
-from downres.records import WITHIN, Preprocessing
+from downres.records import WITHIN, Latency, Preprocessing
 from downres.recovery.ladder import Reference, climb
 from downres.recovery.state import QUANTIZED
+from downres.searching.select import over_budget
+from downres.tasks import Task
 
+LATENCY = Latency(1.0, 1.0, 1.0, 30, 1, "torch", 1, "a processor")
 OPTIONS = {"stem_scales": (), "max_drop": 60.0, "threads": 1, "fit_head": True}
 
 
@@ -222,3 +228,78 @@ def test_precisions_that_the_machine_has_not_stop_alone(loaded, cells, tmp_path,
     run = search(loaded, cells.dataset(), resolutions=[32], precisions="fp32,bf16", out=tmp_path / "run", **OPTIONS)
     said = {str(r.candidate): r.reason for r in run.results}
     assert said["32"] == "" and said["32 bf16"] == "onnxruntime does not compute in bf16 here: it was built without"
+
+
+def test_masks_cross_fitted_in_8_bits(segmenter, shapes, tmp_path):
+    """What ships after cross-fitting is a file of 8 bits, and not the float one under its name."""
+    root = shapes.write(tmp_path / "data", train=0, val=40, sizes=((48, 64),))
+    options = {"folds": 2, "candidates": ["36x48 int8"], "resolutions": [], "stem_scales": (), "rungs": (), "max_drop": 90.0}
+    run = search(segmenter(), root, out=tmp_path / "run", threads=1, **options)
+    served = json.loads((run.artifact / "manifest.json").read_text())["runtime"]
+    assert served["layers"]["quantized"] and served["distance"] > 1e-6
+    assert served["file_bytes"] == (run.artifact / "model.onnx").stat().st_size
+    assert check(run.artifact, model=segmenter())[3].ok
+
+
+def test_what_cannot_be_counted_is_refused(loaded, cells, tmp_path):
+    class Anything(Task, register=False):
+        name = "anything"
+        make = open = judge = quality = predict = None
+
+    with pytest.raises(DownresError, match="`max_flips` counts answers that become others, a anything network"):
+        Anything(None, 1).refuse_flips(Budget(max_flips=1.0))
+    assert (
+        over_budget(None, LATENCY, Budget(max_size_bytes=1))
+        == "the bytes of its file are not known, as it was measured in torch"
+    )
+    with pytest.raises(DownresError, match="A curve is measured in one runtime, 32 openvino names another"):
+        curve(loaded, cells.dataset(), candidates=["32 openvino"])
+
+
+def test_torch_beside_another_runtime_is_measured_and_not_shipped(loaded, cells, tmp_path):
+    options = {"resolutions": [], "candidates": ["32", "32 torch", "32 onnxruntime"], "rungs": (), **OPTIONS}
+    run = search(loaded, cells.dataset(), out=tmp_path / "run", runtime="onnxruntime:cpu", minimize="latency", **options)
+    assert [str(r.candidate) for r in run.results] == ["32", "32 torch"]  # the first runtime need not be named
+    assert str(run.best.candidate) == "32" and run.results[1].latency.runtime == "torch"
+    assert "measured and not shipped, as torch runs networks and no files: 32 torch" in run.notes
+
+
+def test_a_file_over_the_ceiling_or_with_other_answers_is_not_shipped(loaded, cells, tmp_path, monkeypatch):
+    from downres.recovery.bank import Bank
+
+    options = {"resolutions": [], "candidates": ["32 int8"], "rungs": (), **OPTIONS}
+    ship = Bank.ship
+
+    def other(bank, state, folder, *arguments):
+        engine = ship(bank, state, folder, *arguments)
+        tensors = {"head.weight": -bank.head_weight(state), "head.bias": np.zeros(2, np.float32)}
+        assert engine.with_tensors(folder / engine.file, tensors, folder / engine.file)
+        return engine
+
+    monkeypatch.setattr(Bank, "ship", other)
+    run = search(loaded, cells.dataset(), out=tmp_path / "run", **options)
+    assert run.best is not None and run.artifact is None
+    assert any("could not be shipped: its int8 file answers otherwise than what was judged" in note for note in run.notes)
+
+
+def test_one_layer_has_none_to_spare(tiny_preprocessing, cells, tmp_path):
+    """The rung is left out, and the candidate stays."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    options = {**OPTIONS, "resolutions": [], "candidates": ["32 int8"], "rungs": ("layers",), "max_drop": 0.0}
+    run = search(network.eval(), cells.dataset(), preprocessing=tiny_preprocessing, out=tmp_path / "run", **options)
+    (result,) = run.results
+    assert result.status == "measured" and result.recovery.tried[-1].note == "too few layers in 8 bits to keep some in float"
+
+
+def test_a_network_that_does_not_run_in_another_precision_stops_alone(tmp_path):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(x.mean((2, 3)) + torch.ones(1, 3)) @ torch.ones(2, 2)
+
+    with pytest.raises(DownresError, match="The network does not run so in torch"):
+        TorchRuntime(Mixed(), 1, precision="bf16")(np.zeros((1, 3, 8, 8), np.float32))

@@ -53,6 +53,7 @@ class Served(Record):
 
     name: str
     precision: str = FP32
+    file_bytes: int | None = None
     layers: Layers | None = None
     distance: float | None = None
 

@@ -31,7 +31,7 @@ def served_alike(task: Task, folder: Path, manifest: dict[str, Any], graph: Grap
         return None, f"there is no {SERVE}: the model was exported before there was one"
     numbers = takes_numbers(task, p)
     described = manifest.get("steps") == steps(p, numbers) and manifest["output"] == output_of(task, p)
-    if (folder / SERVE).read_bytes() != program(task, p, numbers, served_by(manifest)[0]).encode() or not described:
+    if (folder / SERVE).read_bytes() != program(task, p, numbers, *served_by(manifest)).encode() or not described:
         theirs, ours = manifest.get("versions", {}).get("downres"), versions()["downres"]
         which = "what the manifest says of serving is" if described is False else f"{SERVE} is"
         other = f" ({theirs} wrote it, this is {ours})" if theirs != ours else ""

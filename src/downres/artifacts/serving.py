@@ -6,6 +6,7 @@ import numpy as np
 
 from ..engines.engine import Engine
 from ..images.preprocess import cover_of, covering_size, divisor, fill_of, shown_size
+from ..parse import FP32
 from ..records import BGR, RGB, Preprocessing
 from ..tasks import Task
 
@@ -121,7 +122,7 @@ _FITTED = {
 }
 
 
-def program(task: Task, p: Preprocessing, numbers: bool = False, engine: Engine | None = None) -> str:
+def program(task: Task, p: Preprocessing, numbers: bool = False, engine: Engine | None = None, precision: str = FP32) -> str:
     """The text of serve.py: under 60 lines (of numbers 70), of what is needed; it reads its values from the manifest.
 
     numbers: see `takes_numbers`. engine: that of the graph, None: onnxruntime's on the CPU.
@@ -151,22 +152,29 @@ def program(task: Task, p: Preprocessing, numbers: bool = False, engine: Engine 
         run = _RUN
     fitted = fit.replace("    BEFORE\n", before).replace("RESIZED", resized)
     parts = [opened, *([_BICUBIC] if cubic else []), fitted, taken, answer, run]
-    runs = engine is not None and engine.name == "openvino"
-    head, run = _in_openvino(_HEAD, run, engine.device.upper()) if runs else (_HEAD, run)  # type: ignore[union-attr]
+    head = _HEAD
+    if engine is not None and (name := engine.provider(precision)):
+        if engine.name == "openvino":
+            head, run = _in_openvino(_HEAD, run, *name)
+        else:
+            run = run.replace("CPUExecutionProvider", name[0])
     parts[-1] = run
     text = head + "".join(f"\n{part.strip()}\n" for part in parts)
     return text if text.count("\n") < MOST_LINES else text.replace("\n\ndef", "\ndef").replace("\n\nsession", "\nsession")
 
 
-def _in_openvino(head: str, run: str, device: str) -> tuple[str, str]:
-    """The same with OpenVINO in the place of ONNX Runtime, in float32 where it is not in 8 bits."""
+def _in_openvino(head: str, run: str, device: str, hint: str) -> tuple[str, str]:
+    """The same with OpenVINO in the place of ONNX Runtime; hint: what computes where it is not in 8 bits."""
     head = head.replace("model.onnx", "model.xml").replace("and onnxruntime;", "and openvino;")
     run = run.replace("session.run(None, {MANIFEST", "session({MANIFEST").replace("\n    print", ".values()\n    print")
-    lines = [_OPENVINO.replace("DEVICE", device) if line.startswith("session = ") else line for line in run.split("\n")]
+    lines = [
+        _OPENVINO.replace("DEVICE", device).replace('"HINT"', f'"{hint}"') if line.startswith("session = ") else line
+        for line in run.split("\n")
+    ]
     return head.replace("import onnxruntime", "import openvino"), "\n".join(lines)
 
 
-_OPENVINO = 'session = openvino.Core().compile_model(HERE / "model.xml", "DEVICE", {"INFERENCE_PRECISION_HINT": "f32"})'
+_OPENVINO = 'session = openvino.Core().compile_model(HERE / "model.xml", "DEVICE", {"INFERENCE_PRECISION_HINT": "HINT"})'
 _ORDER = {RGB: "", BGR: "[..., ::-1]"}
 _HEAD = '''"""`python serve.py photo.jpg …` prints what model.onnx answers, a line of JSON for each picture.
 Written by downres. Needs Pillow, NumPy and onnxruntime; all numbers are those of manifest.json, which explains them."""

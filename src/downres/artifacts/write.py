@@ -59,7 +59,7 @@ def export(
         folds_own = save({k: torch.from_numpy(v).contiguous() for k, v in fold_tensors.items()})
         (partial / "folds.safetensors").write_bytes(folds_own)
     numbers = takes_numbers(task, preprocessing)
-    (partial / SERVE).write_text(program(task, preprocessing, numbers, engine_of(runtime["name"])))
+    (partial / SERVE).write_text(program(task, preprocessing, numbers, engine_of(runtime["name"]), runtime["precision"]))
     (partial / PROOF).write_text(write_json(proof_of(task)).replace("], [", "],\n["))
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner may read

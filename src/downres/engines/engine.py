@@ -169,6 +169,10 @@ class Engine(ABC):
         """Writes what of a file leads to a tensor."""
         raise NotImplementedError
 
+    def provider(self, precision: str) -> tuple[str, ...]:
+        """What a program that serves a file has to ask the engine for, in its own words."""
+        return ()
+
     def files(self, file: Path) -> list[Path]:
         """All that belongs to a file."""
         return [file]

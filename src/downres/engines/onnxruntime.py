@@ -187,11 +187,15 @@ print(before, peak())
         if precision == FP32:
             shutil.copyfile(exported, path)
             return
+        self.refuse(precision)
         try:
             from onnxconverter_common import float16
         except ImportError:
             raise DownresError("fp16 ONNX files need onnxconverter-common: pip install onnxconverter-common.") from None
         onnx.save(float16.convert_float_to_float16(onnx.load(exported), keep_io_types=True), path)
+
+    def provider(self, precision: str) -> tuple[str, ...]:
+        return (_PROVIDERS[self.device],)
 
     def quantize(self, exported: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None) -> None:
         from .onnx_int8 import quantize_onnx

@@ -151,6 +151,9 @@ print(before, peak())
     def write(self, exported: Path, path: Path, precision: str) -> None:
         _save(_read(exported), path, compress=precision == FP16)
 
+    def provider(self, precision: str) -> tuple[str, ...]:
+        return self.device.upper(), _HINTS[precision]
+
     def quantize(self, exported: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None) -> None:
         with _quiet():
             import nncf

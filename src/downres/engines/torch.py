@@ -37,6 +37,7 @@ class TorchRuntime:
         self.versions = {"torch": str(torch.__version__)}
         self._model = nn.Module.eval(copied(model))
         self._compiled = device == "compile"
+        self._plain = precision == FP32 and not self._compiled
         if device not in (None, "compile", "cpu"):
             self._model = self._model.to(device)
         if precision != FP32:
@@ -46,7 +47,21 @@ class TorchRuntime:
         self._device, self._dtype = like.device, like.dtype
 
     def __call__(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(b, c, h, w) float32 → the model's outputs, in order. Copying to numpy waits for the device."""
+        """(b, c, h, w) float32 → the model's outputs, in order. Copying to numpy waits for the device. DownresError where a
+        network does not run in another precision, or compiled, than it was written for.
+        """
+        try:
+            return self._run(batch)
+        except DownresError:
+            raise
+        except Exception as error:  # whatever a network fails with in numbers that nobody asked it to take
+            if self._plain:
+                raise
+            raise DownresError(
+                f"The network does not run so in {self.name} ({first_line(error)[:200]}): leave that out."
+            ) from error
+
+    def _run(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
         with _threads(self.threads), torch.inference_mode():
             x = torch.from_numpy(np.ascontiguousarray(batch)).to(self._device, self._dtype)
             if self._layout is None:

@@ -11,13 +11,14 @@ from ..records import Footprint
 LIMIT_S = 120.0
 
 
-def footprint(engine: Engine, file: Path, shape: Sequence[int], threads: int) -> Footprint:
+def footprint(engine: Engine, file: Path, shape: Sequence[int], threads: int, *, alone: bool = True) -> Footprint:
     """Of a file of that engine, answering once to a batch of that shape (b, c, h, w). The memory is that of a process of its
     own, as Linux reports it (VmHWM; `ru_maxrss` would be that of whoever started it): libraries, weights and activations; None
     where no such process can run.
+    alone: whether there is one that computes as this file is meant to.
     """
     size = sum(one.stat().st_size for one in engine.files(file))
-    if not engine.alone or engine.device != "cpu" or sys.platform != "linux":
+    if not alone or not engine.alone or engine.device != "cpu" or sys.platform != "linux":
         return Footprint(size)
     command = [sys.executable, "-c", engine.alone, str(file.resolve()), str(threads), *map(str, shape)]
     try:

@@ -136,7 +136,9 @@ class Bank:
         """What the file of `timed` takes; None of what runs without one."""
         if self._in_torch(state.candidate):
             return None
-        return footprint(self.engine(state.candidate), self.file(self._probe(state)), shape, check_threads(self.threads))
+        engine, precision = self.engine(state.candidate), state.candidate.precision
+        alone = precision in (FP32, INT8)  # the program of `Engine.alone` computes in float32 where it is not in 8 bits
+        return footprint(engine, self.file(self._probe(state)), shape, check_threads(self.threads), alone=alone)
 
     def _probe(self, state: State) -> State:
         if state.candidate.precision == INT8 and state.step(QUANTIZED) is None:
@@ -203,6 +205,7 @@ class Bank:
             if step.fold is not None:
                 self.passes += step.images
         else:
+            assert precision != INT8, "a file of 8 bits is made of calibration images"
             engine.write(onnx, partial, precision)
         for made, named in reversed(list(zip(engine.files(partial), engine.files(file), strict=True))):
             made.replace(named)  # the first of them last: where that is there, all are

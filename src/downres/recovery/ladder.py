@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..engines.engine import RANGES, Quantization
+from ..engines.engine import RANGES, Quantization, QuantizationFailed
 from ..images import Fold
 from ..parse import INT8
 from ..records import OUTSIDE, WITHIN, Budget, Candidate, Drop, Recovery, Rung, Score
@@ -128,10 +128,9 @@ def climb(
 
 def requantized(state: State, **changes: Any) -> State:
     """The state with its 8-bit file made otherwise."""
-    history = tuple(
-        dataclasses.replace(step, how=dataclasses.replace(step.how, **changes)) if step.how else step for step in state.history
-    )
-    return dataclasses.replace(state, history=history)
+    made = state.step(QUANTIZED)
+    assert made is not None and made.how is not None
+    return state.quantized_as(dataclasses.replace(made.how, **changes))
 
 
 KEPT = (1, 2, 4, 8, 16)
@@ -141,7 +140,13 @@ KEPT = (1, 2, 4, 8, 16)
 def _keep_layers(ladder: "_Ladder", bank: Bank, start: State, state: State, tune: np.ndarray) -> None:
     """The fewest layers in float that suffice, the most sensitive first, as far as half of the layers."""
     ladder.begin()
-    ranked = most_sensitive(bank, start, tune)
+    try:
+        ranked = most_sensitive(bank, start, tune)
+    except QuantizationFailed as error:
+        ladder.skip("layers", str(error).rstrip("."))
+        return
+    if len(ranked) < 2:
+        ladder.skip("layers", "too few layers in 8 bits to keep some in float")
     for count in KEPT:
         if count > len(ranked) // 2:
             break

@@ -29,6 +29,8 @@ def most_sensitive(bank: Bank, state: State, indices: np.ndarray) -> list[str]:
     some = indices[:IMAGES]
     images = np.concatenate([np.asarray(batch) for batch in bank.batches(state, some, len(some))])
     names = [name for name in engine.layer_names(onnx, head) if name not in step.how.kept]
+    if len(names) < 2:
+        return names
 
     with tempfile.TemporaryDirectory(prefix="downres-") as place:
         exact = engine.load(bank.onnx(state.network), bank.threads)(images) if engine.text == "onnxruntime" else None

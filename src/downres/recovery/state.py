@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,12 @@ class Step(Record):
         return values if self.how else {name: value for name, value in values.items() if name != "how"}
 
 
+def like_most(state: "State", others: Sequence["State"]) -> "State":
+    """The state with its 8-bit file, if it has one, made as most of the others' are."""
+    hows = [made.how for one in others if (made := one.step(QUANTIZED)) is not None and made.how is not None]
+    return state.quantized_as(Counter(hows).most_common(1)[0][0]) if hows else state
+
+
 @dataclass(frozen=True)
 class State(Record):
     """One network and the pixels it gets: what its answers depend on. history: what was done to the weights, in order."""
@@ -56,6 +64,11 @@ class State(Record):
         if step.done == RECALIBRATED and (made := self.step(QUANTIZED)) is not None:
             return self.without(QUANTIZED).then(step).then(made)
         return dataclasses.replace(self, history=(*self.history, step))
+
+    def quantized_as(self, how: Quantization) -> "State":
+        """The same with its 8-bit file made otherwise."""
+        steps = tuple(dataclasses.replace(step, how=how) if step.how else step for step in self.history)
+        return dataclasses.replace(self, history=steps)
 
     @property
     def network(self) -> "State":

@@ -80,6 +80,8 @@ def curve(
     check_planned(subject, planned)
     if not planned:
         raise DownresError("There is nothing to try: give for example resolutions below the original's, 96:256:32.")
+    if named := next((c for c in planned if c.runtime), None):
+        raise DownresError(f"A curve is measured in one runtime, {named} names another: give it as `runtime`.")
     if any(c.precision == INT8 for c in planned):
         raise DownresError("A curve looks at no training images, on which int8 is calibrated: search with that precision.")
     open_data(subject, data, measuring, question, parts=("val",), progress=progress)

@@ -30,7 +30,7 @@ from ..recovery.state import State
 from ..reports import words
 from ..reports.interactions import interactions
 from ..tasks import Task, restored
-from .select import over_budget, select
+from .select import is_measured_alone, over_budget, select
 from .store import IN_TORCH, STOPPED, UNEXPORTED, UNSHIPPED, Store
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _load(folder: Path, store: Store) -> Run:
     results = [_result(store, task, Candidate.from_json(c), budget) for c in settings["candidates"]]
     results = _judge(store, task, native, results, budget, data["fold_count"])
     unmeasured = sum(r.status == "waiting" for r in results)
-    best = None if unmeasured else select(results, settings["minimize"])
+    best = None if unmeasured else select([r for r in results if not is_measured_alone(r.candidate)], settings["minimize"])
     notes = [*settings["notes"]]
     if (why := store.get(IN_TORCH)) is not None:
         notes.append(f"all is measured in torch, as the original could not be exported to ONNX: {why}")
@@ -187,10 +187,13 @@ def _load(folder: Path, store: Store) -> Run:
         slow = f"every tenth pass took twice the median at {shown}"
         notes.append(f"something else ran while latency was measured ({slow}): time again alone")
     if best and (why := store.get(UNSHIPPED)) is not None:
+        said = why if why.startswith("could not") else f"could not be exported to ONNX: {why}"
         notes.append(
-            f"no model is shipped, as {best.candidate} could not be exported to ONNX: {why}; its network is what "
-            f"downres.recover(model, data, Candidate.parse({str(best.candidate)!r})) gives in Python"
+            f"no model is shipped, as {best.candidate} {said}; its network is what "
+            f"downres.recover(model, data, Candidate.parse({str(best.candidate.network)!r})) gives in Python"
         )
+    if alone := [str(r.candidate) for r in results if is_measured_alone(r.candidate)]:
+        notes.append(f"measured and not shipped, as torch runs networks and no files: {', '.join(alone)}")
     if unmeasured:
         notes.append(f"unfinished: {unmeasured} of {len(results)} candidates are not measured yet; the same command goes on")
     finished = store.get("finished") is not None and not unmeasured

@@ -44,7 +44,7 @@ from .prepare import (
 )
 from .results import Run, load_run, predictions_of
 from .select import MINIMIZE, over_budget
-from .ship import ship
+from .ship import Unshipped, ship
 from .store import FORMAT, IN_TORCH, STOPPED, UNEXPORTED, UNSHIPPED, Store
 from .view import write_report
 
@@ -105,12 +105,16 @@ def search(
         warnings.warn("runtime 'torch' measures in torch; the shipped model.onnx is checked against it.", stacklevel=2)
     subject = prepare_task(model, data, question, task, preprocessing)
     subject.check_budget(budget)
+    subject.refuse_flips(budget)
     if embed_preprocessing:
         refuse_channels(subject.model.preprocessing)
     design = design_of(subject.model)
     if len(measuring.runtimes) > 1 and tries.given(RUNTIME) is None:
         tries = tries.replaced({RUNTIME.keyword: (None, *measuring.runtimes[1:])})
     planned, notes = plan(design, default_axes(design, tries))
+    first = measuring.runtimes[0]  # whose candidates need not name it
+    planned = [c.having(runtime=None) if c.runtime == first else c for c in planned]
+    planned = [c for c in dict.fromkeys(planned) if c != subject.native]
     wanted, rungs = rungs, rungs_for(subject, planned, rungs)
     minimize = minimize or ("latency" if any(c.network != c for c in planned) else "macs")
     if wanted and not rungs:
@@ -200,8 +204,10 @@ def _measure_all(
                 bank.release()
             try:
                 store.put(key, _measure(task, store, bank, candidate, made, budget, rungs))
-            except QuantizationFailed as error:  # of this file; nothing is wrong with the others
-                store.put(f"{STOPPED}/{candidate}", str(error))
+            except DownresError as error:
+                if candidate == candidate.network:
+                    raise
+                store.put(f"{STOPPED}/{candidate}", str(error).rstrip("."))  # of this file; others may be sound
         bank.release()
     bank.stage = ""
     run = load_run(store.folder, store)
@@ -216,8 +222,11 @@ def _measure_all(
             progress(f"{run.best.candidate}: shipping", 0, 1)
         try:
             ship(task, store, bank, run, rungs)
-        except (NotExported, QuantizationFailed) as error:  # measured otherwise, it is proven all the same
-            store.put(UNSHIPPED, error.why)
+        except NotExported as error:  # measured in torch, it is proven all the same
+            store.put(UNSHIPPED, f"could not be exported to ONNX: {error.why}")
+        except (QuantizationFailed, Unshipped) as error:
+            store.put(UNSHIPPED, f"could not be shipped: {str(error).rstrip('.')}")
+        if store.get(UNSHIPPED) is not None:
             shutil.rmtree(store.folder / "best.partial", ignore_errors=True)
         if progress:
             progress(f"{run.best.candidate}: shipping", 1, 1)
@@ -253,8 +262,8 @@ def _measure(
         recovered.append(lowered[-1] if state == bare else task.evidence(bank, state, reference.fold.test))
         states.append(state)
         recoveries.append(recovery)
-    if any(step.how and step.how.kept for step in states[0].history):
-        _time_again(task, store, bank, states[0])
+    if kept := [s for s in states if any(step.how and step.how.kept for step in s.history)]:
+        _time_again(task, store, bank, kept[0])
     before, after = (task.evidence_type.concatenate(parts) for parts in (lowered, recovered))
     store.put_arrays(predictions_of(task.native_state.at(candidate)), **after.to_arrays())
     return {
@@ -329,8 +338,10 @@ def _latency_gate(
         for i, candidate in enumerate(candidates):
             state = State(candidate, subject.model.preprocessing.crop_ratio)
             try:
-                runtimes[str(candidate)] = bank.timed(state)
+                runtimes[str(candidate)] = ready = bank.timed(state)
+                ready(random_batch((1, subject.channels, *bank.preprocessing_of(state).hw)))  # whether it runs at all
             except DownresError as error:
+                runtimes.pop(str(candidate), None)
                 why = (
                     f"could not be exported to ONNX: {error.why}" if isinstance(error, NotExported) else str(error).rstrip(".")
                 )

@@ -1,7 +1,7 @@
 """From measurements to a decision: gates, the cheapest candidate that is proven."""
 
 from ..parse import format_quantity
-from ..records import Budget, Cost, Footprint, Latency, Result
+from ..records import Budget, Candidate, Cost, Footprint, Latency, Result
 
 MINIMIZE = ("macs", "memory", "latency", "size")
 
@@ -13,12 +13,19 @@ def over_budget(cost: Cost | None, latency: Latency | None, budget: Budget, foot
     if cost and budget.max_memory_bytes and cost.peak_activation_bytes > budget.max_memory_bytes:
         have, allowed = format_quantity(cost.peak_activation_bytes, "B"), format_quantity(budget.max_memory_bytes, "B")
         return f"{have} of peak activation memory are over the {allowed} allowed"
+    if latency and budget.max_size_bytes and footprint is None:
+        return "the bytes of its file are not known, as it was measured in torch"
     if footprint and budget.max_size_bytes and footprint.file_bytes > budget.max_size_bytes:
         have, allowed = format_quantity(footprint.file_bytes, "B"), format_quantity(budget.max_size_bytes, "B")
         return f"a file of {have} is over the {allowed} allowed"
     if latency and budget.max_latency_ms and latency.latency_ms > budget.max_latency_ms:
         return f"a median of {latency.latency_ms:.3g} ms is over the {budget.max_latency_ms:.3g} ms allowed"
     return ""
+
+
+def is_measured_alone(candidate: Candidate) -> bool:
+    """Whether it names torch beside another runtime of the run: what would ship is another candidate's file."""
+    return candidate.runtime is not None and candidate.runtime.partition(":")[0] == "torch"
 
 
 def expense(result: Result, minimize: str) -> tuple[float, float]:

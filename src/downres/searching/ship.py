@@ -10,7 +10,8 @@ import numpy as np
 from ..artifacts import export
 from ..artifacts.proof import distance, parity_images
 from ..environment import versions
-from ..parse import FP32, INT8
+from ..errors import DownresError
+from ..parse import FP32, INT8, format_quantity
 from ..recovery.bank import Bank
 from ..recovery.state import QUANTIZED, RECALIBRATED, REFITTED, State
 from ..tasks import Task
@@ -42,7 +43,9 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
         store.folder / "best",
         bank.network(state),
         task,
-        partial(_write, task, bank, state, {stems[_file(s)]: s for s in states if _file(s) in stems}),
+        partial(
+            _write, task, bank, state, {stems[_file(s)]: s for s in states if _file(s) in stems}, run.budget.max_size_bytes
+        ),
         preprocessing=bank.preprocessing_of(state),
         state=state,
         result=best,
@@ -81,19 +84,32 @@ def _stems(shipped: State, states: Sequence[State]) -> dict[State, str]:
     return {file: f"fold{i}" for i, file in enumerate(own)}
 
 
-def _write(task: Task, bank: Bank, state: State, others: Mapping[str, State], folder: Path) -> dict[str, Any]:
-    """Writes the file that runs and those of folds; says what it is. Raises DownresError where it does not answer as what was
-    measured did.
+class Unshipped(DownresError):
+    """What was proven, and is not what would ship; why in words."""
+
+
+def _write(task: Task, bank: Bank, state: State, others: Mapping[str, State], most: int | None, folder: Path) -> dict[str, Any]:
+    """Writes the file that runs and those of folds; says what it is. most: bytes that it may have. Raises Unshipped where it
+    has more, or does not answer as what was measured did.
     """
     engine = bank.ship(state, folder, task.serve, task.output_name)
     for stem, other in others.items():
         bank.ship(other, folder, task.serve, task.output_name, stem)
-    precision = state.candidate.precision
-    said: dict[str, Any] = {"name": engine.text, "precision": precision}
+    precision, file = state.candidate.precision, folder / engine.file
+    taken = sum(one.stat().st_size for one in engine.files(file))
+    if most is not None and taken > most:
+        raise Unshipped(f"its file of {format_quantity(taken, 'B')} is over the {format_quantity(most, 'B')} allowed")
+    said: dict[str, Any] = {"name": engine.text, "precision": precision, "file_bytes": taken}
     if precision == FP32:
         return said
-    file, p, chosen = folder / engine.file, bank.preprocessing_of(state), parity_images(task)
+    p, chosen = bank.preprocessing_of(state), parity_images(task)
     runtime = engine.load(file, bank.threads, precision=precision, spread=True)
+    if bank.output_names != (task.output_name,):  # what was judged is another file, with features
+        answers = (runtime(np.asarray(batch))[0] for batch in bank.batches(state, chosen, task.batch_size))
+        ours = task.judge((answer for part in answers for answer in part), chosen, p)
+        judged = task.evidence(bank, state, chosen)
+        if not np.allclose(task.points(ours), task.points(judged), rtol=1e-2, atol=1e-6):
+            raise Unshipped(f"its {precision} file answers otherwise than what was judged")
     apart = distance(task, bank.network(state), runtime, chosen, p)
     layers = engine.layers(file).to_json() if precision == INT8 else None
     return said | {"layers": layers, "distance": apart}

@@ -138,12 +138,15 @@ class Task(ABC):
 
     def check_budget(self, budget: Budget) -> None:
         """DownresError for an allowed drop that makes no sense for this task's score: here percentage points."""
+        if budget.max_drop >= 100.0:
+            raise DownresError(f"The allowed drop is in percentage points from 0 to below 100, {budget.max_drop} is not.")
+
+    def refuse_flips(self, budget: Budget) -> None:
+        """DownresError for a ceiling on other answers where an answer is no single thing."""
         if budget.max_flips is not None and type(self).changed is Task.changed:
             raise DownresError(
                 f"`max_flips` counts answers that become others, a {self.name} network has no single answer: leave it out."
             )
-        if budget.max_drop >= 100.0:
-            raise DownresError(f"The allowed drop is in percentage points from 0 to below 100, {budget.max_drop} is not.")
 
     def check(self, candidates: Sequence[Candidate]) -> None:  # noqa: B027  (a task need not have any to refuse)
         """DownresError for a candidate whose quality cannot be measured as it is."""

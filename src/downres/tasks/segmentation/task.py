@@ -12,15 +12,16 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
+from ...engines.engine import Quantization
 from ...errors import DownresError
 from ...families import Model
 from ...images import visible
 from ...parse import as_hw, format_resolution, like, user_path
 from ...probe import Answer, find_answer
-from ...records import CLASSES, LOGITS, OUTSIDE, Budget, Candidate, Dense, Drop, Preprocessing, Record, Recovery, Result
+from ...records import CLASSES, LOGITS, OUTSIDE, WITHIN, Budget, Candidate, Dense, Drop, Preprocessing, Record, Recovery, Result
 from ...recovery.bank import CALIBRATION_IMAGES
 from ...recovery.ladder import Option
-from ...recovery.state import RECALIBRATED, State, Step
+from ...recovery.state import QUANTIZED, RECALIBRATED, State, Step, like_most
 from ...reduction import made_for, takes_any_size
 from ...reductions.dense import Segmenter, check_size
 from ...reports.pictures import overlay
@@ -201,9 +202,11 @@ class Segmentation(Task):
         return compare_tallies(original, candidates, budget)
 
     def choose(self, options: Sequence[Option]) -> Option:
-        """Recalibration is taken where it is better beyond doubt: the one-sided 95 % bound of the gain is above 0."""
+        """Another rung than the first is taken where it is better beyond doubt: the one-sided 95 % bound of the gain is above
+        0; of several those first whose drop is within.
+        """
         first, *others = options
-        for other in others:
+        for other in sorted(others, key=lambda option: option.drop.verdict != WITHIN):
             gain = self.compare(other.evidence, {"it": first.evidence}, Budget(0.0))["it"]
             if gain.verdict == OUTSIDE:
                 return other
@@ -215,10 +218,14 @@ class Segmentation(Task):
         """After cross-fitting, BatchNorm statistics of all images where most folds wanted them."""
         if len(states) == 1:
             return states[0], recovery
-        state = self.native_state.at(candidate)
-        if sum(s.step(RECALIBRATED) is not None for s in states) * 2 > len(states):
+        state = like_most(bank.started(self.native_state, candidate, len(states)), states)
+        recalibrated = sum(s.step(RECALIBRATED) is not None for s in states) * 2 > len(states)
+        if recalibrated:
             state = state.then(Step(RECALIBRATED, len(states), CALIBRATION_IMAGES))
-        return state, dataclasses.replace(recovery, rung="batchnorm" if state.history else "none")
+        if (made := state.step(QUANTIZED)) is not None and made.how != Quantization():
+            assert made.how is not None
+            return state, dataclasses.replace(recovery, rung="layers" if made.how.kept else "ranges")
+        return state, dataclasses.replace(recovery, rung="batchnorm" if recalibrated else "none")
 
     def lacks(self, facts: Mapping[str, Any]) -> list[str]:
         absent = facts.get("absent")
