@@ -276,7 +276,7 @@ def search(
             "--rungs",
             help="Of the recovery ladder, from crop,batchnorm,head, for int8 also ranges,layers; 'none' only lowers.",
         ),
-    ] = "crop,batchnorm,ranges,head,layers",
+    ] = "crop,batchnorm,head,ranges,layers",
     minimize: Annotated[
         str | None,
         _allowed(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import onnx
@@ -16,9 +17,10 @@ from downres.engines import onnx_int8
 from downres.engines.torch import TorchRuntime
 from downres.errors import DownresError
 from downres.images import preprocess
-from downres.records import WITHIN, Latency, Preprocessing
-from downres.recovery.ladder import Reference, climb
-from downres.recovery.state import QUANTIZED
+from downres.records import TOO_FEW, WITHIN, Latency, Preprocessing, Recovery
+from downres.recovery import ladder
+from downres.recovery.ladder import climb
+from downres.recovery.state import QUANTIZED, RECALIBRATED, Step
 from downres.searching.select import over_budget
 from downres.tasks import Task
 
@@ -139,17 +141,18 @@ def test_cross_fitted_files_are_checked_fold_by_fold(runtime, loaded, cells, tin
     assert "changed: fold0" in check(run.artifact, model=f"{tiny_file}:make", data=dataset)[0].detail
 
 
-def test_rungs_of_files(loaded, cells, tmp_path):
+def test_rungs_of_files(loaded, cells, tmp_path, monkeypatch):
     """Other ranges, the head on quantized features, the most sensitive layers in float: until the drop is within, or all are
     tried."""
+    monkeypatch.setattr(ladder._Ladder, "is_over", lambda self: True)
     run = search(
         loaded, cells.dataset(), resolutions=[], candidates=["24 int8"], rungs=("ranges", "head", "layers"),
         out=tmp_path / "run", **{**OPTIONS, "max_drop": 0.0},
     )  # fmt: skip
     for r in run.results:
         tried = [(rung.rung, rung.note) for rung in r.recovery.tried]
-        assert [name for name, _ in tried] == ["none", "ranges", "ranges", "head", "layers"]
-        assert tried[1][1] == "percentile ranges" and tried[4][1] in ("in float: body.0.weight", "in float: body.3.weight")
+        assert [name for name, _ in tried] == ["none", "head", "ranges", "ranges", "layers"]
+        assert tried[2][1] == "percentile ranges" and tried[4][1] in ("in float: body.0.weight", "in float: body.3.weight")
     assert run.artifact is None and "layers in float" in (run.folder / "report.html").read_text()
 
 
@@ -157,8 +160,8 @@ def test_layers_in_float_are_timed_again(loaded, cells, tmp_path, monkeypatch):
     """The file whose quality is stated is the one whose time and bytes are."""
     from downres.searching import run as run_module
 
-    def keeps_a_layer(task, bank, candidate, reference: Reference, budget, rungs):
-        state, recovery = climb(task, bank, candidate, reference, budget, ())
+    def keeps_a_layer(task, bank, candidate, reference, budget, rungs, like):
+        state, recovery = climb(task, bank, candidate, reference, budget, (), like)
         name = bank.engine(candidate).layer_names(bank.onnx(state.network), bank.head_weight(state))[0]
         step = state.step(QUANTIZED)
         return state.without(QUANTIZED).then(
@@ -282,11 +285,12 @@ def test_a_file_over_the_ceiling_or_with_other_answers_is_not_shipped(loaded, ce
     assert any("could not be shipped: its int8 file answers otherwise than what was judged" in note for note in run.notes)
 
 
-def test_one_layer_has_none_to_spare(tiny_preprocessing, cells, tmp_path):
+def test_one_layer_has_none_to_spare(tiny_preprocessing, cells, tmp_path, monkeypatch):
     """The rung is left out, and the candidate stays."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
     options = {**OPTIONS, "resolutions": [], "candidates": ["32 int8"], "rungs": ("layers",), "max_drop": 0.0}
+    monkeypatch.setattr(ladder._Ladder, "is_over", lambda self: True)
     run = search(network.eval(), cells.dataset(), preprocessing=tiny_preprocessing, out=tmp_path / "run", **options)
     (result,) = run.results
     assert result.status == "measured" and result.recovery.tried[-1].note == "too few layers in 8 bits to keep some in float"
@@ -303,3 +307,29 @@ def test_a_network_that_does_not_run_in_another_precision_stops_alone(tmp_path):
 
     with pytest.raises(DownresError, match="The network does not run so in torch"):
         TorchRuntime(Mixed(), 1, precision="bf16")(np.zeros((1, 3, 8, 8), np.float32))
+
+
+def test_it_begins_where_its_network_in_float_ended(loaded, cells, tmp_path, monkeypatch):
+    """Crop and statistics are those of the float network; what changes the file alone is left where the drop is within."""
+    from downres.searching import run as run_module
+
+    def recalibrated(task, bank, candidate, reference, budget, rungs, like):
+        if candidate == candidate.network:
+            state = dataclasses.replace(reference.state.at(candidate), crop_ratio=0.875)
+            return state.then(Step(RECALIBRATED, reference.index, 32)), Recovery("batchnorm", 0.875, 0.0)
+        monkeypatch.setattr(task, "compare", partial(too_few, task.compare))
+        return climb(task, bank, candidate, reference, budget, rungs, like)
+
+    def too_few(compare, *arguments):  # on tuning images nothing is proven
+        return {name: dataclasses.replace(d, verdict=TOO_FEW) for name, d in compare(*arguments).items()}
+
+    monkeypatch.setattr(run_module, "climb", recalibrated)
+    options = {"resolutions": [], "candidates": ["32", "32 int8"], **OPTIONS, "rungs": ("batchnorm", "ranges", "layers")}
+    run = search(loaded, cells.dataset(), out=tmp_path / "run", **options)
+    tried = [(rung.rung, rung.note) for rung in run.results[1].recovery.tried]
+    assert tried == [
+        ("none", ""),
+        ("batchnorm", "as the network in float"),
+        ("ranges", "the drop that is seen is within the allowed one already"),
+        ("layers", "the drop that is seen is within the allowed one already"),
+    ]

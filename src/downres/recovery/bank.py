@@ -67,6 +67,7 @@ class Bank:
         self.images: Images | None = None
         self.calibration: list[np.ndarray] = []
         self.ranged: list[np.ndarray] = []
+        self.sensitive: dict[Candidate, list[str]] = {}  # layers by what they lose in 8 bits
         self.folder, self.runtime_name, self.threads, self.batch_size = folder, runtime, threads, batch_size
         self.progress = progress
         self.passes = 0

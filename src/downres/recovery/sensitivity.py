@@ -23,6 +23,8 @@ def most_sensitive(bank: Bank, state: State, indices: np.ndarray) -> list[str]:
     A layer is judged by what the whole network answers with it alone in float, not by its own error: errors that later layers
     forgive cost nothing.
     """
+    if (known := bank.sensitive.get(state.candidate)) is not None:
+        return known  # of another fold, whose ranges are hardly others
     step = state.step(QUANTIZED)
     assert step is not None and step.how is not None
     engine, onnx, head = bank.engine(state.candidate), bank.onnx(state.network), bank.head_weight(state)
@@ -53,4 +55,5 @@ def most_sensitive(bank: Bank, state: State, indices: np.ndarray) -> list[str]:
         groups = [list(part) for part in np.array_split(np.array(names), min(GROUPS, len(names)))]
         by_group = sorted(groups, key=error_with)
         worst, rest = by_group[0], [name for group in by_group[1:] for name in group]
-        return sorted(worst, key=lambda name: error_with([str(name)])) + [str(name) for name in rest]
+        bank.sensitive[state.candidate] = sorted(map(str, worst), key=lambda name: error_with([name])) + list(map(str, rest))
+        return bank.sensitive[state.candidate]

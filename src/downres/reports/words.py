@@ -24,8 +24,8 @@ RUNGS = {
     "none": "lowered only",
     "crop": "crop ratio",
     "batchnorm": "BatchNorm recalibration",
-    "ranges": "other 8-bit ranges",
     "head": "head refit",
+    "ranges": "other 8-bit ranges",
     "layers": "layers in float",
 }
 """The rungs of the recovery ladder from cheap to dear, and what the report calls them."""

@@ -252,13 +252,15 @@ def _measure(
 ) -> dict[str, Any]:
     """Quality on the proof images of every fold, lowered only and recovered; arrays first, then the record that names them."""
     lowered, recovered, states, recoveries = [], [], [], []
-    for reference in references:
+    before_it = store.get(f"quality/{candidate.network}") if candidate != candidate.network else None
+    alike = [State.from_json(one) for one in before_it["states"]] if before_it else [None] * len(references)
+    for reference, like in zip(references, alike, strict=True):
         bare = bank.started(reference.state, candidate, reference.index)
         lowered.append(task.evidence(bank, bare, reference.fold.test))
         if candidate == task.native:
             state, recovery = bare, Recovery("none", bare.crop_ratio, 0.0)
         else:
-            state, recovery = climb(task, bank, candidate, reference, budget, rungs)
+            state, recovery = climb(task, bank, candidate, reference, budget, rungs, like)
         recovered.append(lowered[-1] if state == bare else task.evidence(bank, state, reference.fold.test))
         states.append(state)
         recoveries.append(recovery)

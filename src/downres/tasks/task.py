@@ -296,7 +296,7 @@ class Task(ABC):
         if len(states) == 1:
             return states[0], recovery
         reference = self.reference(bank, len(states), self.everything(), rungs)
-        return climb(self, bank, candidate, reference, budget, rungs)
+        return climb(self, bank, candidate, reference, budget, rungs, states[0])
 
     # Words, pictures, and the shipped file
 
