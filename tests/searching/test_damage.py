@@ -39,7 +39,10 @@ def folder(finished, tmp_path):
 
 def answers(run):
     """All that a run says, without wall-clock times."""
-    rows = [{k: v for k, v in r.row().items() if not k.endswith("_ms")} for r in (run.original, *run.results)]
+    rows = [
+        {k: v for k, v in r.row().items() if not k.endswith(("_ms", "_per_s", "ratio_low", "ratio_high", "rss_bytes"))}
+        for r in (run.original, *run.results)
+    ]
     return rows, run.best and run.best.candidate
 
 

@@ -184,6 +184,9 @@ class Made:
         self.model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3) if norm else nn.ReLU())
         self.preprocessing, self.passes, self.looked = Preprocessing((48, 64)), 0, []
 
+    def started(self, state, candidate, fold):
+        return state.at(candidate)
+
     def tallies(self, state, indices, *, serving=True):
         self.passes += len(indices)
         self.looked.append((state, indices.tolist(), serving))

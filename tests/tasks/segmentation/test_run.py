@@ -387,7 +387,9 @@ def final(run):
     """All that a run answers, without wall-clock times."""
 
     def answer(result):
-        row = {k: v for k, v in result.row().items() if not k.endswith("_ms")}
+        row = {
+            k: v for k, v in result.row().items() if not k.endswith(("_ms", "_per_s", "ratio_low", "ratio_high", "rss_bytes"))
+        }
         return row, result.drop and result.drop.to_json(), result.quality and result.quality.to_json()
 
     states = [Store.read(run.folder).get(f"quality/{r.candidate}")["states"] for r in run.results]
