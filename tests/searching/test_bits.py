@@ -330,6 +330,6 @@ def test_it_begins_where_its_network_in_float_ended(loaded, cells, tmp_path, mon
     assert tried == [
         ("none", ""),
         ("batchnorm", "as the network in float"),
-        ("ranges", "the drop that is seen is within the allowed one already"),
-        ("layers", "the drop that is seen is within the allowed one already"),
+        ("ranges", "tuning images show no loss over the allowed one"),
+        ("layers", "tuning images show no loss over the allowed one"),
     ]

@@ -95,7 +95,7 @@ def climb(
 
     like: for a candidate of 8 bits the state of its network in float, where that was measured: crop and statistics are those,
     as each try of its own would be a file of its own. What changes that file alone, other ranges and layers in float, is tried
-    while the drop that is seen on the tuning images is over the allowed one.
+    while the tuning images show a loss beyond doubt that is over the allowed one.
     """
     state, start = (bank.started(s, candidate, reference.index) for s in (reference.state, reference.start))
     if len(reference.tune) == 0:
@@ -144,7 +144,7 @@ def _other_files(ladder: "_Ladder", bank: Bank, rungs: Sequence[str], tune: np.n
     """Other ranges, then layers in float, each on the best so far."""
     for rung in rungs:
         if not ladder.is_over():
-            ladder.skip(rung, "the drop that is seen is within the allowed one already")
+            ladder.skip(rung, "tuning images show no loss over the allowed one")
         elif rung == "ranges":
             for ranges in RANGES[1:]:
                 if ladder.is_over():
@@ -271,8 +271,9 @@ class _Ladder:
         return self.task.choose(self.options)
 
     def is_over(self) -> bool:
-        """Whether the best so far loses more than is allowed, as far as tuning images show."""
-        return self.best().drop.drop > self.budget.max_drop
+        """Whether the best so far loses beyond doubt, and more than is allowed as far as tuning images show."""
+        drop = self.best().drop
+        return drop.lower > 0 and drop.drop > self.budget.max_drop
 
     def best_pair(self) -> tuple[State, State]:
         """(start, state) of the best so far."""
