@@ -8,9 +8,13 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/downres demo --out demo
 
-# Two workers with a thread each: on two cores half the time of one worker with two threads.
+# Two workers with a thread each: on two cores half the time of one worker with two threads. What loads OpenVINO and NNCF has
+# processes of its own: a worker that had run them among a thousand other tests ended without a word, twice, a quarter of an
+# hour later.
+APART := tests/engines/test_engines.py tests/searching/test_bits.py tests/searching/test_doctor.py tests/test_embed.py
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(APART))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(APART)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check src tests benchmarks

@@ -22,7 +22,8 @@ def footprint(engine: Engine, file: Path, shape: Sequence[int], threads: int, *,
         return Footprint(size)
     command = [sys.executable, "-c", engine.alone, str(file.resolve()), str(threads), *map(str, shape)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+        # Without closing what is inherited the process is spawned, and not forked from one with the threads of many runtimes.
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True, close_fds=False)
         before, after = (1024 * int(number) for number in done.stdout.split()[-2:])
     except (subprocess.SubprocessError, ValueError, OSError):
         return Footprint(size)
