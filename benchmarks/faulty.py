@@ -129,10 +129,13 @@ def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number")
 
 
+TIMED = ("seconds", "latency", "ratio", "ratio_low", "ratio_high", "footprint", "interactions")
+
+
 def untimed(value: Any) -> Any:
     """A document without what a clock measured."""
     if isinstance(value, dict):
-        return {k: untimed(v) for k, v in value.items() if not k.endswith("_ms") and k not in ("seconds", "latency", "ratio")}
+        return {k: untimed(v) for k, v in value.items() if not k.endswith(("_ms", "_per_s", "rss_bytes")) and k not in TIMED}
     return [untimed(v) for v in value] if isinstance(value, list) else value
 
 
