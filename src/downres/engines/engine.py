@@ -1,9 +1,13 @@
 """What one engine does with a network, behind one interface: make its file, quantize it, run it, say what is in it."""
 
+import contextlib
 import importlib
 import importlib.util
+import io
+import logging
 import platform
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -220,6 +224,19 @@ def check_calibration(count: int) -> None:
             f"{INT8} is calibrated on at least {LEAST_CALIBRATION} training images, there are {count}: give more, or leave "
             "int8 out."
         )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters and quantizers print, warn and log their progress; standard output belongs to `--json`."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def plain_name(name: str) -> str:

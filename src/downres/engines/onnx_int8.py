@@ -1,12 +1,8 @@
 """8-bit ONNX files by ONNX Runtime's own quantizer: QDQ, weights per channel, activations by calibration."""
 
-import contextlib
-import io
-import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +11,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from ..errors import DownresError, first_line
-from .engine import Batches, Layers, Quantization, QuantizationFailed, after, plain_name, sums_saturate
+from .engine import Batches, Layers, Quantization, QuantizationFailed, after, plain_name, quiet, sums_saturate
 
 _METHODS = {
     "minmax": CalibrationMethod.MinMax,
@@ -58,7 +54,7 @@ def quantize_onnx(source: Path, path: Path, images: Batches, how: Quantization, 
     attention the linear layers alone are quantized: products of activations, softmax and layer norms lose too much in 8 bits.
     Where 8-bit sums would overflow (x86 without VNNI) weights have 7 bits.
     """
-    with tempfile.TemporaryDirectory(prefix="downres-") as place, _quiet():
+    with tempfile.TemporaryDirectory(prefix="downres-") as place, quiet():
         folded = Path(place) / "folded.onnx"
         try:
             quant_pre_process(source, folded, skip_symbolic_shape=True)
@@ -157,7 +153,7 @@ def _is_weight(name: str, known: set[str], made_by: dict[str, str]) -> bool:
 def layer_names(file: Path, head: np.ndarray | None) -> list[str]:
     """The layers with weights that are quantized unless they are kept, by the names that `Quantization.kept` takes, in the
     order in which they run."""
-    with tempfile.TemporaryDirectory(prefix="downres-") as place, _quiet():
+    with tempfile.TemporaryDirectory(prefix="downres-") as place, quiet():
         quant_pre_process(file, folded := Path(place) / "folded.onnx", skip_symbolic_shape=True)
         graph = onnx.load(folded)
     left = _from_head(graph, head)
@@ -171,15 +167,3 @@ def _by_weight(graph: onnx.ModelProto) -> dict[str, list[str]]:
         if node.op_type in LAYERS and (weight := next((name for name in node.input[:2] if name in known), "")):
             found.setdefault(plain_name(weight), []).append(node.name)
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The quantizer prints and logs its progress; standard output belongs to `--json`."""
-    disabled: Any = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)

@@ -2,16 +2,13 @@
 
 import contextlib
 import errno
-import io
 import json
-import logging
 import os
 import re
 import shutil
 import tempfile
 import threading
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +27,7 @@ from ..copying import copied, single
 from ..errors import NO_SPACE, DownresError, first_line, shown
 from ..parse import FP16, FP32, INT8
 from . import check_threads
-from .engine import LEAST_OPSET, PROFILED, Batches, Engine, Layers, Operator, Quantization, plain_name
+from .engine import LEAST_OPSET, PROFILED, Batches, Engine, Layers, Operator, Quantization, plain_name, quiet
 from .fuse import fused, noise
 from .torch import TorchRuntime, plain_attention, uncompiled
 
@@ -304,7 +301,7 @@ def export_onnx(
     example = torch.zeros(2, channels, height, width)  # two: torch.export takes a dimension of one for a constant
     try:
         plain = single(copied(model)).requires_grad_(False)
-        with _silence(), plain_attention(), uncompiled(), _one_table():
+        with quiet(), plain_attention(), uncompiled(), _one_table():
             plain = fused(plain, noise((1, *input_size), example))
             free_batch = ({0: torch.export.Dim.DYNAMIC},)
             program = torch.export.export(plain, (example,), dynamic_shapes=free_batch, strict=False)
@@ -394,19 +391,6 @@ def _one_table() -> Iterator[None]:
 
 
 _TABLES: dict[tuple[int, ...], Any] = {}
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """The exporter prints and logs its progress; standard output belongs to `--json`."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

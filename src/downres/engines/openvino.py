@@ -1,9 +1,5 @@
 """OpenVINO: its files, its 8 bits by NNCF, and running there."""
 
-import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +10,7 @@ import openvino as ov
 from ..errors import DownresError, first_line
 from ..parse import BF16, FP16, FP32, INT8
 from . import check_threads
-from .engine import PROFILED, Batches, Engine, Layers, Operator, Quantization, QuantizationFailed, after, plain_name
+from .engine import PROFILED, Batches, Engine, Layers, Operator, Quantization, QuantizationFailed, after, plain_name, quiet
 
 _HINTS = {FP32: "f32", BF16: "bf16", FP16: "f16", INT8: "f32"}
 """What is asked for whatever is not in 8 bits: by itself OpenVINO takes bf16 or f16 where the processor has them."""
@@ -155,7 +151,7 @@ print(before, peak())
         return self.device.upper(), _HINTS[precision]
 
     def quantize(self, exported: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None) -> None:
-        with _quiet():
+        with quiet():
             import nncf
 
             model = _read(exported)
@@ -383,16 +379,3 @@ def _from_head(model: Any, head: np.ndarray | None) -> set[str]:
             if any(v.shape == head.shape and np.array_equal(v, head) for v in (w.data, w.data.T)):
                 roots.append(op.get_friendly_name())
     return after(roots, edges)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """NNCF prints and logs its progress; standard output belongs to `--json`."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
