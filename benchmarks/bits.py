@@ -27,7 +27,7 @@ import torch
 from measuring import RESULTS, save
 
 import downres
-from downres.engines.engine import Quantization, engine_of
+from downres.engines.engine import Batches, Quantization, engine_of
 from downres.engines.onnxruntime import export_onnx
 from downres.measuring.latency import interleaved, random_batch
 from downres.searching.demo import demo_model
@@ -57,7 +57,7 @@ def speed(threads: int, runs: int) -> list[dict[str, Any]]:
                     for precision in ("fp32", "int8"):
                         file = Path(place) / f"{side}-{precision}-{engine.name}{Path(engine.file).suffix}"
                         if precision == "int8":
-                            engine.quantize(exported, file, lambda noise=noise: iter(noise), Quantization(), None)  # type: ignore[misc]
+                            engine.quantize(exported, file, Batches.of(list(noise)), Quantization(), None)
                         else:
                             engine.write(exported, file, precision)
                         key = f"{engine.name} {precision} {side}"

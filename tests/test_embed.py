@@ -18,7 +18,7 @@ from downres.artifacts import Embedded, read_manifest
 from downres.artifacts.embed import _centre, _Nodes, _shown, front, refuse_channels
 from downres.artifacts.manifest import PICTURE, changed_files, write_manifest
 from downres.artifacts.proof import INSIDE
-from downres.engines.engine import Quantization, engine_of
+from downres.engines.engine import Batches, Quantization, engine_of
 from downres.engines.onnxruntime import OnnxRuntime
 from downres.errors import DownresError
 from downres.images import decode, preprocess
@@ -242,7 +242,7 @@ def test_openvino_and_8_bits_get_it_in_front_unchanged(shipped, embedded, tmp_pa
         engine = engine_of(name)
         file, path = ((tmp_path / f"{name}{stem}").with_suffix(engine.file[5:]) for stem in ("", "_uint8"))
         if int8:
-            engine.quantize(embedded[0] / "model.onnx", file, lambda: iter(seen), Quantization(), None)
+            engine.quantize(embedded[0] / "model.onnx", file, Batches.of(seen), Quantization(), None)
         else:
             engine.write(embedded[0] / "model.onnx", file, "fp32")
         engine.put_in_front(front(p), file, path)

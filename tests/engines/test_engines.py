@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from downres.engines import engine, onnx_int8
-from downres.engines.engine import Quantization, QuantizationFailed, engine_of
+from downres.engines.engine import Batches, Quantization, QuantizationFailed, engine_of
 from downres.engines.onnxruntime import _refuse_fallback, export_onnx
 from downres.errors import DownresError
 from downres.measuring.footprint import footprint
@@ -21,8 +21,7 @@ IMAGES = [RNG.standard_normal((4, *SIZE), dtype=np.float32) for _ in range(4)]
 IMAGES[1][2, 0, 5, 7] = 40.0  # one value that no other image comes near
 
 
-def batches():
-    return iter(IMAGES)
+batches = Batches.of(IMAGES)
 
 
 class Net(nn.Module):

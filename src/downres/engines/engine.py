@@ -37,8 +37,21 @@ LEAST_CALIBRATION = 16
 PROFILED = 10
 """Passes of a profiler, after the first, in which memory is taken."""
 
-Batches = Callable[[], Iterator[np.ndarray]]
-"""The calibration images, (b, c, h, w) float32, from the start each time it is called."""
+
+@dataclass(frozen=True)
+class Batches:
+    """Calibration images in batches. make: the batches (b, c, h, w) float32, from the start each time it is called, which may
+    decode and resize; images, count: how many images and how many batches these are.
+    """
+
+    make: Callable[[], Iterator[np.ndarray]]
+    images: int
+    count: int
+
+    @classmethod
+    def of(cls, batches: Sequence[np.ndarray]) -> "Batches":
+        """What is in memory already."""
+        return cls(lambda: iter(batches), sum(map(len, batches)), len(batches))
 
 
 @dataclass(frozen=True)
@@ -90,23 +103,18 @@ class Operator:
 class QuantizationFailed(DownresError):
     """A network that this engine cannot quantize; why in words."""
 
-    @property
-    def why(self) -> str:
-        return str(self).rstrip(".")
-
 
 class Engine(ABC):
     """Where networks run. device: as the engine names it, in small letters.
 
-    name: that of `--runtime`; file: of a shipped model; extra: what `pip install 'downres[…]'` needs for it, '' for nothing;
-    exported: whether it starts from an ONNX file.
+    name: that of `--runtime`; file: of a shipped model; exported: whether it starts from an ONNX file. One that does not runs
+    networks and has no files: all that is of files is refused.
     alone: a program that needs nothing but NumPy and the engine: `python -c alone FILE THREADS B C H W` loads the file,
     answers once and prints two numbers, the peak resident memory before and after, in KiB; '' where there is none.
     """
 
     name: ClassVar[str]
     file: ClassVar[str]
-    extra: ClassVar[str] = ""
     exported: ClassVar[bool] = True
     alone: ClassVar[str] = ""
 
@@ -126,29 +134,31 @@ class Engine(ABC):
         if why := self.why_not(precision):
             raise DownresError(f"{self.text} does not compute in {precision} here: {why}.")
 
-    @abstractmethod
+    def without_files(self) -> DownresError:
+        return DownresError(f"{self.text} runs networks and no files: use onnxruntime or openvino.")
+
     def write(self, exported: Path, path: Path, precision: str) -> None:
         """Makes the engine's file of an exported network."""
+        raise self.without_files()
 
     def quantize(self, exported: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None) -> None:
         """Makes an int8 file of an exported network. head: weight (K, F) of the linear layer that stays in float, with all that
         comes after it. Raises QuantizationFailed where that is not possible.
         """
-        raise QuantizationFailed(f"{self.text} does not quantize: use another runtime.")
+        raise self.without_files()
 
     def layers(self, file: Path) -> Layers:
         """What of a file computes in 8 bits."""
-        raise NotImplementedError
+        raise self.without_files()
 
     def layer_names(self, exported: Path, head: np.ndarray | None) -> list[str]:
         """The layers of an exported network that `quantize` takes to 8 bits unless they are kept, in the order they run."""
-        raise NotImplementedError
+        raise self.without_files()
 
     def executed(self, file: Path, batch: np.ndarray, threads: int | None = None) -> list[Operator]:
         """What runs when an int8 file does, in order, timed over `PROFILED` passes."""
-        raise NotImplementedError
+        raise self.without_files()
 
-    @abstractmethod
     def load(
         self,
         file: Path,
@@ -159,6 +169,7 @@ class Engine(ABC):
         spread: bool = False,
     ) -> FileRuntime:
         """The file ready to run. spread: for many images, see `OnnxRuntime`."""
+        raise self.without_files()
 
     def with_tensors(self, file: Path, tensors: Mapping[str, np.ndarray], path: Path) -> bool:
         """Writes the file with other values for tensors of these names in the network's state dict; False where it has not
@@ -167,11 +178,11 @@ class Engine(ABC):
 
     def put_in_front(self, front: "onnx.ModelProto", file: Path, path: Path) -> None:
         """Writes the file with what another graph gives as its input. front: of opset LEAST_OPSET, one input and one output."""
-        raise NotImplementedError
+        raise self.without_files()
 
     def up_to(self, file: Path, tensor: str, path: Path) -> None:
         """Writes what of a file leads to a tensor."""
-        raise NotImplementedError
+        raise self.without_files()
 
     def provider(self, precision: str) -> tuple[str, ...]:
         """What a program that serves a file has to ask the engine for, in its own words."""
@@ -182,7 +193,6 @@ class Engine(ABC):
         return [file]
 
 
-_HOMES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torch": "torch"}
 _NEEDS = {"openvino": (("openvino", "nncf"), "downres[openvino]")}
 
 
@@ -192,7 +202,7 @@ def engine_of(runtime: str) -> Engine:
     needed, how = _NEEDS.get(name, ((), ""))
     if any(importlib.util.find_spec(module) is None for module in needed):
         raise DownresError(f"The runtime {name} is not installed: pip install '{how}'.")
-    found: Any = importlib.import_module(f".{_HOMES[name]}", __package__).ENGINE
+    found: Any = importlib.import_module(f".{name}", __package__).ENGINE
     made: Engine = found(device or "cpu")
     return made
 
@@ -242,6 +252,11 @@ def quiet() -> Iterator[None]:
 def plain_name(name: str) -> str:
     """A tensor's name in a graph as the network's state dict has it: what makes it ready to be served stands around it."""
     return re.sub(r"^(model|network)\.", "", name)
+
+
+def is_head(values: np.ndarray, head: np.ndarray) -> bool:
+    """Whether these are the weights of the head, as it has them or transposed."""
+    return any(v.shape == head.shape and np.array_equal(v, head) for v in (values, values.T))
 
 
 def after(roots: Sequence[str], edges: dict[str, list[str]]) -> set[str]:

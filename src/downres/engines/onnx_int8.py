@@ -1,7 +1,6 @@
 """8-bit ONNX files by ONNX Runtime's own quantizer: QDQ, weights per channel, activations by calibration."""
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from ..errors import DownresError, first_line
-from .engine import Batches, Layers, Quantization, QuantizationFailed, after, plain_name, quiet, sums_saturate
+from .engine import Batches, Layers, Quantization, QuantizationFailed, after, is_head, plain_name, quiet, sums_saturate
 
 _METHODS = {
     "minmax": CalibrationMethod.MinMax,
@@ -28,9 +27,8 @@ class _Images(CalibrationDataReader):
     """The calibration batches one at a time, so that only what one of them leaves is held."""
 
     def __init__(self, name: str, images: Batches) -> None:
-        self.name, self.images = name, images
-        self.count = sum(1 for _ in images())
-        self.source: Iterator[np.ndarray] = images()
+        self.name, self.count = name, images.count
+        self.source = images.make()
         self.left = 0
 
     def __len__(self) -> int:
@@ -80,9 +78,7 @@ def quantize_onnx(source: Path, path: Path, images: Batches, how: Quantization, 
                 calibrate_method=_METHODS[how.ranges],
                 extra_options={"CalibStridedMinMax": 1, "DedicatedQDQPair": False},
             )
-        except DownresError:
-            raise
-        except OSError:
+        except (DownresError, OSError):
             raise
         except Exception as error:  # whatever the quantizer fails with on a graph that it was not written for
             raise QuantizationFailed(f"onnxruntime cannot quantize it ({first_line(error)[:200]})") from error
@@ -106,7 +102,7 @@ def _from_head(graph: onnx.ModelProto, head: np.ndarray | None) -> set[str]:
     if head is None:
         return set()
     values = {one.name: one for one in graph.graph.initializer if tuple(one.dims) in (head.shape, head.shape[::-1])}
-    same = {name for name, one in values.items() if _is_head(numpy_helper.to_array(one), head)}
+    same = {name for name, one in values.items() if is_head(numpy_helper.to_array(one), head)}
     return after([node.name for node in graph.graph.node if same & set(node.input)], _followers(graph))
 
 
@@ -127,10 +123,6 @@ def _followers(graph: onnx.ModelProto) -> dict[str, list[str]]:
         for name in node.input:
             taken.setdefault(name, []).append(node.name)
     return {node.name: [follower for out in node.output for follower in taken.get(out, ())] for node in graph.graph.node}
-
-
-def _is_head(values: np.ndarray, head: np.ndarray) -> bool:
-    return any(v.shape == head.shape and np.array_equal(v, head) for v in (values, values.T))
 
 
 def layers_of(file: Path) -> Layers:

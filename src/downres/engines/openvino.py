@@ -10,14 +10,26 @@ import openvino as ov
 from ..errors import DownresError, first_line
 from ..parse import BF16, FP16, FP32, INT8
 from . import check_threads
-from .engine import PROFILED, Batches, Engine, Layers, Operator, Quantization, QuantizationFailed, after, plain_name, quiet
+from .engine import (
+    PROFILED,
+    Batches,
+    Engine,
+    Layers,
+    Operator,
+    Quantization,
+    QuantizationFailed,
+    after,
+    is_head,
+    plain_name,
+    quiet,
+)
 
 _HINTS = {FP32: "f32", BF16: "bf16", FP16: "f16", INT8: "f32"}
 """What is asked for whatever is not in 8 bits: by itself OpenVINO takes bf16 or f16 where the processor has them."""
 _NO_WORK = ("Input", "Const", "Output")
 _CONVERSIONS = ("Reorder", "Convert", "FakeQuantize")
 """Of the graph that runs."""
-_LAYERS = {"Convolution": "Convolution", "GroupConvolution": "GroupConvolution", "MatMul": "MatMul"}
+_LAYERS = ("Convolution", "GroupConvolution", "MatMul")
 
 
 class OpenVino:
@@ -113,7 +125,7 @@ class OpenVino:
 class OpenVinoEngine(Engine):
     """OpenVINO, on the CPU or on what of Intel's is there; 8 bits by NNCF."""
 
-    name, file, extra = "openvino", "model.xml", "downres[openvino]"
+    name, file = "openvino", "model.xml"
     alone = """
 import re, sys
 import numpy as np
@@ -165,7 +177,7 @@ print(before, peak())
                     nncf.Dataset(_single(images)),
                     preset=nncf.QuantizationPreset.MIXED,
                     model_type=nncf.ModelType.TRANSFORMER if _is_transformer(model) else None,
-                    subset_size=sum(len(batch) for batch in images()),
+                    subset_size=images.images,
                     ignored_scope=nncf.IgnoredScope(names=sorted(kept), validate=False) if kept else None,
                     advanced_parameters=_ranges(how.ranges),
                 )
@@ -178,7 +190,7 @@ print(before, peak())
     def layers(self, file: Path) -> Layers:
         found: dict[bool, dict[str, int]] = {True: {}, False: {}}
         for op in _read(file).get_ops():
-            if (kind := _LAYERS.get(op.get_type_name())) and _weight(op) is not None:
+            if (kind := op.get_type_name()) in _LAYERS and _weight(op) is not None:
                 in_8_bits = _is_quantized(op)
                 found[in_8_bits][kind] = found[in_8_bits].get(kind, 0) + 1
         return Layers(found[True], found[False])
@@ -290,7 +302,7 @@ def _single(images: Batches) -> Any:
 
     class Images:
         def __iter__(self) -> Iterator[np.ndarray]:
-            return (image[None] for batch in images() for image in batch)
+            return (image[None] for batch in images.make() for image in batch)
 
     return Images()
 
@@ -376,6 +388,6 @@ def _from_head(model: Any, head: np.ndarray | None) -> set[str]:
             i.get_node().get_friendly_name() for out in op.outputs() for i in out.get_target_inputs()
         ]
         if op.get_type_name() == "MatMul" and (w := _weight(op)) is not None:
-            if any(v.shape == head.shape and np.array_equal(v, head) for v in (w.data, w.data.T)):
+            if is_head(w.data, head):
                 roots.append(op.get_friendly_name())
     return after(roots, edges)

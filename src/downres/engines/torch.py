@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..copying import copied, parameters
 from ..errors import DownresError, first_line
 from ..parse import BF16, FP16, FP32, INT8
-from . import FileRuntime, check_threads
+from . import check_threads
 from .engine import Engine, processor_flags
 from .fuse import fused
 
@@ -97,20 +96,6 @@ class TorchEngine(Engine):
         if precision == FP16 and self.device in ("cpu", "compile") and not processor_flags() & _HAS_FP16:
             return "the processor has no half-precision instructions, torch would compute in float32 with casts"
         return ""
-
-    def write(self, exported: Path, path: Path, precision: str) -> None:
-        raise DownresError("torch runs networks and no files: use onnxruntime or openvino.")
-
-    def load(
-        self,
-        file: Path,
-        threads: int | None = None,
-        limit_s: float | None = None,
-        *,
-        precision: str = FP32,
-        spread: bool = False,
-    ) -> FileRuntime:
-        raise DownresError("torch runs networks and no files: use onnxruntime or openvino.")
 
 
 _HAS_BF16 = {"avx512_bf16", "amx_bf16", "bf16", "avx10_1"}

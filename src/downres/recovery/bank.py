@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engines import Runtime, check_threads
-from ..engines.engine import Engine, Quantization, check_calibration, engine_of, is_whole_file
+from ..engines.engine import Batches, Engine, Quantization, check_calibration, engine_of, is_whole_file
 from ..engines.onnxruntime import NotExported, export_onnx, resize_onnx
 from ..engines.torch import TorchRuntime
 from ..errors import DownresError
@@ -202,7 +202,7 @@ class Bank:
         partial = file.with_name(f"partial{file.suffix}")
         if (step := state.step(QUANTIZED)) is not None:
             assert step.how is not None
-            engine.quantize(onnx, partial, lambda: self._seen(state, step), step.how, head)
+            engine.quantize(onnx, partial, self._seen(state, step), step.how, head)
             if step.fold is not None:
                 self.passes += step.images
         else:
@@ -234,13 +234,15 @@ class Bank:
                 self.write(state, exported, file, self.head_weight(state))
         return engine
 
-    def _seen(self, state: State, step: Step) -> Iterator[np.ndarray]:
+    def _seen(self, state: State, step: Step) -> Batches:
         """The images that ranges are taken from."""
-        size = (len(self.preprocessing.mean), *self.preprocessing_of(state).hw)
         if step.fold is None:
-            return iter(np.random.default_rng(0).standard_normal((step.images, 1, *size), dtype=np.float32))
+            size = (len(self.preprocessing.mean), *self.preprocessing_of(state).hw)
+            noise = np.random.default_rng(0).standard_normal((step.images, 1, *size), dtype=np.float32)
+            return Batches.of(list(noise))
         chosen = self.ranged[step.fold][: step.images]
-        return (np.asarray(batch) for batch in self.batches(state, chosen, self.batch_size))
+        count = -(-len(chosen) // self.batch_size)
+        return Batches(lambda: map(np.asarray, self.batches(state, chosen, self.batch_size)), len(chosen), count)
 
     def head_weight(self, state: State) -> np.ndarray | None:
         """Weight (K, F) of the last linear layer in the file of a state, where that is known."""

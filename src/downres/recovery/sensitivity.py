@@ -1,12 +1,12 @@
 """Which layers of a network lose most in 8 bits."""
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from ..engines.engine import Quantization
+from ..engines.engine import Batches, Quantization
+from ..parse import FP32
 from .bank import Bank
 from .state import QUANTIZED, State
 
@@ -35,18 +35,12 @@ def most_sensitive(bank: Bank, state: State, indices: np.ndarray) -> list[str]:
         return names
 
     with tempfile.TemporaryDirectory(prefix="downres-") as place:
-        exact = engine.load(bank.onnx(state.network), bank.threads)(images) if engine.text == "onnxruntime" else None
-        if exact is None:
-            engine.write(onnx, file := Path(place) / f"float{Path(engine.file).suffix}", "fp32")
-            exact = engine.load(file, bank.threads)(images)
-
-        def seen() -> Iterator[np.ndarray]:
-            yield images
+        file, how = Path(place) / f"tried{Path(engine.file).suffix}", step.how
+        engine.write(onnx, file, FP32)
+        exact = engine.load(file, bank.threads)(images)
 
         def error_with(kept: list[str]) -> float:
-            file = Path(place) / f"tried{Path(engine.file).suffix}"
-            assert step is not None and step.how is not None and exact is not None
-            engine.quantize(onnx, file, seen, Quantization(step.how.ranges, (*step.how.kept, *kept)), head)
+            engine.quantize(onnx, file, Batches.of([images]), Quantization(how.ranges, (*how.kept, *kept)), head)
             answers = engine.load(file, bank.threads)(images)
             return float(
                 sum(np.square(a - b).mean() / max(np.square(a).mean(), 1e-12) for a, b in zip(exact, answers, strict=True))

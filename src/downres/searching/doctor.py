@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..engines import Runtime, check_threads
-from ..engines.engine import Engine, Operator, Quantization, engine_of, processor_flags, sums_saturate
+from ..engines.engine import Batches, Engine, Operator, Quantization, engine_of, processor_flags, sums_saturate
 from ..engines.fuse import is_fusible
 from ..engines.onnxruntime import NotExported, export_onnx
 from ..engines.torch import TorchRuntime
@@ -431,16 +431,14 @@ class _Ways:
         file = self._file(engine, precision)
         if not file.exists():
             if precision == INT8:
-                engine.quantize(exported, file, self._noise, Quantization(), None)
+                noise = [random_batch((1, *self.size), seed) for seed in range(PROBE_IMAGES)]
+                engine.quantize(exported, file, Batches.of(noise), Quantization(), None)
             else:
                 engine.write(exported, file, precision)
         return engine.load(file, threads, precision=precision)
 
     def _file(self, engine: Engine, precision: str) -> Path:
         return self.folder / f"{engine.text.replace(':', '-')}-{precision}{Path(engine.file).suffix}"
-
-    def _noise(self) -> Any:
-        return (random_batch((1, *self.size), seed) for seed in range(PROBE_IMAGES))
 
 
 def time_ways(

@@ -339,9 +339,11 @@ def _latency_gate(
         runtimes, inputs, unexported, sizes = {}, {}, {}, {}
         for i, candidate in enumerate(candidates):
             state = State(candidate, subject.model.preprocessing.crop_ratio)
+            shape = (measuring.latency_batch, subject.channels, *bank.preprocessing_of(state).hw)
+            batch = inputs[str(candidate)] = random_batch(shape)
             try:
                 runtimes[str(candidate)] = ready = bank.timed(state)
-                ready(random_batch((1, subject.channels, *bank.preprocessing_of(state).hw)))  # whether it runs at all
+                ready(batch)  # whether it runs at all
             except DownresError as error:
                 runtimes.pop(str(candidate), None)
                 why = (
@@ -355,8 +357,6 @@ def _latency_gate(
                 store.put(IN_TORCH, error.why)
                 bank.runtime_name = "torch"
                 runtimes[str(candidate)] = bank.timed(state)
-            shape = (measuring.latency_batch, subject.channels, *bank.preprocessing_of(state).hw)
-            inputs[str(candidate)] = random_batch(shape)
             if (found := bank.footprint(state, shape)) is not None:
                 sizes[str(candidate)] = found.to_json()
             if progress:
