@@ -9,14 +9,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ..engines.engine import LEAST_OPSET, engine_of
+from ..engines.engine import LEAST_OPSET
 from ..errors import DownresError
 from ..images.decode import MAX_PIXELS
 from ..images.preprocess import cover_of, divisor, fill_of
 from ..record import sha256, write_whole
 from ..records import BGR, Preprocessing
 from ..tasks import Task, known_task, restored
-from .manifest import PICTURE, PREPROCESSED, Embedded, embedded_in, read_manifest, refuse_changed, write_manifest
+from .manifest import PICTURE, PREPROCESSED, Embedded, embedded_in, read_manifest, refuse_changed, served_by, write_manifest
 from .proof import PIXEL_TOLERANCE, embedded_apart, opened_data
 from .serving import takes_numbers
 
@@ -49,7 +49,7 @@ def embed_with(task: Task, folder: Path, threads: int | None = None) -> Embedded
     manifest = read_manifest(folder)
     p = Preprocessing.from_json(manifest["preprocessing"])
     refuse_numbers(task, p)
-    engine = engine_of(manifest["runtime"]["name"])
+    engine, _ = served_by(manifest)
     with tempfile.TemporaryDirectory(prefix="downres-") as place:
         made = Path(place) / embedded_in(engine)
         engine.put_in_front(front(p), folder / engine.file, made)

@@ -200,9 +200,14 @@ def changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
     return changed
 
 
+def served_of(manifest: dict[str, Any]) -> Served:
+    """What is shipped, also of an older manifest, which says nothing of it."""
+    return Manifest.from_json(manifest).runtime
+
+
 def served_by(manifest: dict[str, Any]) -> tuple[Engine, str]:
     """(the engine, the precision) of what is shipped. DownresError where that engine is not here."""
-    served = Manifest.from_json(manifest).runtime
+    served = served_of(manifest)
     return engine_of(served.name), served.precision
 
 

@@ -39,11 +39,11 @@ from .manifest import (
     Embedded,
     FoldPart,
     Port,
-    Served,
     changed_files,
     embedded_in,
     read_manifest,
     served_by,
+    served_of,
 )
 from .served import served_alike
 from .serving import proof_of
@@ -107,7 +107,7 @@ def _looked_at(
     preprocessing = Preprocessing.from_json(manifest["preprocessing"])
     own = restored(manifest["task"], manifest)
     runtime = Graph(folder, manifest, threads, LIMIT_S, spread=True)
-    served = Served.from_json(manifest["runtime"]) if "runtime" in manifest else Served("onnxruntime")
+    served = served_of(manifest)
     equal = f"torch = {served.name}" if served.distance is None else f"torch and {served.name} {served.precision}"
     network, why_no_network = _network(folder, manifest, model)
     dataset, why_no_data = opened_data(own, folder, manifest, data)

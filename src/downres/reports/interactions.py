@@ -1,12 +1,11 @@
 """Pixels alone, bits alone, tokens alone, and all together: what was measured beside what it would be if gains multiplied."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..record import plain
+from ..record import Record
 from ..records import Candidate, Result
 from . import words
 
@@ -15,7 +14,7 @@ MOST = 4
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Record):
     """One line: a way alone, the product of all, or all together as measured. Gains are of the original's value over this one,
     1 where nothing changes, None where it was not measured; drop in the unit of the score.
     """
@@ -26,15 +25,12 @@ class Part:
     size: float | None
     drop: float | None
 
-    def to_json(self) -> dict[str, Any]:
-        return plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
-
     def text(self, gain: float | None) -> str:
         return "" if gain is None else f"{gain:.2f}×" if gain < 10 else f"{gain:.0f}×"
 
 
 @dataclass(frozen=True)
-class Interaction:
+class Interaction(Record):
     """A candidate that is smaller in several ways, each of which was measured alone, too."""
 
     candidate: Candidate
@@ -43,12 +39,7 @@ class Interaction:
     measured: Part
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "candidate": str(self.candidate),
-            "alone": [part.to_json() for part in self.alone],
-            "expected": self.expected.to_json(),
-            "measured": self.measured.to_json(),
-        }
+        return super().to_json() | {"candidate": str(self.candidate)}
 
     @property
     def lines(self) -> tuple[Part, ...]:
