@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections.abc import Iterable
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,11 @@ def check_runtime(name: Any) -> str:
             "the CPU (onnxruntime:cuda)."
         )
     return str(name).removesuffix(":cpu")
+
+
+def check_runtimes(given: str | Iterable[Any]) -> tuple[str, ...]:
+    """Several names, or a text of them with commas between, each once; DownresError for none, and one that no engine has."""
+    words = [word.strip() for word in given.split(",") if word.strip()] if isinstance(given, str) else given
+    if not (names := tuple(dict.fromkeys(map(check_runtime, words)))):
+        raise DownresError(f"Name a runtime: {', '.join(RUNTIMES)}.")
+    return names

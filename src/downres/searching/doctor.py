@@ -38,7 +38,7 @@ from ..parse import (
     PRECISIONS,
     RUNTIMES,
     Resolution,
-    check_runtime,
+    check_runtimes,
     format_quantity,
     format_resolution,
     user_path,
@@ -205,10 +205,7 @@ def _named(runtimes: Sequence[str] | str | None) -> tuple[tuple[str, ...], list[
     if runtimes is None:
         have = tuple(name for name in RUNTIMES if name == "torch" or _installed(name))
         return have, [f"{name} is not installed and was not timed" for name in RUNTIMES if name not in have]
-    given = runtimes.split(",") if isinstance(runtimes, str) else runtimes
-    names = tuple(dict.fromkeys(check_runtime(name.strip() if isinstance(name, str) else name) for name in given))
-    if not names:
-        raise DownresError(f"Name a runtime: {', '.join(RUNTIMES)}.")
+    names = check_runtimes(runtimes)
     for name in names:
         engine_of(name.partition(":")[0])  # whether it is installed; whether it has the device is a finding
     return names, []

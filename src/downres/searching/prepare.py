@@ -18,11 +18,10 @@ from ..errors import DownresError
 from ..families import Model
 from ..images.images import cache_bytes
 from ..images.preprocess import preprocess
-from ..parse import RUNTIMES, check_runtime, user_path
+from ..parse import check_runtimes, user_path
 from ..records import Candidate, Preprocessing, Record
 from ..reduction import made_for
 from ..tasks import Data, Question, Task, find_task
-from ..techniques import RUNTIME
 from .design import as_model
 from .plan import check_trained
 
@@ -56,10 +55,7 @@ class Measuring(Record):
 
     def __post_init__(self) -> None:
         if self.runtime is not None:
-            given = RUNTIME.parse_option(self.runtime) if isinstance(self.runtime, str) else map(check_runtime, self.runtime)
-            names = tuple(dict.fromkeys(given))
-            if not names:
-                raise DownresError(f"Name a runtime: {', '.join(RUNTIMES)}.")
+            names = check_runtimes(self.runtime)
             object.__setattr__(self, "runtime", names if len(names) > 1 else names[0])
         check_threads(self.threads)
         if self.cache_gb is not None:

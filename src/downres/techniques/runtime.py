@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DownresError
-from ..parse import check_runtime, is_runtime
+from ..parse import check_runtime, check_runtimes, is_runtime
 from .technique import Technique
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class RuntimeChoice(Technique):
         return {self.name: word} if is_runtime(word) else {}
 
     def parse_option(self, text: str) -> tuple[str, ...]:
-        return tuple(check_runtime(word.strip()) for word in text.split(",") if word.strip())
+        return check_runtimes(text)
 
     def columns(self, c: "Candidate") -> dict[str, Any]:
         return {}  # its latency names the runtime, of every candidate
