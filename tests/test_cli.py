@@ -568,3 +568,8 @@ def test_a_curve_looks_at_the_same_images_however_it_is_asked_for(cli, model, ce
     half = cli(*command, "--val-fraction", "0.5").out.splitlines()[0]
     assert cli(*command, "--val-fraction", "0.5", "--json").json["original"]["n"] == n // 2
     assert f"{n // 2} images" in half and f"split of {n}" in half
+
+
+def test_python_m_is_the_command_line():
+    ran = subprocess.run([sys.executable, "-m", "downres", "--version"], capture_output=True, text=True, check=True)
+    assert ran.stdout == f"downres {importlib.metadata.version('downres')}\n"

@@ -28,6 +28,7 @@ LAYERS = (
     ("artifacts",),
     ("searching",),
     ("cli", "__init__"),
+    ("__main__",),
 )
 HEAVY = ("onnx", "onnxruntime", "sklearn", "scipy", "plotly", "jinja2", "transformers", "segmentation_models_pytorch")
 # A technique is told in one file, from its word to how it changes a network: what that takes is imported when it is done.

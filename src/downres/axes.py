@@ -1,4 +1,4 @@
-"""What to try, as one frozen record: every technique along its own axis, and whole candidates."""
+"""What to try, as one frozen record: every technique along its own axis, or all together, and whole candidates."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,18 +9,20 @@ from .errors import DownresError
 from .parse import Resolution
 from .records import Candidate, Merge
 from .techniques import RESOLUTION, Design, Technique, techniques
+from .techniques.technique import whole
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What to try, each along its own axis; None takes the default of the network, () leaves the axis out.
+    """What to try, each along its own axis unless `joint`; None takes the default of the network, () leaves the axis out.
 
     resolutions: of the input. stem_scales: resample after the embedding. patch_sizes: in pixels. merges: `Merge`, or
     what it is made of (8, 0.5, '8-decreasing'). candidates: as they are or as text, in any combination. ragged: what patches
     do where they do not divide the input. depths, widths: model scaling, for costs. precisions, runtimes: each tried with every
     other candidate (`("fp32", "int8")`), None and () the default alone. extra: of techniques registered from
     outside, by their keywords: `{"grey": (True,)}`. snap: take `resolutions` to multiples of the network's stride; the
-    defaults are such.
+    defaults are such. joint: try the axes in all combinations, at most so many: of more a search has Optuna choose, on tuning
+    images.
     """
 
     resolutions: Sequence[Resolution] | None = None
@@ -35,6 +37,7 @@ class Axes:
     runtimes: Sequence[str | None] | None = None
     extra: tuple[tuple[str, Any], ...] | Mapping[str, Any] = ()
     snap: bool = False
+    joint: int | None = None
 
     def __post_init__(self) -> None:
         extra = dict(self.extra)
@@ -50,6 +53,7 @@ class Axes:
         object.__setattr__(self, "extra", tuple(sorted(extra.items())))
         read = tuple(Candidate.parse(c) if isinstance(c, str) else c for c in self.candidates)
         object.__setattr__(self, "candidates", read)
+        whole(self.joint, "joint is how many combinations to try at most, a whole number above 0", "40")
         Candidate(ragged=self.ragged)  # these two only for their errors, before anything is opened
         self.free()
 
@@ -68,7 +72,7 @@ class Axes:
     def replaced(self, tried: Mapping[str, Any]) -> "Axes":
         """With other values for some techniques, by their keywords."""
         before = {t.keyword: self.given(t) for t in techniques()}
-        return Axes.of({**before, **tried}, candidates=self.candidates, ragged=self.ragged, snap=self.snap)
+        return Axes.of({**before, **tried}, **{name: getattr(self, name) for name in _OPTIONS})
 
     @property
     def is_empty(self) -> bool:
@@ -92,7 +96,8 @@ class Axes:
         return list(dict.fromkeys(found))
 
 
-_FIELDS = frozenset(f.name for f in dataclasses.fields(Axes)) - {"candidates", "ragged", "extra", "snap"}
+_OPTIONS = ("candidates", "ragged", "snap", "joint")
+_FIELDS = frozenset(f.name for f in dataclasses.fields(Axes)) - {*_OPTIONS, "extra"}
 
 
 def default_axes(design: Design, axes: Axes) -> Axes:

@@ -140,6 +140,14 @@ OutputOption = Annotated[
 ]
 UpsamplingOption = Annotated[str, _data("--upsampling", help="Of a segmentation network's logits: bilinear or bicubic.")]
 SnapOption = Annotated[bool, _try("--snap/--no-snap", help="Take --resolution to multiples of the network's stride.")]
+JointOption = Annotated[
+    int | None,
+    _try(
+        "--joint",
+        metavar="N",
+        help="Try the axes in all combinations, of more than N those that Optuna chooses on tuning images.",
+    ),
+]
 ValFractionOption = Annotated[
     float | None,
     _measure(
@@ -309,6 +317,7 @@ def search(
     scale: ScaleOption = None,
     antialias: AntialiasOption = None,
     snap: SnapOption = False,
+    joint: JointOption = None,
     embed_preprocessing: Annotated[
         bool, _model("--embed-preprocessing", help="Ship also a file that takes pictures of any size, see downres embed.")
     ] = False,
@@ -334,7 +343,7 @@ def search(
         run = run_search(
             loaded, data, max_drop=max_drop, max_macs=macs, max_memory_bytes=memory, max_latency_ms=max_latency_ms,
             max_size_bytes=parse_quantity(max_size, "--max-size") if max_size else None, max_flips=max_flips,
-            latency_batch=latency_batch, tries=tries, snap=snap,
+            latency_batch=latency_batch, tries=tries, snap=snap, joint=joint,
             rungs=tuple(r for r in rungs.split(",") if r != "none"), minimize=minimize, fit_head=fit_head, folds=folds,
             val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
             cache_gb=cache_gb, task=_task(task), labels=_text(labels), compare=compare, classes=_text(classes),

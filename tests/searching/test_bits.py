@@ -70,13 +70,16 @@ def test_flips_are_counted_one_by_one(both, cells, loaded):
     dataset = cells.dataset()
     labels = dataset.labels[dataset.folds[0].test]
     before = stored["48"]["predicted"]
-    for r in both.results:
+    measured = [r for r in both.results if r.status == "measured"]
+    assert len(measured) >= 5  # in float32 one runtime may be slower than the first beyond doubt, at two sizes
+    for r in measured:
         after, flips = stored[str(r.candidate).replace(" ", "_")]["predicted"], r.flips
         assert flips.flips == int((before != after).sum()) and flips.n == len(labels)
         assert flips.lost == int(((before == labels) & (after != labels)).sum()) == r.drop.lost
         assert flips.won == int(((before != labels) & (after == labels)).sum()) == r.drop.won
-        # Of the bound's share as few flips are seen once in 7 × 20 times, the level of each of 7 candidates.
-        assert binom.cdf(flips.flips, flips.n, flips.upper / 100) == pytest.approx(0.05 / 7, rel=1e-3)
+        # Of the bound's share as few flips are seen once in 20 times their number, the level of each candidate.
+        level = 0.05 / len(measured)
+        assert binom.cdf(flips.flips, flips.n, flips.upper / 100) == pytest.approx(level, rel=1e-3)
         assert flips.verdict == (WITHIN if flips.upper < 50 else flips.verdict)
 
 

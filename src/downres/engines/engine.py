@@ -141,9 +141,18 @@ class Engine(ABC):
         """Makes the engine's file of an exported network."""
         raise self.without_files()
 
-    def quantize(self, exported: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None) -> None:
+    def quantize(
+        self,
+        exported: Path,
+        path: Path,
+        images: Batches,
+        how: Quantization,
+        head: np.ndarray | None,
+        ranges: Path | None = None,
+    ) -> None:
         """Makes an int8 file of an exported network. head: weight (K, F) of the linear layer that stays in float, with all that
-        comes after it. Raises QuantizationFailed where that is not possible.
+        comes after it. ranges: a file where an engine that can keeps the ranges of activations, and finds them again for the
+        same network, images and `how.ranges`. Raises QuantizationFailed where that is not possible.
         """
         raise self.without_files()
 

@@ -44,7 +44,9 @@ class _Images(CalibrationDataReader):
         return {self.name: np.ascontiguousarray(next(self.source), dtype=np.float32)}
 
 
-def quantize_onnx(source: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None) -> None:
+def quantize_onnx(
+    source: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None, ranges: Path | None = None
+) -> None:
     """Writes the graph of `source` with convolutions, linear layers and what lies between them in 8 bits; see
     `Engine.quantize`.
 
@@ -76,6 +78,7 @@ def quantize_onnx(source: Path, path: Path, images: Batches, how: Quantization, 
                     {*kept, *_from_head(graph, head), *_answering(graph), *(_products(graph) if transformer else ())}
                 ),
                 calibrate_method=_METHODS[how.ranges],
+                calibration_cache_path=ranges,
                 extra_options={"CalibStridedMinMax": 1, "DedicatedQDQPair": False},
             )
         except (DownresError, OSError):

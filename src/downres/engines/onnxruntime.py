@@ -194,10 +194,18 @@ print(before, peak())
     def provider(self, precision: str) -> tuple[str, ...]:
         return (_PROVIDERS[self.device],)
 
-    def quantize(self, exported: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None) -> None:
+    def quantize(
+        self,
+        exported: Path,
+        path: Path,
+        images: Batches,
+        how: Quantization,
+        head: np.ndarray | None,
+        ranges: Path | None = None,
+    ) -> None:
         from .onnx_int8 import quantize_onnx
 
-        quantize_onnx(exported, path, images, how, head)
+        quantize_onnx(exported, path, images, how, head, ranges)
 
     def layers(self, file: Path) -> Layers:
         from .onnx_int8 import layers_of

@@ -162,7 +162,15 @@ print(before, peak())
     def provider(self, precision: str) -> tuple[str, ...]:
         return self.device.upper(), _HINTS[precision]
 
-    def quantize(self, exported: Path, path: Path, images: Batches, how: Quantization, head: np.ndarray | None) -> None:
+    def quantize(
+        self,
+        exported: Path,
+        path: Path,
+        images: Batches,
+        how: Quantization,
+        head: np.ndarray | None,
+        ranges: Path | None = None,
+    ) -> None:
         with quiet():
             import nncf
 

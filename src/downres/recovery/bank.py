@@ -202,7 +202,10 @@ class Bank:
         partial = file.with_name(f"partial{file.suffix}")
         if (step := state.step(QUANTIZED)) is not None:
             assert step.how is not None
-            engine.quantize(onnx, partial, self._seen(state, step), step.how, head)
+            assert self.folder is not None
+            seen = f"{onnx.stem}-{state.crop_ratio!r}-{step.fold}-{step.images}-{step.how.ranges}"
+            ranges = None if onnx.parent != self.folder / "onnx" else onnx.with_name(f"{seen}.json")
+            engine.quantize(onnx, partial, self._seen(state, step), step.how, head, ranges)
             if step.fold is not None:
                 self.passes += step.images
         else:

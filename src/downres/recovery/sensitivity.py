@@ -40,7 +40,8 @@ def most_sensitive(bank: Bank, state: State, indices: np.ndarray) -> list[str]:
         exact = engine.load(file, bank.threads)(images)
 
         def error_with(kept: list[str]) -> float:
-            engine.quantize(onnx, file, Batches.of([images]), Quantization(how.ranges, (*how.kept, *kept)), head)
+            tried = Quantization(how.ranges, (*how.kept, *kept))
+            engine.quantize(onnx, file, Batches.of([images]), tried, head, Path(place) / "ranges.json")
             answers = engine.load(file, bank.threads)(images)
             return float(
                 sum(np.square(a - b).mean() / max(np.square(a).mean(), 1e-12) for a, b in zip(exact, answers, strict=True))

@@ -30,7 +30,8 @@ from ..recovery.state import State
 from ..reports import words
 from ..reports.interactions import interactions
 from ..tasks import Task, restored
-from .select import is_measured_alone, over_budget, select
+from .joint import JOINT, Joint
+from .select import is_measured_alone, over_budget, select, slower_twin
 from .store import IN_TORCH, STOPPED, UNEXPORTED, UNSHIPPED, Store
 
 if TYPE_CHECKING:
@@ -172,11 +173,19 @@ def _load(folder: Path, store: Store) -> Run:
     data = store.get("data") or dict(NOT_OPENED)
     task = restored(settings["task"], data)
     original = _result(store, task, native, Budget(budget.max_drop))
-    results = [_result(store, task, Candidate.from_json(c), budget) for c in settings["candidates"]]
-    results = _judge(store, task, native, results, budget, data["fold_count"])
+    joint = None if (found := store.get(JOINT)) is None else Joint.from_json(found)
+    planned = [Candidate.from_json(c) for c in settings["candidates"]]
+    if joint is not None:  # the others were not worth a proof
+        planned = [c for c in planned if str(c) in joint.proven]
+    results = [_result(store, task, c, budget) for c in planned]
+    # Whoever looked at proof images before the choice, in another fold or run, chose of all combinations.
+    seen = joint is not None and (joint.again or data["fold_count"] > 1)
+    results = _judge(store, task, native, results, budget, data["fold_count"], joint.combinations if joint and seen else 0)
     unmeasured = sum(r.status == "waiting" for r in results)
     best = None if unmeasured else select([r for r in results if not is_measured_alone(r.candidate)], settings["minimize"])
     notes = [*settings["notes"]]
+    if joint is not None:
+        notes.append(_told(joint, len(results), seen))
     if (why := store.get(IN_TORCH)) is not None:
         notes.append(f"all is measured in torch, as the original could not be exported to ONNX: {why}")
     if original.quality is not None:
@@ -200,8 +209,21 @@ def _load(folder: Path, store: Store) -> Run:
     return Run(folder, settings, budget, original, tuple(results), best, tuple(notes), finished, data, task)
 
 
-def _judge(store: Store, task: Task, native: Candidate, results: list[Result], budget: Budget, folds: int) -> list[Result]:
-    """The drops of what is measured, all at once."""
+def _told(joint: Joint, proven: int, seen: bool) -> str:
+    """Which of many combinations the table is of."""
+    said = (
+        f"of {words.count(joint.combinations, 'combination')} {len(joint.tried)} were tried on "
+        f"{words.count(joint.images, 'tuning image')}, chosen by Optuna, and the {words.count(proven, 'candidate')} that no "
+        "other beats there in cost and score measured on the proof images"
+    )
+    why = "more were tried after a proof" if joint.again else "proof images of one fold are tuning images of another"
+    return f"{said}; as {why}, the proof is corrected for all combinations" if seen else said
+
+
+def _judge(
+    store: Store, task: Task, native: Candidate, results: list[Result], budget: Budget, folds: int, least: int = 0
+) -> list[Result]:
+    """The drops of what is measured, all at once. least: comparisons that the proof is corrected for at least."""
     done = [r for r in results if r.status == "measured"]
     if not done or store.get(f"quality/{native}") is None or not store.has_arrays(_predictions(store, native)):
         return results
@@ -217,8 +239,9 @@ def _judge(store: Store, task: Task, native: Candidate, results: list[Result], b
     judged = {name: evidence for name, evidence in found.items() if name not in ruled_out}
     waiting = sum(r.status == "waiting" for r in results)
     # Two things to be proven of each: with Bonferroni's level for both, a wrong proof of either kind is one of all.
-    if waiting or budget.max_flips is not None:
-        drops = _before_all(task, original, judged, budget, len(judged) + waiting)
+    many = max(1, least, len(judged) + waiting)
+    if waiting or least or budget.max_flips is not None:
+        drops = _before_all(task, original, judged, budget, many)
     else:
         drops = task.compare(original, judged, budget)
     for name in ruled_out:
@@ -228,7 +251,7 @@ def _judge(store: Store, task: Task, native: Candidate, results: list[Result], b
             r,
             drop=drops[str(r.candidate)],
             reason=ruled_out.get(str(r.candidate), ""),
-            flips=_flips(task, original, found[str(r.candidate)], budget, max(1, len(judged) + waiting)),
+            flips=_flips(task, original, found[str(r.candidate)], budget, many),
         )
         if r.status == "measured"
         else r
@@ -269,6 +292,9 @@ def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> R
     taken = None if (found := _timed(store, "footprint", candidate)) is None else Footprint.from_json(found)
     unexported = (store.get(UNEXPORTED) or {}).get(str(candidate), "") or store.get(f"{STOPPED}/{candidate}") or ""
     reason = counted.get("failed", "") or unexported or over_budget(cost, latency, budget, taken)
+    if not reason and store.get("latency"):
+        timed = {name: Latency.from_json(one) for name, one in store.get("latency").items()}
+        reason = slower_twin(candidate, timed, store.settings["minimize"])
     if reason:
         return Result(candidate, "stopped", reason, cost, latency, footprint=taken)
     measured = store.get(f"quality/{candidate}")

@@ -29,6 +29,7 @@ from ..reports import words
 from ..tasks import Question, Task
 from ..techniques import RUNTIME
 from .design import design_of, fused_notes
+from .joint import JOINT, choose
 from .plan import plan
 from .prepare import (
     Measuring,
@@ -43,7 +44,7 @@ from .prepare import (
     prepare_task,
 )
 from .results import Run, load_run, predictions_of
-from .select import MINIMIZE, over_budget
+from .select import MINIMIZE, over_budget, slower_twin
 from .ship import Unshipped, ship
 from .store import FORMAT, IN_TORCH, STOPPED, UNEXPORTED, UNSHIPPED, Store
 from .view import write_report
@@ -146,19 +147,29 @@ def search(
     }
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="downres-"))
     store = Store.open(folder, settings)
+
+    def opened() -> None:
+        open_data(subject, data, measuring, question, progress=progress)
+        store.same("data", describe_data(subject), "sha256")
+        if embed_preprocessing:
+            refuse_numbers(subject, subject.model.preprocessing)
+
     try:
         if store.get("started") is None:
             when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             store.put("started", {"when": when, "versions": versions()})
         bank = subject.bank(folder, progress=progress, **measuring.options())
         alive = _cost_gate(subject, store, budget, [subject.native, *planned], bank, progress)
+        made: list[Reference] = []
+        most = len(alive) - 1 if tries.joint is None else tries.joint
+        if sampled := len(alive) - 1 > most:  # the first is the original
+            opened()
+            alive = _sample(subject, store, budget, alive, rungs, bank, measuring, most, minimize, made, progress)
         alive = _latency_gate(subject, store, budget, alive, bank, measuring, progress)
-        if len(alive) > 1:  # the first is the original
-            open_data(subject, data, measuring, question, progress=progress)
-            store.same("data", describe_data(subject), "sha256")
-            if embed_preprocessing:
-                refuse_numbers(subject, subject.model.preprocessing)
-            _measure_all(subject, store, budget, alive, rungs, bank, progress)
+        if len(alive) > 1:
+            if not sampled:
+                opened()
+            _measure_all(subject, store, budget, alive, rungs, bank, made, progress)
         if store.get("finished") is None:
             store.put("finished", True)
         bank.forget()
@@ -187,20 +198,22 @@ def _measure_all(
     candidates: list[Candidate],
     rungs: tuple[str, ...],
     bank: Bank,
+    made: list[Reference],
     progress: Progress | None,
 ) -> None:
-    """Everything that needs images: quality of each candidate, what the report shows of them, the shipped model."""
+    """Everything that needs proof images: quality of each candidate, what the report shows of them, the shipped model. made:
+    the original in the first folds, where that is known.
+    """
     task.fill(bank)
     if not store.has_arrays("split"):
         sides = {f"{part}{i}": getattr(f, part) for i, f in enumerate(task.data.folds) for part in ("train", "test")}
         store.put_arrays("split", **sides)
-    made: list[Reference] = []
     for i, candidate in enumerate(candidates):
         key = f"quality/{candidate}"
         if store.get(f"{STOPPED}/{candidate}") is None and not _is_kept(task, store, bank, candidate):
             bank.stage = f"{i + 1} of {len(candidates)}, "
-            if not made:  # a finished run needs none
-                made += [task.reference(bank, i, fold, rungs) for i, fold in enumerate(task.data.folds)]
+            if len(made) < len(task.data.folds):  # a finished run needs none
+                made += [task.reference(bank, i, fold, rungs) for i, fold in enumerate(task.data.folds) if i >= len(made)]
                 bank.release()
             try:
                 store.put(key, _measure(task, store, bank, candidate, made, budget, rungs))
@@ -230,6 +243,48 @@ def _measure_all(
             shutil.rmtree(store.folder / "best.partial", ignore_errors=True)
         if progress:
             progress(f"{run.best.candidate}: shipping", 1, 1)
+
+
+def _sample(
+    task: Task,
+    store: Store,
+    budget: Budget,
+    candidates: list[Candidate],
+    rungs: tuple[str, ...],
+    bank: Bank,
+    measuring: Measuring,
+    count: int,
+    minimize: str,
+    made: list[Reference],
+    progress: Progress | None,
+) -> list[Candidate]:
+    """The original and those of many combinations that are worth a proof, see `joint`; the choice of a finished run that allows
+    more is opened again.
+    """
+    if any(len(task.split(fold)[1]) == 0 for fold in task.data.folds[:1]):
+        raise DownresError(
+            f"Of {len(candidates) - 1} combinations {count} are chosen on tuning images, a part of the training images, and "
+            f"there are none of those: give more images, or try all with joint={len(candidates) - 1}."
+        )
+    _latency_gate(task, store, budget, candidates[:1], bank, measuring, progress)  # where it runs at all
+    task.fill(bank)
+
+    def reference() -> Reference:
+        if not made:
+            made.append(task.reference(bank, 0, task.data.folds[0], rungs or ("crop",)))
+        return made[0]
+
+    before = store.get(JOINT)
+    chosen = choose(
+        task, store, budget, candidates, count, reference, rungs, bank, minimize, measuring.seed, progress
+    )  # fmt: skip
+    if not rungs:
+        made.clear()  # what is only lowered is measured without tuning images
+    if before is not None and before != store.get(JOINT):
+        shutil.rmtree(store.folder / "best", ignore_errors=True)
+        for key in ("finished", UNSHIPPED, "photos", "arrays/photos"):
+            store.put(key, None)
+    return chosen
 
 
 def _is_kept(task: Task, store: Store, bank: Bank, candidate: Candidate) -> bool:
@@ -369,7 +424,13 @@ def _latency_gate(
     latencies = {name: Latency.from_json(value) for name, value in store.get("latency").items()}
     timed = [c for c in candidates if str(c) in latencies]
     taken = {name: Footprint.from_json(value) for name, value in (store.get("footprint") or {}).items()}
-    return [c for i, c in enumerate(timed) if i == 0 or not over_budget(None, latencies[str(c)], budget, taken.get(str(c)))]
+    return [
+        c
+        for i, c in enumerate(timed)
+        if i == 0
+        or not over_budget(None, latencies[str(c)], budget, taken.get(str(c)))
+        and not slower_twin(c, latencies, store.settings["minimize"])
+    ]
 
 
 def _all_timed(store: Store, candidates: list[Candidate], runtime: str) -> bool:

@@ -1,6 +1,8 @@
 """From measurements to a decision: gates, the cheapest candidate that is proven."""
 
-from ..parse import format_quantity
+from collections.abc import Mapping
+
+from ..parse import FP32, format_quantity
 from ..records import Budget, Candidate, Cost, Footprint, Latency, Result
 
 MINIMIZE = ("macs", "memory", "latency", "size")
@@ -21,6 +23,21 @@ def over_budget(cost: Cost | None, latency: Latency | None, budget: Budget, foot
     if latency and budget.max_latency_ms and latency.latency_ms > budget.max_latency_ms:
         return f"a median of {latency.latency_ms:.3g} ms is over the {budget.max_latency_ms:.3g} ms allowed"
     return ""
+
+
+def slower_twin(candidate: Candidate, latencies: Mapping[str, Latency], minimize: str) -> str:
+    """Why a file in float32 is not measured, or '': the first runtime computes the same numbers, up to rounding, in less time
+    beyond doubt. Nothing is assumed of files in other precisions.
+    """
+    twin, own = latencies.get(str(candidate.network)), latencies.get(str(candidate))
+    if minimize != "latency" or candidate.runtime is None or candidate.precision != FP32 or not twin or not own:
+        return ""
+    if not twin.ratio or not own.ratio or own.ratio[1] >= twin.ratio[0]:
+        return ""
+    return (
+        f"computes what {candidate.network} computes in {twin.runtime}, and in more time "
+        f"({own.latency_ms:.3g} and {twin.latency_ms:.3g} ms)"
+    )
 
 
 def is_measured_alone(candidate: Candidate) -> bool:
