@@ -174,15 +174,18 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on s
 
 
 class _Output(Console):
-    """Standard output, as wide as it is when it is printed on. A file or a pipe has no width: no line there is broken."""
+    """A standard stream, as wide as it is when it is printed on. A file or a pipe has no width: no line there is broken."""
 
     @property  # type: ignore[misc]  # asked, never set
     def size(self) -> ConsoleDimensions:
-        return ConsoleDimensions(*shutil.get_terminal_size((10_000, 24)))
+        unknown = (10_000, 24)
+        with contextlib.suppress(OSError, ValueError):  # errors go to a terminal where the output goes to a pipe
+            unknown = os.get_terminal_size(self.file.fileno())
+        return ConsoleDimensions(*shutil.get_terminal_size(unknown))
 
 
 out = _Output(highlight=False)
-err = Console(stderr=True, highlight=False)
+err = _Output(stderr=True, highlight=False)
 
 
 def _say(console: Console, text: str, style: str = "", soft_wrap: bool = False) -> None:
