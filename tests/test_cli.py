@@ -316,6 +316,10 @@ def test_no_such_function_in_the_users_file(cli, tiny_file):
 def test_a_folder_that_is_missing_or_empty(cli, model, tmp_path):
     refused(cli("curve", model, "--data", tmp_path / "no", "--resolution", "32", *RECIPE), "There is no folder")
     refused(cli("curve", model, "--data", tmp_path, "--resolution", "32", *RECIPE), "holds no class folders")
+    for command in ("curve", "search"):  # before the weights of the model, which may have to be fetched
+        refused(cli(command, "timm:no_such_network", "--data", tmp_path / "no"), "There is no folder")
+    with pytest.raises(downres.DownresError, match="There is no folder"):
+        downres.search("timm:no_such_network", tmp_path / "no", max_drop=1)
 
 
 def test_a_class_without_images(cli, model, cells, tmp_path):

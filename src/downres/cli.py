@@ -25,7 +25,7 @@ from rich.text import Text
 
 from .errors import NO_SPACE, DownresError, shown
 from .lazy import no_collector
-from .parse import floats, format_quantity, format_resolution, fraction, parse_quantity, parse_resolutions
+from .parse import floats, format_quantity, format_resolution, fraction, parse_quantity, parse_resolutions, refuse_missing
 from .record import plain, write_json
 from .techniques import RESOLUTION, Technique, techniques
 
@@ -336,6 +336,8 @@ def search(
     tries = _axes(tried, None, candidate, ragged)
     macs = parse_quantity(max_macs, "--max-macs") if max_macs else None
     memory = parse_quantity(max_memory, "--max-memory") if max_memory else None
+    if task is None or ":" not in task:  # a task of one's own knows what its data are
+        refuse_missing(data)
     from .searching.run import search as run_search
 
     loaded = _load(
@@ -397,6 +399,8 @@ def curve(
     tries = _axes(tried, (), candidate, ragged)
     if tries.is_empty:
         tries = tries.replaced({RESOLUTION.keyword: None})  # nothing asked for: from the model's own down
+    if task is None or ":" not in task:
+        refuse_missing(data)
     from .searching.curve import curve as run_curve
 
     loaded = _load(

@@ -153,6 +153,12 @@ def user_path(path: str | os.PathLike[str]) -> Path:
         ) from None
 
 
+def refuse_missing(data: Any) -> None:
+    """DownresError where `data` names a folder that is not there: said before a model is loaded, which may take a while."""
+    if isinstance(data, (str, os.PathLike)) and ":" not in str(data) and not user_path(data).exists():
+        raise DownresError(f"There is no folder {user_path(data)}: point `data` to a folder of images.")
+
+
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 

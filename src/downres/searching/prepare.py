@@ -18,7 +18,7 @@ from ..errors import DownresError
 from ..families import Model
 from ..images.images import cache_bytes
 from ..images.preprocess import preprocess
-from ..parse import check_runtimes, user_path
+from ..parse import check_runtimes, refuse_missing, user_path
 from ..records import Candidate, Preprocessing, Record
 from ..reduction import made_for
 from ..tasks import Data, Question, Task, find_task
@@ -104,6 +104,8 @@ def prepare_task(
     preprocessing: Preprocessing | None = None,
 ) -> Task:
     """The task of the model, no image opened yet."""
+    if task is None or isinstance(task, str):  # a task of one's own knows what its data are
+        refuse_missing(data)
     loaded = as_model(model, preprocessing)
     if loaded.preprocessing.guessed:
         takes = len(loaded.preprocessing.mean)
