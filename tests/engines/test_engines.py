@@ -115,6 +115,23 @@ def test_eight_bits_all_but_the_head(runs, net, exported, tmp_path):
         assert sum(runs.layers(file).quantized.values()) == 3
 
 
+def test_onnx_by_nncf_too(net, exported, tmp_path):
+    """Another quantizer for the same runtime: as near to the network, with what is kept and the head in float."""
+    pytest.importorskip("nncf", reason="nncf comes with downres[openvino]")
+    runs, head = engine_of("onnxruntime"), net.head.weight.detach().numpy()
+    assert runs.ranges == ("minmax", "percentile", "entropy", "nncf") and engine_of("openvino").ranges == runs.ranges[:3]
+    runs.quantize(exported, file := tmp_path / "q.onnx", batches, Quantization("nncf"), head)
+    assert runs.layers(file).quantized == {"Conv": 2} and sum(runs.layers(file).in_float.values()) == 1
+    (ours,), theirs = runs.load(file, 1, precision="int8")(IMAGES[0]), answers(net, IMAGES[0])
+    assert 1e-6 < np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
+    runs.quantize(exported, file, batches, Quantization("nncf", ("body.0.weight",)), head)
+    assert runs.layers(file).quantized == {"Conv": 1}
+    depthwise = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.Flatten(1)).eval()
+    exported = export_onnx(depthwise, SIZE, tmp_path / "depthwise.onnx")
+    runs.quantize(exported, file, batches, Quantization("nncf"), None)
+    assert np.isfinite(runs.load(file, 1, precision="int8")(IMAGES[0])[0]).all()  # one zero point an activation
+
+
 def test_products_of_activations_stay_in_float(runs, tmp_path):
     torch.manual_seed(0)
     network = Attention().eval()

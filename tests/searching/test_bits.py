@@ -14,6 +14,7 @@ from torch import nn
 
 from downres import Axes, Budget, Candidate, check, curve, evaluate, load_model, load_run, recover, reduce, search
 from downres.engines import onnx_int8
+from downres.engines.engine import QuantizationFailed
 from downres.engines.torch import TorchRuntime
 from downres.errors import DownresError
 from downres.images import preprocess
@@ -154,9 +155,27 @@ def test_rungs_of_files(loaded, cells, tmp_path, monkeypatch):
     )  # fmt: skip
     for r in run.results:
         tried = [(rung.rung, rung.note) for rung in r.recovery.tried]
-        assert [name for name, _ in tried] == ["none", "head", "ranges", "ranges", "layers"]
-        assert tried[2][1] == "percentile ranges" and tried[4][1] in ("in float: body.0.weight", "in float: body.3.weight")
+        ways = ["percentile ranges", "entropy ranges", "nncf ranges"]
+        assert [name for name, _ in tried] == ["none", "head", *["ranges"] * 3, "layers"]
+        assert [note for _, note in tried[2:5]] == ways
+        assert tried[5][1] in ("in float: body.0.weight", "in float: body.3.weight")
     assert run.artifact is None and "layers in float" in (run.folder / "report.html").read_text()
+
+
+def test_a_way_to_quantize_that_fails_is_left_out(loaded, cells, tmp_path, monkeypatch):
+    real = onnx_int8._by_nncf
+
+    def fails(*arguments):
+        real(*arguments)
+        raise QuantizationFailed("NNCF cannot quantize it (for a reason).")
+
+    monkeypatch.setattr(onnx_int8, "_by_nncf", fails)
+    monkeypatch.setattr(ladder._Ladder, "is_over", lambda self: True)
+    options = {**OPTIONS, "max_drop": 0.0, "rungs": ("ranges",)}
+    run = search(loaded, cells.dataset(), resolutions=[], candidates=["24 int8"], out=tmp_path / "run", **options)
+    tried = run.results[0].recovery.tried
+    assert run.results[0].status == "measured"
+    assert tried[-1].note == "nncf: NNCF cannot quantize it (for a reason)" and tried[-1].score is None
 
 
 def test_layers_in_float_are_timed_again(loaded, cells, tmp_path, monkeypatch):

@@ -29,6 +29,8 @@ RANGES = ("minmax", "percentile", "entropy")
 """How the range of an activation is taken from what is seen on calibration images: all of it; without the largest 0.001 %; that
 which loses the least information (Kullback-Leibler).
 """
+BY_NNCF = "nncf"
+"""Of ONNX, where NNCF is installed: it takes the ranges, all of what is seen, and corrects the biases for what is lost."""
 LEAST_OPSET = 18
 """Of ONNX; whatever downres writes has it or a later one."""
 LEAST_CALIBRATION = 16
@@ -56,8 +58,8 @@ class Batches:
 
 @dataclass(frozen=True)
 class Quantization(Record):
-    """How a network is quantized. ranges: of activations, one of RANGES; kept: layers that stay in float, by the names of their
-    weights in the network's state dict.
+    """How a network is quantized. ranges: of activations, one of `Engine.ranges`; kept: layers that stay in float, by the names
+    of their weights in the network's state dict.
     """
 
     ranges: str = RANGES[0]
@@ -125,6 +127,11 @@ class Engine(ABC):
     def text(self) -> str:
         """As `--runtime` has it."""
         return self.name if self.device == "cpu" else f"{self.name}:{self.device}"
+
+    @property
+    def ranges(self) -> tuple[str, ...]:
+        """How it can take the ranges of activations, the first unless another is asked for."""
+        return RANGES
 
     @abstractmethod
     def why_not(self, precision: str) -> str:

@@ -10,7 +10,19 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from ..errors import DownresError, first_line
-from .engine import Batches, Layers, Quantization, QuantizationFailed, after, is_head, plain_name, quiet, sums_saturate
+from .engine import (
+    BY_NNCF,
+    RANGES,
+    Batches,
+    Layers,
+    Quantization,
+    QuantizationFailed,
+    after,
+    is_head,
+    plain_name,
+    quiet,
+    sums_saturate,
+)
 
 _METHODS = {
     "minmax": CalibrationMethod.MinMax,
@@ -64,29 +76,40 @@ def quantize_onnx(
             if unknown := set(how.kept) - by_weight.keys():
                 raise QuantizationFailed(f"there is no layer {min(unknown)} in it")
             kept = [node for name in how.kept for node in by_weight[name]]
-            quantize_static(
-                folded,
-                path,
-                _Images(graph.graph.input[0].name, images),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=["Conv", "Gemm", "MatMul"] if transformer else [*LAYERS, *BETWEEN],
-                per_channel=True,
-                reduce_range=sums_saturate(),
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=sorted(
-                    {*kept, *_from_head(graph, head), *_answering(graph), *(_products(graph) if transformer else ())}
-                ),
-                calibrate_method=_METHODS[how.ranges],
-                calibration_cache_path=ranges,
-                extra_options={"CalibStridedMinMax": 1, "DedicatedQDQPair": False},
-            )
+            left = {*kept, *_from_head(graph, head), *_answering(graph)}
+            if how.ranges == BY_NNCF:
+                onnx.save(_by_nncf(graph, images, left, transformer), path)
+            else:
+                quantize_static(
+                    folded,
+                    path,
+                    _Images(graph.graph.input[0].name, images),
+                    quant_format=QuantFormat.QDQ,
+                    op_types_to_quantize=["Conv", "Gemm", "MatMul"] if transformer else [*LAYERS, *BETWEEN],
+                    per_channel=True,
+                    reduce_range=sums_saturate(),
+                    activation_type=QuantType.QUInt8,
+                    weight_type=QuantType.QInt8,
+                    nodes_to_exclude=sorted(left | set(_products(graph) if transformer else ())),
+                    calibrate_method=_METHODS[how.ranges],
+                    calibration_cache_path=ranges,
+                    extra_options={"CalibStridedMinMax": 1, "DedicatedQDQPair": False},
+                )
         except (DownresError, OSError):
             raise
         except Exception as error:  # whatever the quantizer fails with on a graph that it was not written for
             raise QuantizationFailed(f"onnxruntime cannot quantize it ({first_line(error)[:200]})") from error
     if not layers_of(path).quantized:
         raise QuantizationFailed("onnxruntime found no layer in it that it quantizes")
+
+
+def _by_nncf(graph: onnx.ModelProto, images: Batches, left: set[str], transformer: bool) -> onnx.ModelProto:
+    from .nncf_int8 import quantized
+
+    made: onnx.ModelProto = quantized(
+        graph, images, left, transformer, RANGES[0], input_name=graph.graph.input[0].name, half=sums_saturate()
+    )
+    return made
 
 
 def is_transformer(graph: onnx.ModelProto) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from ..copying import copied, single
 from ..errors import NO_SPACE, DownresError, first_line, shown
 from ..parse import FP16, FP32, INT8
 from . import check_threads
-from .engine import LEAST_OPSET, PROFILED, Batches, Engine, Layers, Operator, Quantization, plain_name, quiet
+from .engine import BY_NNCF, LEAST_OPSET, PROFILED, RANGES, Batches, Engine, Layers, Operator, Quantization, plain_name, quiet
 from .fuse import fused, noise
 from .torch import TorchRuntime, plain_attention, uncompiled
 
@@ -172,6 +173,10 @@ session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionPr
 session.run(None, {session.get_inputs()[0].name: np.zeros(tuple(map(int, shape)), np.float32)})
 print(before, peak())
 """
+
+    @property
+    def ranges(self) -> tuple[str, ...]:
+        return (*RANGES, BY_NNCF) if importlib.util.find_spec("nncf") else RANGES
 
     def why_not(self, precision: str) -> str:
         if precision in (FP32, INT8):

@@ -1,13 +1,13 @@
 """OpenVINO: its files, its 8 bits by NNCF, and running there."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 
-from ..errors import DownresError, first_line
+from ..errors import DownresError
 from ..parse import BF16, FP16, FP32, INT8
 from . import check_threads
 from .engine import (
@@ -171,26 +171,15 @@ print(before, peak())
         head: np.ndarray | None,
         ranges: Path | None = None,
     ) -> None:
-        with quiet():
-            import nncf
+        from .nncf_int8 import quantized
 
+        with quiet():
             model = _read(exported)
             by_weight = _by_weight(model)
             if unknown := set(how.kept) - by_weight.keys():
                 raise QuantizationFailed(f"there is no layer {min(unknown)} in it")
             kept = {op for name in how.kept for op in by_weight[name]} | _from_head(model, head)
-            try:
-                made = nncf.quantize(
-                    model,
-                    nncf.Dataset(_single(images)),
-                    preset=nncf.QuantizationPreset.MIXED,
-                    model_type=nncf.ModelType.TRANSFORMER if _is_transformer(model) else None,
-                    subset_size=images.images,
-                    ignored_scope=nncf.IgnoredScope(names=sorted(kept), validate=False) if kept else None,
-                    advanced_parameters=_ranges(how.ranges),
-                )
-            except Exception as error:
-                raise QuantizationFailed(f"NNCF cannot quantize it ({first_line(error)[:200]})") from error
+            made = quantized(model, images, kept, _is_transformer(model), how.ranges)
         _save(made, path)
         if not self.layers(path).quantized:
             raise QuantizationFailed("NNCF found no layer in it that it quantizes")
@@ -303,40 +292,6 @@ def _reason(error: Exception) -> str:
     """OpenVINO's errors open with the place in its own sources."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
     return (lines[-1] if lines else type(error).__name__)[:200]
-
-
-def _single(images: Batches) -> Any:
-    """The images of the batches, one at a time; NNCF goes through them several times."""
-
-    class Images:
-        def __iter__(self) -> Iterator[np.ndarray]:
-            return (image[None] for batch in images.make() for image in batch)
-
-    return Images()
-
-
-def _ranges(ranges: str) -> Any:
-    """How NNCF takes the ranges of activations. Its own choice, the mean of each image's extremes, cuts off what few images
-    have: on photographs of solar cells the answers of a small network were 0.59 of their spread off with it, 0.025 with all
-    that is seen.
-    """
-    import nncf
-    from nncf.quantization.range_estimator import (
-        AggregatorType,
-        RangeEstimatorParameters,
-        RangeEstimatorParametersSet,
-        StatisticsCollectorParameters,
-        StatisticsType,
-    )
-
-    if ranges == "minmax":
-        found = RangeEstimatorParametersSet.MINMAX
-    elif ranges == "entropy":
-        found = RangeEstimatorParametersSet.HISTOGRAM
-    else:
-        one = StatisticsCollectorParameters(StatisticsType.QUANTILE, AggregatorType.MEAN, quantile_outlier_prob=1e-4)
-        found = RangeEstimatorParameters(one, one)
-    return nncf.AdvancedQuantizationParameters(activations_range_estimator_params=found)
 
 
 def _by_weight(model: Any) -> dict[str, list[str]]:

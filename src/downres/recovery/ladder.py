@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..engines.engine import RANGES, Quantization, QuantizationFailed
+from ..engines.engine import Quantization, QuantizationFailed
 from ..images import Fold
 from ..parse import INT8
 from ..records import OUTSIDE, WITHIN, Budget, Candidate, Drop, Recovery, Rung, Score
@@ -146,10 +146,14 @@ def _other_files(ladder: "_Ladder", bank: Bank, rungs: Sequence[str], tune: np.n
         if not ladder.is_over():
             ladder.skip(rung, "tuning images show no loss over the allowed one")
         elif rung == "ranges":
-            for ranges in RANGES[1:]:
-                if ladder.is_over():
-                    start, state = (requantized(s, ranges=ranges) for s in ladder.best_pair())
+            for ranges in bank.engine(ladder.best().state.candidate).ranges[1:]:
+                if not ladder.is_over():
+                    break
+                start, state = (requantized(s, ranges=ranges) for s in ladder.best_pair())
+                try:
                     ladder.attempt("ranges", start, state, str(Quantization(ranges)))
+                except QuantizationFailed as error:  # so; others may work
+                    ladder.skip("ranges", f"{ranges}: {str(error).rstrip('.')}")
         else:
             _keep_layers(ladder, bank, *ladder.best_pair(), tune)
 
