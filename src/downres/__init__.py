@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Rung,
         Score,
     )  # fmt: skip
+    from .recovery.training import Training
     from .reduction import Reduction, reduce, token_map
     from .reductions.dense import Segmenter
     from .searching.costs import Costs, costs
@@ -57,7 +58,7 @@ __all__ = [
     "reduce", "token_map", "measure_cost", "measure_latency", "evaluate", "recover", "costs", "curve", "search", "demo",
     "doctor", "check", "embed", "predict", "write_report",
     # groups of their options
-    "Axes", "Budget", "Question", "Measuring",
+    "Axes", "Budget", "Question", "Measuring", "Training",
     # models and data
     "load_model", "with_preprocessing", "Model", "open_folder", "from_arrays", "Dataset", "Images", "Fold",
     "find_masks", "open_masks", "open_photos", "Photos", "MaskFolder", "MaskDataset", "Segmenter", "regseg",
@@ -91,6 +92,7 @@ _HOMES = {
     "searching.curve": ("Curve", "curve"),
     "searching.demo": ("demo",),
     "searching.doctor": ("Diagnosis", "doctor"),
+    "recovery.training": ("Training",),
     "searching.prepare": ("Measuring",),
     "searching.results": ("Run", "load_run"),
     "searching.run": ("search",),

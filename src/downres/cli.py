@@ -285,9 +285,15 @@ def search(
         str,
         _try(
             "--rungs",
-            help="Of the recovery ladder, from crop,batchnorm,head, for int8 also ranges,layers; 'none' only lowers.",
+            help="Of the recovery ladder, from crop,batchnorm,head,distill, for int8 also ranges,layers; 'none' only lowers.",
         ),
     ] = "crop,batchnorm,head,ranges,layers",
+    epochs: Annotated[int, _try("--epochs", help="Of the rung distill: passes over the training images.")] = 20,
+    learning_rate: Annotated[float, _try("--learning-rate", help="Of the rung distill, the highest.")] = 1e-3,
+    max_minutes: Annotated[
+        float | None,
+        _allowed("--max-minutes", help="Of one training by the rung distill, which then has fewer epochs."),
+    ] = None,
     minimize: Annotated[
         str | None,
         _allowed(
@@ -350,6 +356,7 @@ def search(
             max_size_bytes=parse_quantity(max_size, "--max-size") if max_size else None, max_flips=max_flips,
             latency_batch=latency_batch, tries=tries, snap=snap, joint=joint,
             rungs=tuple(r for r in rungs.split(",") if r != "none"), minimize=minimize, fit_head=fit_head, folds=folds,
+            epochs=epochs, learning_rate=learning_rate, max_minutes=max_minutes,
             val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
             cache_gb=cache_gb, task=_task(task), labels=_text(labels), compare=compare, classes=_text(classes),
             output_index=output_index, ignore_output=ignore_output,

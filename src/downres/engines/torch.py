@@ -61,7 +61,7 @@ class TorchRuntime:
             ) from error
 
     def _run(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
-        with _threads(self.threads), torch.inference_mode():
+        with threads_of(self.threads), torch.inference_mode():
             x = torch.from_numpy(np.ascontiguousarray(batch)).to(self._device, self._dtype)
             if self._layout is None:
                 self._model = fused(self._model, x)
@@ -153,7 +153,7 @@ def uncompiled() -> Iterator[None]:
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def threads_of(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
     if before == number:
         yield

@@ -23,6 +23,7 @@ from ..records import Candidate, Footprint, Preprocessing
 from ..reduction import made_for, reduce, takes_any_size
 from .batchnorm import recalibrate_batchnorm
 from .state import QUANTIZED, RECALIBRATED, State, Step
+from .training import Training
 from .weights import Weights, with_tensors
 
 Progress = Callable[[str, int, int], None]
@@ -67,6 +68,7 @@ class Bank:
         self.images: Images | None = None
         self.calibration: list[np.ndarray] = []
         self.ranged: list[np.ndarray] = []
+        self.training = Training()
         self.sensitive: dict[Candidate, list[str]] = {}  # layers by what they lose in 8 bits
         self.folder, self.runtime_name, self.threads, self.batch_size = folder, runtime, threads, batch_size
         self.progress = progress
@@ -274,7 +276,7 @@ class Bank:
         """Delete what only an unfinished run needs: features and the search's ONNX files."""
         self.release()
         if self.folder is not None:
-            for name in ("features", "onnx"):
+            for name in ("features", "onnx", "training"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def count_anew(self) -> None:

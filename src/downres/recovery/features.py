@@ -120,11 +120,11 @@ class FeatureBank(Bank):
 
     def head_of(self, state: State) -> Head | None:
         """The head of a state: the one fitted last, or the model's own; None where the output comes from no linear layer."""
-        step = state.step(REFITTED)
-        if step is None or self.head is None:
-            return self._own
-        tensors = self.weights.get(step.tensors)
-        return Head(tensors[f"{self.head}.weight"], tensors[f"{self.head}.bias"])
+        for step in reversed(state.history):
+            tensors = self.weights.get(step.tensors) if step.tensors and self.head is not None else {}
+            if (weight := tensors.get(f"{self.head}.weight")) is not None:
+                return Head(weight, tensors.get(f"{self.head}.bias", np.zeros(len(weight), np.float32)))
+        return self._own
 
     def refitted(self, state: State, head: Head, fold: int, images: int) -> State:
         """The state with another head, whose tensors are kept."""

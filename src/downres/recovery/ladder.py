@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor, nn
 
 from ..engines.engine import Quantization, QuantizationFailed
 from ..images import Fold
@@ -19,11 +20,15 @@ from ..parse import INT8
 from ..records import OUTSIDE, WITHIN, Budget, Candidate, Drop, Recovery, Rung, Score
 from .bank import CALIBRATION_IMAGES, Bank
 from .batchnorm import has_batchnorm
+from .distill import TrainingFailed, distilled
 from .sensitivity import most_sensitive
-from .state import QUANTIZED, RECALIBRATED, State, Step
+from .state import DISTILLED, QUANTIZED, RECALIBRATED, REFITTED, State, Step
 
-RUNGS = ("crop", "batchnorm", "head", "ranges", "layers")
-"""From cheap to dear."""
+RUNGS = ("crop", "batchnorm", "head", "distill", "ranges", "layers")
+"""From cheap to dear; the last two of files."""
+DISTILL = "distill"
+UNASKED = tuple(rung for rung in RUNGS if rung != DISTILL)
+"""Those that are climbed when nobody chose: training takes minutes to hours."""
 OF_FILES = ("ranges", "layers")
 """Those of what is made of a network, whatever its task."""
 GLANCE = 32
@@ -62,6 +67,7 @@ class Climber(Protocol):
     """What the ladder asks of a task; see `tasks.Task`."""
 
     glance: int
+    seed: int
 
     def evidence(self, bank: Any, state: State, indices: np.ndarray, *, serving: bool = True) -> Any: ...
     def quality(self, evidence: Any) -> Score: ...
@@ -70,12 +76,16 @@ class Climber(Protocol):
     def crops(self, native: float) -> Sequence[float]: ...
     def why_no_head(self, bank: Any, fit: np.ndarray) -> str: ...
     def refit(self, bank: Any, state: State, index: int, fit: np.ndarray, tune: np.ndarray) -> tuple[State, State, str]: ...
+    def matched(self, network: nn.Module, x: Tensor) -> Tensor: ...
+    def mismatch(self, ours: Tensor, theirs: Tensor) -> Tensor: ...
 
 
 def rungs_for(task: Any, candidates: Sequence[Candidate], wanted: Sequence[str]) -> tuple[str, ...]:
-    """Of the rungs wanted those that there are: of this task, and where something is quantized those of 8-bit files."""
+    """Of the rungs wanted those that there are: of this task, training, and where something is quantized those of 8-bit
+    files.
+    """
     files = OF_FILES if any(c.precision == INT8 for c in candidates) else ()
-    return tuple(rung for rung in wanted if rung in (*task.rungs, *files))
+    return tuple(rung for rung in wanted if rung in (*task.rungs, DISTILL, *files))
 
 
 def climb(
@@ -104,7 +114,7 @@ def climb(
     ladder, quantized = _Ladder(task, bank, reference, budget), state.step(QUANTIZED) is not None
     enough = ladder.attempt("none", start, state)
     if quantized and like is not None and not enough:
-        rung = "crop" if like.step(RECALIBRATED) is None else "batchnorm"
+        rung = DISTILL if like.step(DISTILLED) else "batchnorm" if like.step(RECALIBRATED) else "crop"
         begun = [like_float(s, like, reference.index) for s in (start, state)]
         if begun[1] != state and rung in rungs:
             enough = ladder.attempt(rung, begun[0], begun[1], "as the network in float")
@@ -127,6 +137,8 @@ def climb(
         else:
             ladder.begin()
             enough = ladder.attempt("head", *task.refit(bank, state, reference.index, reference.fit, reference.tune))
+    if not enough and DISTILL in rungs and not quantized:
+        enough = _distil(ladder, task, bank, reference)
     if quantized and not enough:
         _other_files(ladder, bank, [rung for rung in OF_FILES if rung in rungs], reference.tune)
     chosen = ladder.best()
@@ -134,8 +146,22 @@ def climb(
     return chosen.state, Recovery(chosen.rung, chosen.state.crop_ratio, seconds, tuple(ladder.tried), chosen.drop)
 
 
+def _distil(ladder: "_Ladder", task: Climber, bank: Bank, reference: Reference) -> bool:
+    """Trained on what is not tuned on; one training serves both."""
+    ladder.begin()
+    start, _ = ladder.best_pair()
+    try:
+        state, how = distilled(task, bank, start, reference.start, reference.index, reference.fit, bank.training)
+    except TrainingFailed as error:
+        ladder.skip(DISTILL, str(error).rstrip("."))
+        return False
+    return ladder.attempt(DISTILL, state, state, how)
+
+
 def like_float(state: State, like: State, fold: int) -> State:
-    """The state with the crop of another, and with statistics averaged anew where that has them."""
+    """The state with the crop of another, and with statistics averaged anew or weights trained where that has them."""
+    if (trained := like.step(DISTILLED)) is not None:
+        return dataclasses.replace(state.without(REFITTED), crop_ratio=like.crop_ratio).then(trained)
     state = dataclasses.replace(state, crop_ratio=like.crop_ratio)
     return state if like.step(RECALIBRATED) is None else state.then(Step(RECALIBRATED, fold, CALIBRATION_IMAGES))
 

@@ -10,9 +10,9 @@ from typing import Any
 from ..engines.engine import Quantization
 from ..records import Candidate, Record
 
-RECALIBRATED, REFITTED, QUANTIZED = "recalibrated", "refitted", "quantized"
-"""BatchNorm statistics averaged anew on training images; the last linear layer fitted anew on its features; the file brought to
-8 bits, with ranges from training images, all but that last layer.
+RECALIBRATED, REFITTED, DISTILLED, QUANTIZED = "recalibrated", "refitted", "distilled", "quantized"
+"""BatchNorm statistics averaged anew on training images; the last linear layer fitted anew on its features; all weights trained
+to answer as the original's; the file brought to 8 bits, with ranges from training images, all but that last layer.
 """
 
 
@@ -61,7 +61,7 @@ class State(Record):
 
     def then(self, step: Step) -> "State":
         """The same after one more step. What is done to weights in float comes before the file of 8 bits is made of them."""
-        if step.done == RECALIBRATED and (made := self.step(QUANTIZED)) is not None:
+        if step.done in (RECALIBRATED, DISTILLED) and (made := self.step(QUANTIZED)) is not None:
             return self.without(QUANTIZED).then(step).then(made)
         return dataclasses.replace(self, history=(*self.history, step))
 

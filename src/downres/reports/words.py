@@ -25,6 +25,7 @@ RUNGS = {
     "crop": "crop ratio",
     "batchnorm": "BatchNorm recalibration",
     "head": "head refit",
+    "distill": "distillation",
     "ranges": "other 8-bit ranges",
     "layers": "layers in float",
 }

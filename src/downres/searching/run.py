@@ -23,8 +23,9 @@ from ..measuring.latency import interleaved, random_batch
 from ..parse import user_path
 from ..records import Budget, Candidate, Cost, Footprint, Latency, Preprocessing, Recovery
 from ..recovery.bank import Bank
-from ..recovery.ladder import RUNGS, Reference, climb, rungs_for, together
+from ..recovery.ladder import DISTILL, RUNGS, UNASKED, Reference, climb, rungs_for, together
 from ..recovery.state import State
+from ..recovery.training import Training
 from ..reports import words
 from ..tasks import Question, Task
 from ..techniques import RUNTIME
@@ -60,7 +61,8 @@ def search(
     budget: Budget = Budget(),
     question: Question = Question(),
     measuring: Measuring = Measuring(),
-    rungs: tuple[str, ...] = RUNGS,
+    training: Training = Training(),
+    rungs: tuple[str, ...] = UNASKED,
     minimize: str | None = None,
     preprocessing: Preprocessing | None = None,
     embed_preprocessing: bool = False,
@@ -82,9 +84,10 @@ def search(
         task: 'classification', 'segmentation', 'multilabel', 'regression', 'agreement', or a `Task` of one's own; None: what
             the network's answers are of.
         tries: what to try; see `Axes`. budget: what is allowed; see `Budget`. question: what is asked of the data; see
-            `Question`. measuring: how it is measured; see `Measuring`.
-        rungs: of the recovery ladder, from 'crop', 'batchnorm', 'head', as far as the task has them, and where something is
-            quantized 'ranges' (other ranges) and 'layers' (the most sensitive layers in float); () only lowers the input.
+            `Question`. measuring: how it is measured; see `Measuring`. training: how the rung 'distill' trains; see `Training`.
+        rungs: of the recovery ladder, from 'crop', 'batchnorm', 'head', as far as the task has them, 'distill' (trained to
+            answer as the original does, no labels; only where it is named, as it takes minutes to hours), and where something
+            is quantized 'ranges' (other ranges) and 'layers' (the most sensitive layers in float); () only lowers the input.
         minimize: what 'cheapest' means: 'macs', 'memory', 'latency' or 'size'; None: latency where precisions or runtimes are
             tried, of which MACs know nothing, else MACs.
         embed_preprocessing: ship beside the model one that takes pictures of any size, see `downres.embed`; a run that is
@@ -95,8 +98,9 @@ def search(
     Raises:
         DownresError: bad input, said in one sentence. What was measured stays in the run's folder.
     """
-    groups = gather({"budget": budget, "tries": tries, "question": question, "measuring": measuring}, flat)
-    budget, tries, question, measuring = groups["budget"], groups["tries"], groups["question"], groups["measuring"]
+    given = {"budget": budget, "tries": tries, "question": question, "measuring": measuring, "training": training}
+    groups = gather(given, flat)
+    budget, tries, question, measuring, training = (groups[name] for name in given)
     if max_drop is not None:
         budget = dataclasses.replace(budget, max_drop=max_drop)
     _check_choices(rungs, minimize)
@@ -145,6 +149,8 @@ def search(
             "question": resolved(question).to_json(),
         },
     }
+    if DISTILL in rungs:
+        settings["training"] = training.to_json()
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="downres-"))
     store = Store.open(folder, settings)
 
@@ -159,6 +165,7 @@ def search(
             when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             store.put("started", {"when": when, "versions": versions()})
         bank = subject.bank(folder, progress=progress, **measuring.options())
+        bank.training = training
         alive = _cost_gate(subject, store, budget, [subject.native, *planned], bank, progress)
         made: list[Reference] = []
         most = len(alive) - 1 if tries.joint is None else tries.joint

@@ -13,7 +13,7 @@ from ..environment import versions
 from ..errors import DownresError
 from ..parse import FP32, INT8, format_quantity
 from ..recovery.bank import Bank
-from ..recovery.state import QUANTIZED, RECALIBRATED, REFITTED, State
+from ..recovery.state import DISTILLED, QUANTIZED, RECALIBRATED, REFITTED, State
 from ..tasks import Task
 from .results import Run
 from .store import Store
@@ -21,6 +21,7 @@ from .store import Store
 STEPS = {
     RECALIBRATED: "statistics of BatchNorm averaged anew",
     REFITTED: "the last linear layer fitted anew",
+    DISTILLED: "all weights trained to answer as the original's",
     QUANTIZED: "brought to 8 bits",
 }
 

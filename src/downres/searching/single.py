@@ -8,8 +8,9 @@ from ..errors import DownresError
 from ..families import Model
 from ..parse import Resolution
 from ..records import Budget, Candidate, Preprocessing, Recovery, Score
-from ..recovery.ladder import RUNGS, climb, rungs_for
+from ..recovery.ladder import UNASKED, climb, rungs_for
 from ..recovery.state import State
+from ..recovery.training import Training
 from ..tasks import Question, Task
 from .prepare import Measuring, Progress, Source, bank_for_now, check_planned, gather, open_data, prepare_task
 
@@ -48,7 +49,8 @@ def recover(
     *,
     resolution: Resolution | None = None,
     max_drop: float = 1.0,
-    rungs: tuple[str, ...] = RUNGS,
+    training: Training = Training(),
+    rungs: tuple[str, ...] = UNASKED,
     task: str | type[Task] | None = None,
     question: Question = Question(),
     measuring: Measuring = Measuring(runtime="torch"),
@@ -60,11 +62,12 @@ def recover(
 
     Returns (network, preprocessing, recovery): the network takes images made by the preprocessing, the recovery names
     the rung that it took and what each rung gave and cost. The model given is not touched; no validation image is looked at.
+    training: how the rung 'distill' trains, where it is among the rungs.
     """
     if (candidate is None) == (resolution is None):
         raise DownresError("Give recover either a candidate or a resolution: for example resolution=128.")
-    groups = gather({"question": question, "measuring": measuring}, flat)
-    question, measuring = groups["question"], groups["measuring"]
+    groups = gather({"question": question, "measuring": measuring, "training": training}, flat)
+    question, measuring, training = groups["question"], groups["measuring"], groups["training"]
     subject = prepare_task(model, data, question, task, preprocessing)
     open_data(subject, data, measuring, question, progress=progress)
     candidate = (candidate or Candidate(resolution)).on(subject.model.preprocessing.resolution)
@@ -76,6 +79,7 @@ def recover(
         )
     rungs = rungs_for(subject, [candidate], rungs)
     with bank_for_now(subject, measuring, progress) as bank:
+        bank.training = training
         reference = subject.reference(bank, 0, subject.data.folds[0], rungs)
         state, recovery = climb(subject, bank, candidate, reference, Budget(max_drop), rungs)
         return bank.network(state), bank.preprocessing_of(state), recovery

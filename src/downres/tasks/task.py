@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import DownresError
@@ -261,6 +262,16 @@ class Task(ABC):
 
     # Recovery
 
+    def matched(self, network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What training compares of a network's answer to images x (B, C, H, W), with its gradients: (B, K) or (B, K, h, w)."""
+        return logits_of(network(x), self.which)
+
+    def mismatch(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        """How far answers are from the original's to the same images: the loss that distillation minimises. As it is here
+        their squared distance over the variance of the original's.
+        """
+        return (ours - theirs).square().mean() / theirs.var(0).mean().clamp(min=1e-6)
+
     def reference(self, bank: Any, index: int, fold: Fold, rungs: Sequence[str]) -> Reference:
         """The original in fold `index`."""
         if not rungs and not self.fit_new:
@@ -399,6 +410,16 @@ def nearness(ours: Any, theirs: Any) -> float:
         return abs(a) if isinstance(a, (int, float)) else max(map(largest, inside), default=0.0)
 
     return apart(ours, theirs) / max(largest(theirs), 1e-12)
+
+
+def of_classes(ours: torch.Tensor, theirs: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
+    """Kullback-Leibler divergence between classes by their logits (B, K, …), softened by the temperature (Hinton et al. 2015);
+    of one logit the binary cross-entropy.
+    """
+    if ours.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(ours, theirs.sigmoid())
+    soft, target = (F.log_softmax(one / temperature, 1) for one in (ours, theirs))
+    return F.kl_div(soft, target, reduction="none", log_target=True).sum(1).mean() * temperature**2
 
 
 class Logits(nn.Module):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from ...errors import DownresError
 from ...families import Model
@@ -249,6 +251,9 @@ class OfEmbeddings(VectorTask, register=False):
     score = EmbeddingQuality
     rungs = ("crop", "batchnorm")
     output_name = "embedding"
+
+    def mismatch(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        return 1 - F.cosine_similarity(ours, theirs, dim=1).mean()
 
     @classmethod
     def names_in(cls, data: Any, question: Question, outputs: int | None) -> tuple[str, ...]:

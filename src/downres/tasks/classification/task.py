@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from ...errors import DownresError
 from ...families import Model
@@ -15,7 +17,7 @@ from ...records import Budget, Drop, Preprocessing, Record, Result
 from ...recovery.features import FeatureBank, Head
 from ...recovery.ladder import GLANCE
 from ..evidence import Arrays
-from ..task import TOLERANCE, Question, Section
+from ..task import TOLERANCE, Question, Section, of_classes
 from ..vectors import VectorTask, ranked_alike, stacked
 from .elpv import CLASSES, DEMO_DATA, open_elpv
 from .folders import Dataset, class_names, open_folder
@@ -168,6 +170,11 @@ class Classification(VectorTask):
 
     def changed(self, original: Arrays, one: Arrays) -> np.ndarray:
         return original["predicted"] != one["predicted"]
+
+    def mismatch(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        if self.probability:
+            return F.binary_cross_entropy(ours.clamp(1e-6, 1 - 1e-6), theirs)
+        return of_classes(ours, theirs)
 
     def why_no_head(self, bank: FeatureBank, fit: np.ndarray) -> str:
         return super().why_no_head(bank, fit) or why_not(self.labels[fit], self.ways)

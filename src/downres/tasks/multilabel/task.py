@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from markupsafe import Markup, escape
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
@@ -102,6 +104,9 @@ class Multilabel(VectorTask):
         named = "" if self.fit_new else f"; outputs taken to be: {listed_names([f'{i} {c}' for i, c in enumerate(classes)])}"
         description = f"{len(images)} images with any of {len(classes)} classes, {how}{named}."
         return TableData(images, truth[rows].astype(float), classes, folds, tuple(skipped), description, found_in=Path(data))
+
+    def mismatch(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(ours, theirs.sigmoid())
 
     def begin(self, data: TableData, seed: int) -> None:  # type: ignore[override]
         super().begin(data, seed)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from ...engines.engine import Quantization
 from ...errors import DownresError
@@ -21,11 +22,11 @@ from ...probe import Answer, find_answer
 from ...records import CLASSES, LOGITS, OUTSIDE, WITHIN, Budget, Candidate, Dense, Drop, Preprocessing, Record, Recovery, Result
 from ...recovery.bank import CALIBRATION_IMAGES
 from ...recovery.ladder import Option
-from ...recovery.state import QUANTIZED, RECALIBRATED, State, Step, like_most
+from ...recovery.state import DISTILLED, QUANTIZED, RECALIBRATED, State, Step, like_most
 from ...reduction import made_for, takes_any_size
 from ...reductions.dense import Segmenter, check_size
 from ...reports.pictures import overlay
-from ..task import TOLERANCE, Question, Section, Task
+from ..task import TOLERANCE, Question, Section, Task, of_classes
 from .bank import MaskBank, chosen_of, largest, picture_classes, shapes_of
 from .counted import classes_of, dense_of
 from .mask_layouts import locate
@@ -195,6 +196,11 @@ class Segmentation(Task):
             height, width = sizes[int(i)][:2]
             yield picture_classes(answer, shapes[int(i)], (height, width), self.dense, p)
 
+    def mismatch(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """Kullback-Leibler divergence of the classes, a pixel of the student's own map; of one class binary cross-entropy."""
+        theirs = F.interpolate(theirs, ours.shape[-2:], mode="bilinear", antialias=True)
+        return of_classes(ours, theirs)
+
     def quality(self, evidence: Tallies) -> SegmentationQuality:
         return segmentation_quality(evidence)
 
@@ -218,6 +224,8 @@ class Segmentation(Task):
         """After cross-fitting, BatchNorm statistics of all images where most folds wanted them."""
         if len(states) == 1:
             return states[0], recovery
+        if any(s.step(DISTILLED) for s in states):
+            return super().final(bank, candidate, states, recovery, budget, rungs)
         state = like_most(bank.started(self.native_state, candidate, len(states)), states)
         recalibrated = sum(s.step(RECALIBRATED) is not None for s in states) * 2 > len(states)
         if recalibrated:
