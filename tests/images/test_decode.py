@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 import warnings
 import zlib
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from downres.images import arrays
 from downres.images.decode import MAX_PIXELS, Unreadable, decode
+from downres.images.images import from_files
 
 decoding = sys.modules["downres.images.decode"]  # the package has the function by this name
 
@@ -421,3 +424,24 @@ def test_decoding_in_threads_leaves_the_warning_filters_alone(tmp_path):
     for thread in threads:
         thread.join()
     assert warnings.filters == before
+
+
+def test_headers_of_arrays_are_read_one_at_a_time(tmp_path, monkeypatch):
+    """Python 3.11's parser, which NumPy reads them with, raises SystemError now and then where two threads are in it."""
+    inside, most, real = 0, 0, arrays._values
+
+    def watched(file):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.01)
+        found = real(file)
+        inside -= 1
+        return found
+
+    monkeypatch.setattr(arrays, "_values", watched)
+    files = [tmp_path / f"{i}.npy" for i in range(8)]
+    for file in files:
+        np.save(file, np.zeros((6, 5, 7), np.uint16))
+    found, skipped = from_files(files, [file.name for file in files], workers=4, channels=7)
+    assert len(found) == 8 and not skipped and most == 1

@@ -493,7 +493,7 @@ def test_neither_cut_nor_padded():
 # --- graphs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["RegSeg", "LR-ASPP"])
+@pytest.mark.parametrize("name", ["RegSeg", "own"])
 def test_compiled_and_exported(name):
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -523,7 +523,7 @@ def test_segmenter(network):
 def test_segmenter_compiled():
     torch.manual_seed(0)
     torch._dynamo.reset()
-    net, x = NETWORKS["LR-ASPP"]().eval(), picture((64, 96))
+    net, x = NETWORKS["own"]().eval(), picture((64, 96))
     for output in ("logits", "classes"):
         segmenter = Segmenter(net, Dense((100, 150), output)).eval()
         assert torch.equal(run(torch.compile(segmenter, fullgraph=True, backend="eager"), x), run(segmenter, x))

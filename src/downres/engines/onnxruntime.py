@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import nn
 
 from ..copying import copied, single
 from ..errors import NO_SPACE, DownresError, first_line, shown
+from ..lazy import no_collector
 from ..parse import FP16, FP32, INT8
 from . import check_threads
 from .engine import BY_NNCF, LEAST_OPSET, PROFILED, RANGES, Batches, Engine, Layers, Operator, Quantization, plain_name, quiet
@@ -314,7 +316,7 @@ def export_onnx(
     example = torch.zeros(2, channels, height, width)  # two: torch.export takes a dimension of one for a constant
     try:
         plain = single(copied(model)).requires_grad_(False)
-        with quiet(), plain_attention(), uncompiled(), _one_table():
+        with quiet(), plain_attention(), uncompiled(), _one_table(), no_collector():
             plain = fused(plain, noise((1, *input_size), example))
             free_batch = ({0: torch.export.Dim.DYNAMIC},)
             program = torch.export.export(plain, (example,), dynamic_shapes=free_batch, strict=False)
@@ -379,13 +381,15 @@ def _check_batch_is_free(path: Path, image: np.ndarray) -> None:
 @contextlib.contextmanager
 def _one_table() -> Iterator[None]:
     """torch reads how operators are written in ONNX anew for every export, half of what a small network's takes: once is
-    enough, as nothing but translations of one's own, of which downres has none, changes that table.
+    enough, as nothing but translations of one's own, of which downres has none, changes that table. It also lists all of its
+    own operators once for each library that has some, twice an export: once an export is enough.
     """
     try:
+        from torch._export import utils
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-        before = vars(ONNXRegistry)["from_torchlib"]
-    except (ImportError, KeyError):  # another torch, which does it otherwise
+        before, listing = vars(ONNXRegistry)["from_torchlib"], utils._materialize_cpp_cia_ops
+    except (ImportError, KeyError, AttributeError):  # another torch, which does it otherwise
         yield
         return
     make = ONNXRegistry.from_torchlib
@@ -396,11 +400,14 @@ def _one_table() -> Iterator[None]:
             _TABLES[key] = make(*version, **named)
         return _TABLES[key]
 
+    listed = cache(listing)
     ONNXRegistry.from_torchlib = staticmethod(once)  # type: ignore[method-assign, assignment]
+    utils._materialize_cpp_cia_ops = listed  # type: ignore[assignment]
     try:
         yield
     finally:
         ONNXRegistry.from_torchlib = before  # type: ignore[method-assign]
+        utils._materialize_cpp_cia_ops = listing
 
 
 _TABLES: dict[tuple[int, ...], Any] = {}

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import threading
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -21,8 +22,26 @@ _UPRIGHT = {
 """Orientation to what undoes it, of arrays (H, W, …)."""
 
 
+_ONE_AT_A_TIME = threading.Lock()
+"""NumPy has Python's own parser read the headers of .npy files, which in Python 3.11 fails now and then where two threads are
+in it: a sound file would be skipped as broken.
+"""
+
+
 def npy(file: BinaryIO, channels: int) -> np.ndarray:
     """An array (H, W), (H, W, C) or (C, H, W), C as the network takes it; see `_checked`."""
+    with _ONE_AT_A_TIME:
+        values = _values(file)
+    if values.ndim == 3:
+        last, first = (values.shape[axis] == channels for axis in (2, 0))
+        if last and first:
+            raise Unreadable(f"an array {values.shape}, height and width first or last")
+        if first or (not last and values.shape[0] == 1 != values.shape[2]):
+            values = np.moveaxis(values, 0, 2)
+    return _checked(values, channels)
+
+
+def _values(file: BinaryIO) -> np.ndarray:
     try:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
@@ -33,14 +52,8 @@ def npy(file: BinaryIO, channels: int) -> np.ndarray:
     if math.prod(shape) * dtype.itemsize > os.fstat(file.fileno()).st_size - file.tell():
         raise Unreadable("truncated")
     file.seek(0)
-    values = np.load(file, allow_pickle=False)
-    if values.ndim == 3:
-        last, first = (values.shape[axis] == channels for axis in (2, 0))
-        if last and first:
-            raise Unreadable(f"an array {shape}, height and width first or last")
-        if first or (not last and values.shape[0] == 1 != values.shape[2]):
-            values = np.moveaxis(values, 0, 2)
-    return _checked(values, channels)
+    found: np.ndarray = np.load(file, allow_pickle=False)
+    return found
 
 
 def tiff(file: BinaryIO, channels: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtr, ndtri, stdtr
+from scipy.special import betaincinv, ndtr, ndtri, stdtr
 from scipy.stats import binomtest
 
 from ..errors import DownresError
@@ -28,8 +28,8 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
 def share_bound(count: int, n: int, alpha: float) -> tuple[float, float]:
     """(lower, upper) bounds of the share count / n, each one-sided at 1 - alpha (Clopper and Pearson 1934, Biometrika
     26:404)."""
-    found = binomtest(count, n).proportion_ci(1 - 2 * alpha, method="exact")
-    return float(found.low), float(found.high)
+    lower = float(betaincinv(count, n - count + 1, alpha)) if count > 0 else 0.0
+    return lower, float(betaincinv(count + 1, n - count, 1 - alpha)) if count < n else 1.0
 
 
 def noninferiority_p(lost: int, won: int, n: int, margin: float) -> float:
