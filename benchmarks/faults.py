@@ -566,7 +566,7 @@ def command_line(arena: Arena, known: dict[str, list[tuple[str, bool]]], chance:
         "report": lambda: [one(arena.folder / "copied", values)],
         "check": lambda: [one(run / "best", values), "--model", one(network, models)],
         "predict": lambda: [one(run / "best", values), *(one(file, values) for _ in range(chance.randint(1, 3)))],
-        "demo": lambda: ["--threads", chance.choice(["0", "nan", "-1", "1e9"])],
+        "demo": lambda: ["--threads", chance.choice(["0", "nan", "-1", "1e9"])],  # one that may begin takes minutes
     }[name]()
     options: list[str] = []
     for _ in range(chance.choice([0, 1, 1, 1, 2, 2, 3, 5])):
@@ -578,7 +578,7 @@ def command_line(arena: Arena, known: dict[str, list[tuple[str, bool]]], chance:
         options.append(chance.choice(["--nonsense", "-x", "--", "extra", "--resolution", "-"]))
     if chance.random() < 0.5:
         options.append("--json")
-    words = [name, *given, *options]
+    words = [name, *options, *given] if name == "demo" else [name, *given, *options]
     return [word for word in words if chance.random() > 0.01] if odd else words
 
 

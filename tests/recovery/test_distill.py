@@ -16,6 +16,7 @@ from downres import Candidate, Training, check, load_model, recover, search
 from downres.errors import DownresError
 from downres.images import preprocess
 from downres.recovery import distill
+from downres.recovery.bank import Bank
 from downres.recovery.distill import TrainingFailed, distilled
 from downres.recovery.ladder import UNASKED
 from downres.recovery.state import DISTILLED, QUANTIZED, State
@@ -94,7 +95,7 @@ def test_other_answers_have_other_losses():
     expected = -(p * q.log() + (1 - p) * (1 - q).log()).mean()
     assert float(of_classes(ours, theirs)) == pytest.approx(float(expected))
     assert float(Multilabel.mismatch(None, ours, theirs)) == pytest.approx(float(expected))
-    assert float(Task.mismatch(None, ours, theirs)) == pytest.approx(float((ours - theirs).square().mean() / theirs.var()))
+    assert float(Task.mismatch(None, ours, theirs)) == pytest.approx(float((ours - theirs).square().mean()))
     a, b = torch.randn(2, 6, 5, dtype=torch.double)
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
     assert float(OfEmbeddings.mismatch(None, a, b)) == pytest.approx(1 - float(cosine.mean()))
@@ -139,6 +140,7 @@ def test_killed_after_any_epoch_it_ends_with_the_same_weights(prepared, monkeypa
     whole, _ = distilled(task, bank, start, task.native_state, 0, fit, how)
     seen = bank.passes
     for epoch in (1, 2, 3):
+        bank.trained.clear()  # as in another process
         real = distill._Run._keep
 
         def killed(run, done, epochs, epoch=epoch, real=real):
@@ -156,6 +158,7 @@ def test_killed_after_any_epoch_it_ends_with_the_same_weights(prepared, monkeypa
         assert again == whole and bank.passes == seen
         assert not list((bank.folder / "training").iterdir())
     # One that is damaged is begun again.
+    bank.trained.clear()
     with monkeypatch.context() as patch:
         patch.setattr(distill._Run, "_keep", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -165,10 +168,87 @@ def test_killed_after_any_epoch_it_ends_with_the_same_weights(prepared, monkeypa
     assert distilled(task, bank, start, task.native_state, 0, fit, how)[0] == whole
 
 
+def test_dropout_is_as_the_seed_says(prepared, sharp):
+    """Twice the same, killed or not, and nobody else's random numbers are others."""
+    task, _, fit = prepared
+    module = copy.deepcopy(sharp.module)
+    module.head = torch.nn.Sequential(torch.nn.Dropout(0.5), module.head)
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        bank = Bank(module, sharp.preprocessing, lambda network: network, runtime="torch", threads=1)
+        bank.images = task.data.images
+        state, _ = distilled(task, bank, State(Candidate(24), 1.0), task.native_state, 0, fit, Training(epochs=2))
+        found.append(state)
+        assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(seed)))
+    assert found[0] == found[1]
+
+
+def test_the_original_sees_the_same_crop(prepared, monkeypatch):
+    task, bank, fit = prepared
+    seen, real = set(), bank.batches
+    monkeypatch.setattr(bank, "batches", lambda s, *a: seen.add((str(s.candidate), s.crop_ratio)) or real(s, *a))
+    distilled(task, bank, State(Candidate(24), 0.75), task.native_state, 0, fit, Training(epochs=1))
+    assert seen == {("24", 0.75), ("48", 0.75)}
+
+
+def test_a_network_is_trained_once(prepared, monkeypatch):
+    """Whatever files it becomes."""
+    task, bank, fit = prepared
+    how = Training(epochs=1)
+    first = distilled(task, bank, State(Candidate(24), 1.0), task.native_state, 0, fit, how)
+    monkeypatch.setattr(distill, "_Run", None)
+    other = State(Candidate(24, runtime="openvino"), 1.0)
+    assert distilled(task, bank, other, task.native_state, 0, fit, how) == (first[0].at(other.candidate), first[1])
+
+
+class NoGradients(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    @torch.no_grad()
+    def forward(self, x):
+        return self.module(x)
+
+
+class Auxiliary(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return {"a": self.module(x), "b": self.module(x)} if self.training else self.module(x)
+
+
+@pytest.mark.parametrize(("kind", "why"), [(NoGradients, "does not require grad"), (Auxiliary, "this model returns dict")])
+def test_what_cannot_be_trained_stays_as_it_was(sharp, cells, kind, why):
+    loaded = dataclasses.replace(sharp, module=kind(sharp.module).eval())
+    _, _, recovery = recover(loaded, cells.dataset(), resolution=24, max_drop=0.0, threads=1, rungs=("distill",), epochs=1)
+    assert recovery.rung == "none" and recovery.tried[1].note.startswith("the network cannot be trained (")
+    assert why in recovery.tried[1].note
+
+
+def test_weights_that_are_no_numbers_are_not_kept(prepared, monkeypatch):
+    task, bank, fit = prepared
+    real = distill._Run.go
+
+    def spoilt(run):
+        told = real(run)
+        run.network.head.weight.data[0, 0] = float("inf")  # by the last step, after which no loss is computed
+        return told
+
+    monkeypatch.setattr(distill._Run, "go", spoilt)
+    with pytest.raises(TrainingFailed, match="its weights are no numbers at the end"):
+        distilled(task, bank, State(Candidate(24), 1.0), task.native_state, 0, fit, Training(epochs=1))
+    assert not bank.trained
+
+
 def test_answers_that_do_not_fit_are_computed_each_time(prepared, monkeypatch):
     task, bank, fit = prepared
     start, how = State(Candidate(24), 1.0), Training(epochs=2)
     kept, _ = distilled(task, bank, start, task.native_state, 0, fit, how)
+    bank.trained.clear()
     monkeypatch.setattr(distill, "KEPT_BYTES", 0)
     assert distilled(task, bank, start, task.native_state, 0, fit, how)[0] == kept
 
@@ -220,13 +300,14 @@ def test_a_loss_that_is_no_number_leaves_the_candidate_as_it_was(loaded, cells, 
     assert r.recovery.tried[1].note.startswith("its loss is no number")
 
 
-@pytest.mark.parametrize("folds", [1, 2])
-def test_what_was_trained_is_shipped_and_proven(loaded, cells, tiny_file, tmp_path, folds, monkeypatch):
+@pytest.mark.parametrize(("folds", "minimize"), [(1, "macs"), (2, "macs"), (2, "size")])
+def test_what_was_trained_is_shipped_and_proven(loaded, cells, tiny_file, tmp_path, folds, minimize, monkeypatch):
     """Through ONNX Runtime; with an 8-bit file that begins where its network in float ended."""
     monkeypatch.setattr(Classification, "choose", lambda self, options: options[1 if len(options) > 1 else 0])
     dataset = cells.dataset(folds=folds)
-    options = {**OPTIONS, "runtime": "onnxruntime", "max_drop": 90.0, "folds": folds if folds > 1 else None}
-    tried = ["24", "24 int8"] if folds == 1 else ["24"]
+    options = {**OPTIONS, "runtime": "onnxruntime", "max_drop": 90.0, "minimize": minimize}
+    options["folds"] = folds if folds > 1 else None
+    tried = ["24", "24 int8"]
     with monkeypatch.context() as patch:
         patch.setattr("downres.recovery.ladder._Ladder.attempt", unsatisfied(downres.recovery.ladder._Ladder.attempt))
         run = search(loaded, dataset, resolutions=[], candidates=tried, rungs=("distill",), out=tmp_path / "run", **options)
@@ -234,12 +315,15 @@ def test_what_was_trained_is_shipped_and_proven(loaded, cells, tiny_file, tmp_pa
     assert by_name["24"].recovery.rung == "distill"
     states = states_of(run)
     assert all([step.done for step in state.history] == [DISTILLED] for state in states["24"])
-    if folds == 1:
-        assert [step.done for step in states["24 int8"][0].history] == [DISTILLED, QUANTIZED]
-        assert states["24 int8"][0].history[0] == states["24"][0].history[0]
-    else:
-        assert len({state.history[0].tensors for state in states["24"]}) == 2  # each fold has its own
+    for ours, of_float in zip(states["24 int8"], states["24"], strict=True):
+        assert [step.done for step in ours.history] == [DISTILLED, QUANTIZED] and ours.history[0] == of_float.history[0]
+    assert len({state.history[0].tensors for state in states["24"]}) == folds  # each has its own
+    kept = {file.stem for file in (run.folder / "weights").iterdir()}
+    assert kept == {step.tensors for every in states.values() for state in every for step in state.history if step.tensors}
     manifest = json.loads((run.artifact / "manifest.json").read_text())
+    assert manifest["runtime"]["precision"] == ("int8" if minimize == "size" else "fp32")
+    images = len(dataset.images) if folds > 1 else len(dataset.folds[0].train)
+    assert manifest["state"]["history"][0]["images"] > 0.7 * images  # all but those that are tuned on
     assert any("trained to answer as the original's" in told for told in manifest["source"]["model"]["changed"])
     assert all(f.ok for f in check(run.artifact, model=f"{tiny_file}:make", data=dataset))
     assert not (run.folder / "training").exists()

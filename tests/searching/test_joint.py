@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from downres import Axes, Candidate, load_model, load_run, search
+from downres import Axes, Candidate, curve, load_model, load_run, search
 from downres.errors import DownresError
 from downres.records import WITHIN
 from downres.searching import joint, run
@@ -114,11 +114,45 @@ def test_a_run_goes_on_with_more_and_is_corrected_for_all(few, loaded, cells, mo
     more = search(loaded, cells.dataset(), out=few.folder, joint=8, **POOL, **OPTIONS)
     assert len(asked) == 3 and not set(asked) & set(before) and set(trials(more)) == {*before, *asked}
     assert more.finished and more.best.drop.comparisons == 14
-    assert any("more were tried after a proof" in note for note in more.notes)
+    assert any("proofs were seen before this choice" in note for note in more.notes)
     manifest = json.loads((more.artifact / "manifest.json").read_text())
     assert Candidate.from_json(manifest["candidate"]) == more.best.candidate
     again = search(loaded, cells.dataset(), out=few.folder, joint=8, **POOL, **OPTIONS)
     assert again.to_json() == more.to_json() == load_run(few.folder).to_json() and len(asked) == 3
+
+
+@pytest.mark.parametrize(("first", "then"), [(6, 2), (6, 3), (2, 6), (3, 2)])
+def test_another_number_is_another_choice(loaded, cells, tmp_path, first, then):
+    """Fewer or all, from all or fewer: whoever has seen proofs pays for all combinations, and what ships is what is chosen."""
+    options = {"resolutions": [32, 24, 16], "stem_scales": [0.5], **OPTIONS, "rungs": ()}
+    pool = 7
+    search(loaded, cells.dataset(), out=tmp_path, joint=first + (first == 6), **options)
+    run = search(loaded, cells.dataset(), out=tmp_path, joint=then + (then == 6), **options)
+    assert run.finished and {r.drop.comparisons for r in run.results} == {pool}
+    assert len(run.results) == pool if then == 6 else len(run.results) <= then
+    manifest = json.loads((run.artifact / "manifest.json").read_text())
+    assert Candidate.from_json(manifest["candidate"]) == run.best.candidate
+    assert manifest["result"]["drop"] == run.best.drop.to_json()
+
+
+def test_what_is_over_a_ceiling_stands_in_nobodys_way(loaded, cells, tmp_path):
+    """The float network is better by every measure but its bytes."""
+    options = {**OPTIONS, "runtime": None, "resolutions": [32], "stem_scales": (), "precisions": "fp32,int8"}
+    found = search(loaded, cells.dataset(), out=tmp_path, joint=2, max_size_bytes=16_000, **options)
+    tried = trials(found)
+    assert len(tried) == 2 and all("over the 16" in t["failed"] or t["images"] for t in tried.values())
+    assert [r.candidate.precision for r in found.results] == ["int8"] * len(found.results) and found.results
+    assert any("could not be tried" in note for note in found.notes) == any(t["failed"] for t in tried.values())
+
+
+def test_where_nothing_can_be_tried_the_reason_is_said(loaded, cells, tmp_path):
+    with pytest.raises(DownresError, match="None of the 2 combinations that were tried can be measured: the bytes of its file"):
+        search(loaded, cells.dataset(), out=tmp_path, joint=2, **POOL, **{**OPTIONS, "minimize": "size"})
+
+
+def test_a_curve_measures_all_or_none(loaded, cells):
+    with pytest.raises(DownresError, match="A curve measures all 14 combinations, joint=3 are allowed"):
+        curve(loaded, cells.dataset(), joint=3, **POOL)
 
 
 def test_an_interrupted_choice_goes_on(loaded, cells, tmp_path, monkeypatch):

@@ -37,8 +37,8 @@ def predict(
     refuse_changed(Path(folder), manifest)
     own = restored(manifest["task"], manifest)
     p = Preprocessing.from_json(manifest["preprocessing"])
-    if not 0 < limit_s < float("inf"):
-        raise DownresError(f"The time limit is in seconds above 0, {limit_s} is none: give for example 60.")
+    if not 0 < limit_s <= 1e6:  # clocks end somewhere
+        raise DownresError(f"The time limit is above 0 and at most 1000000 seconds, {limit_s} is not: give for example 60.")
     runtime = Graph(Path(folder), manifest, threads, limit_s)
     if own.writes and (twice := [name for name, n in Counter(Path(i).stem for i in images).items() if n > 1]):
         raise DownresError(f"Files are named after their pictures, {twice[0]} would be written twice: predict them apart.")

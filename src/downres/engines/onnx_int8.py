@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import numpy_helper
+from onnxruntime import InferenceSession
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -79,6 +80,7 @@ def quantize_onnx(
             left = {*kept, *_from_head(graph, head), *_answering(graph)}
             if how.ranges == BY_NNCF:
                 onnx.save(_by_nncf(graph, images, left, transformer), path)
+                InferenceSession(path, providers=["CPUExecutionProvider"])  # which does not take every graph of NNCF's
             else:
                 quantize_static(
                     folded,

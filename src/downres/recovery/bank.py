@@ -23,7 +23,7 @@ from ..records import Candidate, Footprint, Preprocessing
 from ..reduction import made_for, reduce, takes_any_size
 from .batchnorm import recalibrate_batchnorm
 from .state import QUANTIZED, RECALIBRATED, State, Step
-from .training import Training
+from .training import Trained, Training
 from .weights import Weights, with_tensors
 
 Progress = Callable[[str, int, int], None]
@@ -69,6 +69,7 @@ class Bank:
         self.calibration: list[np.ndarray] = []
         self.ranged: list[np.ndarray] = []
         self.training = Training()
+        self.trained: dict[str, Trained] = {}  # by what was asked
         self.sensitive: dict[Candidate, list[str]] = {}  # layers by what they lose in 8 bits
         self.folder, self.runtime_name, self.threads, self.batch_size = folder, runtime, threads, batch_size
         self.progress = progress

@@ -2,9 +2,12 @@
 (Hinton et al. 2015, arXiv 1503.02531; of resolutions, Wang et al. 2020, arXiv 2007.09587).
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import io
 import time
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,11 +18,11 @@ from torch import Tensor, nn
 from ..copying import copied
 from ..engines import check_threads
 from ..engines.torch import threads_of
-from ..errors import DownresError
+from ..errors import DownresError, first_line
 from ..record import write_json, write_whole
 from .bank import Bank
 from .state import DISTILLED, State, Step
-from .training import Training
+from .training import Trained, Training
 
 KEPT_BYTES = 2**31
 """Of the original's answers in memory; of more each is computed whenever it is needed."""
@@ -27,7 +30,7 @@ PREVIEWED = 3
 """Steps that tell how long all of them take; the first is not counted."""
 
 
-class Student(Protocol):
+class Trainable(Protocol):
     """What is asked of a task; see `tasks.Task`."""
 
     seed: int
@@ -41,31 +44,39 @@ class TrainingFailed(DownresError):
 
 
 def distilled(
-    task: Student, bank: Bank, state: State, teacher: State, fold: int, images: np.ndarray, how: Training
+    task: Trainable, bank: Bank, state: State, teacher: State, fold: int, images: np.ndarray, how: Training
 ) -> tuple[State, str]:
     """(the state with weights that answer on `images` as those of `teacher` do, what was done).
 
-    The student starts from the state's own weights and sees the state's pixels; the original sees its own, of the same crop
-    and mirrored alike. BatchNorms take their statistics on the way. After every epoch all is kept in the run's folder: a
-    training that was killed goes on there and ends with the same weights. Raises TrainingFailed for a loss that is no number,
-    and where `max_minutes` are too few for one epoch; the state given is as it was.
+    The student starts from the state's own weights and sees the state's pixels; the original sees its own resolution of the
+    same crop, mirrored alike. BatchNorms take their statistics on the way. After every epoch all is kept in the run's folder:
+    a training that was killed goes on there and ends with the same weights, and one that is done is not done again for another
+    file of the same network. Raises TrainingFailed for a network that cannot be trained, a loss that is no number, and where
+    `max_minutes` are too few for one epoch; the state given is as it was.
     """
-    begun = state.network
+    begun, teacher = state.network, dataclasses.replace(teacher, crop_ratio=state.crop_ratio)
+    asked = write_json([begun.to_json(), teacher.to_json(), how.to_json(), fold, images.tolist()])
+    name = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    if (done := bank.trained.get(name)) is not None and bank.weights.has(done.tensors):
+        return State(state.candidate, state.crop_ratio, (done.step,)), done.told
     network = copied(bank.network(begun))
     for parameter in network.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    run = _Run(task, bank, begun, teacher, fold, images, how, network)
+    run = _Run(task, bank, begun, teacher, fold, images, how, network, name)
     with threads_of(check_threads(bank.threads)):
         told = run.go()
     tensors = {name: value.detach().numpy().copy() for name, value in network.state_dict().items() if value.is_floating_point()}
+    if not all(np.isfinite(value).all() for value in tensors.values()):
+        raise TrainingFailed("its weights are no numbers at the end: lower `learning_rate`, or leave distill out of the rungs.")
     step = Step(DISTILLED, fold, len(images), bank.weights.put(tensors))
+    bank.trained[name] = Trained(step, told)
     return State(state.candidate, state.crop_ratio, (step,)), told
 
 
 class _Run:
     def __init__(
         self,
-        task: Student,
+        task: Trainable,
         bank: Bank,
         begun: State,
         teacher: State,
@@ -73,6 +84,7 @@ class _Run:
         images: np.ndarray,
         how: Training,
         network: nn.Module,
+        name: str,
     ) -> None:
         self.task, self.bank, self.state, self.how, self.network = task, bank, begun, how, network
         self.images, self.fold = images, fold
@@ -81,8 +93,6 @@ class _Run:
         others = [p for p in network.parameters() if p.requires_grad and p.ndim <= 1]  # biases and norms
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=how.learning_rate, weight_decay=how.weight_decay)
-        asked = write_json([begun.to_json(), teacher.to_json(), how.to_json(), fold, images.tolist()])
-        name = hashlib.sha256(asked.encode()).hexdigest()[:16]
         self.file = None if bank.folder is None else bank.folder / "training" / f"{name}.pt"
 
     def go(self) -> str:
@@ -101,10 +111,11 @@ class _Run:
         )  # fmt: skip
         for epoch in range(done, epochs):
             total = 0.0
-            for i, (ours, theirs) in enumerate(self._batches(epoch)):
-                schedule.step_update(epoch * per_epoch + i)
-                total += self._step(ours, theirs)
-                self._say(epoch * per_epoch + i + 1, steps, total / (i + 1))
+            with self._chance(epoch):
+                for i, (ours, theirs) in enumerate(self._batches(epoch)):
+                    schedule.step_update(epoch * per_epoch + i)
+                    total += self._step(ours, theirs)
+                    self._say(epoch * per_epoch + i + 1, steps, total / (i + 1))
             self._keep(epoch + 1, epochs)
         self.network.eval()
         self.bank.passes += epochs * len(self.images) + self._answered(epochs)
@@ -112,6 +123,13 @@ class _Run:
             self.file.unlink(missing_ok=True)
         fewer = f" of {self.how.epochs} asked for" if epochs < self.how.epochs else ""
         return f"{epochs} epochs{fewer} on {len(self.images)} images, without labels"
+
+    @contextlib.contextmanager
+    def _chance(self, epoch: int) -> Iterator[None]:
+        """Dropout and stochastic depth as only the seed and the epoch say, and nobody else's chance changed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.default_rng([self.task.seed, 5, self.fold, epoch]).integers(2**31)))
+            yield
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(which image comes when, whether it is mirrored), as only the seed and the epoch say."""
@@ -136,28 +154,35 @@ class _Run:
 
     def _step(self, x: Tensor, theirs: Tensor) -> float:
         self.network.train(len(x) > 1)  # BatchNorm has no statistics of one
-        loss = self.task.mismatch(self.task.matched(self.network, x), theirs)
-        if not torch.isfinite(loss):
-            raise TrainingFailed("its loss is no number: lower `learning_rate`, or leave distill out of the rungs.")
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.how.clip)
-        self.optimizer.step()
+        try:
+            loss = self.task.mismatch(self.task.matched(self.network, x), theirs)
+            if not torch.isfinite(loss):
+                raise TrainingFailed("its loss is no number: lower `learning_rate`, or leave distill out of the rungs.")
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.how.clip)
+            self.optimizer.step()
+        except TrainingFailed:
+            raise
+        except Exception as error:  # whatever a network that was only meant to answer fails with
+            raise TrainingFailed(f"the network cannot be trained ({first_line(error)[:200]}).") from error
         return float(loss.detach())
 
     def _affordable(self) -> int:
         """Epochs that `max_minutes` are enough for, by the time of a few steps whose weights are thrown away."""
         assert self.how.max_minutes is not None
         before = {name: value.clone() for name, value in self.network.state_dict().items()}
-        seconds, source = [], self._batches(0)
-        for _ in range(min(PREVIEWED, -(-len(self.images) // self.how.training_batch))):
-            start = time.perf_counter()
-            self._step(*next(source))
-            seconds.append(time.perf_counter() - start)
+        per_image, source = [], self._batches(0)
+        with self._chance(0):
+            for _ in range(min(PREVIEWED, -(-len(self.images) // self.how.training_batch))):
+                start = time.perf_counter()
+                x, theirs = next(source)
+                self._step(x, theirs)
+                per_image.append((time.perf_counter() - start) / len(x))
         source.close()
         self.network.load_state_dict(before)
         self.optimizer.state.clear()
-        an_epoch = min(seconds) * len(self.images) / self.how.training_batch / 60
+        an_epoch = min(per_image) * len(self.images) / 60
         found = min(self.how.epochs, int(self.how.max_minutes / an_epoch))
         if found < 1:
             raise TrainingFailed(
@@ -192,7 +217,7 @@ class _Run:
 class _Original:
     """The original's answers, each computed once and kept as long as they fit."""
 
-    def __init__(self, task: Student, bank: Bank, teacher: State, count: int) -> None:
+    def __init__(self, task: Trainable, bank: Bank, teacher: State, count: int) -> None:
         self.task, self.bank, self.teacher = task, bank, teacher
         self.network = bank.network(teacher)
         self.known, self.count = np.zeros((2, count), bool), count

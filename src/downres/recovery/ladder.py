@@ -1,4 +1,4 @@
-"""The ladder: crop ratio → BatchNorm recalibration → head refit, climbed only as far as the allowed drop requires.
+"""The ladder: crop ratio → BatchNorm recalibration → head refit → distillation, climbed only as far as the drop requires.
 
 Every decision is taken on tuning images, a part of the training images; proof images are never looked at here. What a drop is,
 and which rungs there are, the task says.
@@ -29,6 +29,8 @@ RUNGS = ("crop", "batchnorm", "head", "distill", "ranges", "layers")
 DISTILL = "distill"
 UNASKED = tuple(rung for rung in RUNGS if rung != DISTILL)
 """Those that are climbed when nobody chose: training takes minutes to hours."""
+BEFORE_FILES = ("crop", "batchnorm", "distill")
+"""Those of the network that an 8-bit file is made of."""
 OF_FILES = ("ranges", "layers")
 """Those of what is made of a network, whatever its task."""
 GLANCE = 32
@@ -103,9 +105,10 @@ def climb(
     itself, and on the recalibrated features of a network far from its own domain it was worse (80.8 against 83.8 %
     on ELPV at 128 px).
 
-    like: for a candidate of 8 bits the state of its network in float, where that was measured: crop and statistics are those,
-    as each try of its own would be a file of its own. What changes that file alone, other ranges and layers in float, is tried
-    while the tuning images show a loss beyond doubt that is over the allowed one.
+    like: for a candidate of 8 bits the state of its network in float, where that was measured, else that is climbed first:
+    crop, statistics and trained weights are those, as each try of its own would be a file of its own. What changes that file
+    alone, other ranges and layers in float, is tried while the tuning images show a loss beyond doubt that is over the allowed
+    one.
     """
     state, start = (bank.started(s, candidate, reference.index) for s in (reference.state, reference.start))
     if len(reference.tune) == 0:
@@ -113,6 +116,9 @@ def climb(
         return state, Recovery("none", state.crop_ratio, 0.0, (Rung("none", None, 0, 0.0, 0, why),))
     ladder, quantized = _Ladder(task, bank, reference, budget), state.step(QUANTIZED) is not None
     enough = ladder.attempt("none", start, state)
+    before = [rung for rung in rungs if rung in BEFORE_FILES]
+    if quantized and like is None and before and not enough and candidate.network != reference.state.candidate:
+        like, _ = climb(task, bank, candidate.network, reference, budget, before)
     if quantized and like is not None and not enough:
         rung = DISTILL if like.step(DISTILLED) else "batchnorm" if like.step(RECALIBRATED) else "crop"
         begun = [like_float(s, like, reference.index) for s in (start, state)]

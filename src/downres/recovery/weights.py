@@ -1,7 +1,7 @@
 """Tensors that were put in place of a network's own, kept under the digest of what is in them."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,13 @@ class Weights:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(self.folder / f"{key}.safetensors", save(self._known[key]))
         return key
+
+    def keep(self, keys: Collection[str]) -> None:
+        """Delete all others."""
+        self._known = {key: tensors for key, tensors in self._known.items() if key in keys}
+        for file in self.folder.glob("*.safetensors") if self.folder is not None and self.folder.is_dir() else ():
+            if file.stem not in keys:
+                file.unlink()
 
     def has(self, key: str) -> bool:
         """Whether they are there as they were put."""

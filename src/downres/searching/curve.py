@@ -80,6 +80,10 @@ def curve(
     check_planned(subject, planned)
     if not planned:
         raise DownresError("There is nothing to try: give for example resolutions below the original's, 96:256:32.")
+    if tries.joint is not None and len(planned) > tries.joint:
+        raise DownresError(
+            f"A curve measures all {len(planned)} combinations, joint={tries.joint} are allowed: allow as many, or search."
+        )
     if named := next((c for c in planned if c.runtime), None):
         raise DownresError(f"A curve is measured in one runtime, {named} names another: give it as `runtime`.")
     if any(c.precision == INT8 for c in planned):

@@ -1,7 +1,9 @@
 """All axes together: of many combinations the few that are worth a proof, found on tuning images alone."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from ..errors import DownresError
 from ..measuring.latency import interleaved, random_batch
@@ -13,7 +15,8 @@ from ..recovery.ladder import Reference, climb
 from ..recovery.state import State
 from ..tasks import Task
 from ..techniques import techniques
-from .store import Store
+from .select import is_measured_alone, over_budget
+from .store import UNSHIPPED, Store
 
 TRIAL, JOINT = "trial", "joint"
 """Measurements: of each combination that was tried, by name; which of them are to be proven."""
@@ -37,13 +40,16 @@ class Trial(Record):
 
 @dataclass(frozen=True)
 class Joint(Record):
-    """What was tried of how many combinations, and what of it is proven. again: the choice was opened after a proof."""
+    """What was tried of how many combinations, and what of it goes to the proof. again: proofs were seen before the choice.
+    failed: why some could not be tried, by name.
+    """
 
     tried: tuple[str, ...]
     proven: tuple[str, ...]
     combinations: int
     images: int
     again: bool = False
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 class Sampler:
@@ -112,8 +118,8 @@ def _pixels(c: Candidate) -> int:
 
 
 def front(trials: dict[Candidate, Trial]) -> list[Candidate]:
-    """Those that no other beats: none costs as little and loses as little, one of both less. Where any may be within the
-    allowed drop, only such.
+    """The Pareto front of expense and drop: none costs as little and loses as little, one of both less. Where any may be within
+    the allowed drop, only such.
     """
     sound = {c: t for c, t in trials.items() if not t.failed}
     sound = {c: t for c, t in sound.items() if not t.outside} or sound
@@ -144,7 +150,7 @@ def choose(
 
     What was tried is kept: the same call goes on, and one that allows more goes on from there.
     """
-    native, *pool = candidates
+    native, *pool = (c for c in candidates if not is_measured_alone(c))  # which ships nothing
     sampler, trials = Sampler(pool, seed), dict[Candidate, Trial]()
     while len(trials) < count and (one := sampler.ask()) is not None:
         key = f"{TRIAL}/{one}"
@@ -157,14 +163,38 @@ def choose(
         if progress:
             progress("trying combinations", len(trials), count)
     bank.stage = ""
-    chosen = front(trials)
-    before = store.get(JOINT)
-    images = max((t.images for t in trials.values()), default=0)
-    again = before is not None and (before["again"] or before["tried"] != [str(c) for c in trials])
-    found = Joint(tuple(map(str, trials)), tuple(map(str, chosen)), len(pool), images, again)
-    if before is None or Joint.from_json(before) != found:
-        store.put(JOINT, found.to_json())
+    front_ = front(trials)
+    failed = {str(c): t.failed for c, t in trials.items() if t.failed}
+    if not front_:
+        raise DownresError(f"None of the {len(trials)} combinations that were tried can be measured: {min(failed.values())}.")
+    images = max(t.images for t in trials.values())
+    chosen = [c for c in pool if c in front_]
+    decide(store, pool, trials, chosen, images, failed)
     return [native, *chosen]
+
+
+def decide(
+    store: Store,
+    pool: Sequence[Candidate],
+    tried: Iterable[Candidate],
+    chosen: Sequence[Candidate],
+    images: int = 0,
+    failed: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Keep what of a pool goes to the proof. Where proofs were seen before another choice, that is kept too, and the run, which
+    may have been finished, is open again: it has no model until it is chosen anew.
+    """
+    before = None if store.get(JOINT) is None else Joint.from_json(store.get(JOINT))
+    seen = any(store.get(f"quality/{c}") is not None for c in pool)
+    names, proven = tuple(map(str, tried)), tuple(map(str, chosen))
+    if before is not None and (before.tried, before.proven) == (names, proven):
+        return
+    if seen:
+        for key in ("finished", UNSHIPPED, "photos", "arrays/photos"):
+            store.put(key, None)
+        shutil.rmtree(store.folder / "best", ignore_errors=True)
+    again = seen or (before is not None and before.again)
+    store.put(JOINT, Joint(names, proven, len(pool), images, again, dict(failed)).to_json())
 
 
 def _trial(
@@ -179,7 +209,9 @@ def _trial(
     minimize: str,
 ) -> Trial:
     try:
-        expense = _expense(task, store, bank, native, candidate, minimize)
+        expense, why = _expense(task, store, bank, native, candidate, minimize, budget)
+        if why:
+            return Trial(failed=why)
         _, recovery = climb(task, bank, candidate, reference, budget, rungs)
     except DownresError as error:  # of this combination; others may be sound
         return Trial(failed=str(error).rstrip("."))
@@ -188,18 +220,26 @@ def _trial(
     return Trial(expense, drop.drop, drop.verdict == OUTSIDE, len(reference.tune))
 
 
-def _expense(task: Task, store: Store, bank: Bank, native: Candidate, candidate: Candidate, minimize: str) -> float:
-    """What is minimised, before any image is looked at."""
+def _expense(
+    task: Task, store: Store, bank: Bank, native: Candidate, candidate: Candidate, minimize: str, budget: Budget
+) -> tuple[float, str]:
+    """(what is minimised, why it is over a ceiling or ''), before any image is looked at."""
     cost = Cost.from_json(store.get(f"cost/{candidate}")["cost"])
-    if minimize in ("macs", "memory"):
-        return float(cost.macs if minimize == "macs" else cost.peak_activation_bytes)
     states = {str(c): State(c, task.model.preprocessing.crop_ratio) for c in (native, candidate)}
     batch = store.settings["latency_batch"]
     inputs = {name: random_batch((batch, task.channels, *bank.preprocessing_of(s).hw)) for name, s in states.items()}
-    if minimize == "size":
-        found = bank.footprint(states[str(candidate)], inputs[str(candidate)].shape)
-        if found is None:
-            raise DownresError("The bytes of its file are not known, as it is measured in torch.")
-        return float(found.file_bytes)
-    timed = interleaved({name: bank.timed(s) for name, s in states.items()}, inputs, runs=PROBED)
-    return timed[str(candidate)].latency_ms / timed[str(native)].latency_ms
+    name, latency, footprint = str(candidate), None, None
+    if minimize == "size" or budget.max_size_bytes:
+        footprint = bank.footprint(states[name], inputs[name].shape)
+        if footprint is None:
+            return 0.0, "the bytes of its file are not known, as it is measured in torch"
+    if minimize == "latency" or budget.max_latency_ms:
+        timed = interleaved({one: bank.timed(s) for one, s in states.items()}, inputs, runs=PROBED)
+        latency = timed[name]
+    ways = {
+        "macs": float(cost.macs),
+        "memory": float(cost.peak_activation_bytes),
+        "size": float(footprint.file_bytes) if footprint else 0.0,
+        "latency": latency.latency_ms / timed[str(native)].latency_ms if latency else 0.0,
+    }
+    return ways[minimize], over_budget(None, latency, budget, footprint)

@@ -211,12 +211,19 @@ def _load(folder: Path, store: Store) -> Run:
 
 def _told(joint: Joint, proven: int, seen: bool) -> str:
     """Which of many combinations the table is of."""
-    said = (
-        f"of {words.count(joint.combinations, 'combination')} {len(joint.tried)} were tried on "
-        f"{words.count(joint.images, 'tuning image')}, chosen by Optuna, and the {words.count(proven, 'candidate')} that no "
-        "other beats there in cost and score measured on the proof images"
-    )
-    why = "more were tried after a proof" if joint.again else "proof images of one fold are tuning images of another"
+    tried = len(joint.tried)
+    if tried == joint.combinations:
+        said = f"all {words.count(tried, 'combination')} are measured on the proof images"
+    else:
+        said = (
+            f"of {words.count(joint.combinations, 'combination')} {tried} were tried on "
+            f"{words.count(joint.images, 'tuning image')}, chosen by Optuna, and the {words.count(proven, 'candidate')} on "
+            "their Pareto front measured on the proof images"
+        )
+    if joint.failed:
+        name, why = next(iter(joint.failed.items()))
+        said += f"; {len(joint.failed)} of them could not be tried ({name}: {why})"
+    why = "proofs were seen before this choice" if joint.again else "proof images of one fold are tuning images of another"
     return f"{said}; as {why}, the proof is corrected for all combinations" if seen else said
 
 

@@ -30,7 +30,7 @@ from ..reports import words
 from ..tasks import Question, Task
 from ..techniques import RUNTIME
 from .design import design_of, fused_notes
-from .joint import JOINT, choose
+from .joint import JOINT, choose, decide
 from .plan import plan
 from .prepare import (
     Measuring,
@@ -172,6 +172,10 @@ def search(
         if sampled := len(alive) - 1 > most:  # the first is the original
             opened()
             alive = _sample(subject, store, budget, alive, rungs, bank, measuring, most, minimize, made, progress)
+            if not rungs:
+                made.clear()  # what is only lowered is measured without tuning images
+        elif store.get(JOINT) is not None:  # all of what some were chosen of before
+            decide(store, alive[1:], alive[1:], alive[1:])
         alive = _latency_gate(subject, store, budget, alive, bank, measuring, progress)
         if len(alive) > 1:
             if not sampled:
@@ -181,6 +185,7 @@ def search(
             store.put("finished", True)
         bank.forget()
         run = load_run(folder, store)
+        bank.weights.keep(_tensors_of(store, [subject.native, *planned]))
         write_report(run)
         if embed_preprocessing and run.artifact is not None and not read_manifest(run.artifact).get("embedded"):
             try:
@@ -252,6 +257,12 @@ def _measure_all(
             progress(f"{run.best.candidate}: shipping", 1, 1)
 
 
+def _tensors_of(store: Store, candidates: list[Candidate]) -> set[str]:
+    """The keys of all that was put in place in what was measured: what was only tried is not needed any more."""
+    measured = [found for c in candidates if (found := store.get(f"quality/{c}")) is not None]
+    return {step.tensors for one in measured for state in one["states"] for step in State.from_json(state).history}
+
+
 def _sample(
     task: Task,
     store: Store,
@@ -265,9 +276,7 @@ def _sample(
     made: list[Reference],
     progress: Progress | None,
 ) -> list[Candidate]:
-    """The original and those of many combinations that are worth a proof, see `joint`; the choice of a finished run that allows
-    more is opened again.
-    """
+    """The original and those of many combinations that are worth a proof, see `joint`."""
     if any(len(task.split(fold)[1]) == 0 for fold in task.data.folds[:1]):
         raise DownresError(
             f"Of {len(candidates) - 1} combinations {count} are chosen on tuning images, a part of the training images, and "
@@ -281,17 +290,7 @@ def _sample(
             made.append(task.reference(bank, 0, task.data.folds[0], rungs or ("crop",)))
         return made[0]
 
-    before = store.get(JOINT)
-    chosen = choose(
-        task, store, budget, candidates, count, reference, rungs, bank, minimize, measuring.seed, progress
-    )  # fmt: skip
-    if not rungs:
-        made.clear()  # what is only lowered is measured without tuning images
-    if before is not None and before != store.get(JOINT):
-        shutil.rmtree(store.folder / "best", ignore_errors=True)
-        for key in ("finished", UNSHIPPED, "photos", "arrays/photos"):
-            store.put(key, None)
-    return chosen
+    return choose(task, store, budget, candidates, count, reference, rungs, bank, minimize, measuring.seed, progress)
 
 
 def _is_kept(task: Task, store: Store, bank: Bank, candidate: Candidate) -> bool:

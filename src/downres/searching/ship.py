@@ -127,9 +127,10 @@ def changed(task: Task, state: State) -> list[str]:
 def _fold_tensors(bank: Bank, shipped: State, states: Sequence[State]) -> dict[str, np.ndarray]:
     """For every fold the tensors, by their names in the state dict, in which it may differ from the shipped network."""
     every = [step for state in (shipped, *states) for step in state.history]
-    names = {name for step in every if step.tensors for name in bank.weights.get(step.tensors)}
-    # An 8-bit file has them folded into its own weights.
-    recalibrated = any(step.done == RECALIBRATED for step in every) and shipped.step(QUANTIZED) is None
+    in_8_bits = shipped.step(QUANTIZED) is not None  # such a file has all but the head in its own weights
+    kept = [step for step in every if step.tensors and (not in_8_bits or step.done == REFITTED)]
+    names = {name for step in kept for name in bank.weights.get(step.tensors)}
+    recalibrated = any(step.done == RECALIBRATED for step in every) and not in_8_bits
     tensors: dict[str, np.ndarray] = {}
     for i, state in enumerate(states):
         for name, tensor in bank.network(state).state_dict().items():
