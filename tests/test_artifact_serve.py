@@ -404,13 +404,13 @@ def test_the_source_says_what_was_changed(shipped):
     assert source["changed"][-1].startswith("the last linear layer fitted anew on ")
     task = classifier()
     task._model = shipped[2]
-    history = (Step(RECALIBRATED, 0, 256), Step(REFITTED, 0, 100, "x"), Step("distilled", 0, 7))
+    history = (Step(RECALIBRATED, 0, 256), Step(REFITTED, 0, 100, "x"), Step("pruned", 0, 7))
     assert changed(task, State(Candidate(32), 0.875, history)) == [
         "reduced to 32, from 48",
         "crop ratio 0.875, from 1",
         "statistics of BatchNorm averaged anew on 256 images",
         "the last linear layer fitted anew on 100 images",
-        "distilled on 7 images",
+        "pruned on 7 images",
     ]
     assert changed(task, State(Candidate(48), 1.0)) == []
 

@@ -1,6 +1,7 @@
 """The command line: every command, its JSON, its exit codes, and one clear sentence for everything that can be wrong."""
 
 import contextlib
+import gc
 import importlib.metadata
 import json
 import os
@@ -437,6 +438,7 @@ def small_disk(folder, size):
     try:
         yield folder
     finally:
+        gc.collect()  # files that are mapped until then keep it busy
         subprocess.run(["umount", str(folder)], check=True)
 
 

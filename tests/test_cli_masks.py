@@ -306,7 +306,7 @@ def test_data_of_another_kind(cli, model, scenes, shapes, tmp_path):
         cli(*search_command(model, scenes, tmp_path / "run", "--ragged", "pad", "--no-snap", "--resolution", "35x47")), "whole"
     )
     refused(cli(*search_command(f"{shapes.__file__}:five_classes", scenes, tmp_path / "run")), "5 outputs", "4 classes")
-    refused(cli(*search_command(model, tmp_path / "nothing", tmp_path / "run")), "is not there")
+    refused(cli(*search_command(model, tmp_path / "nothing", tmp_path / "run")), "There is no folder")
     refused(cli("cost", classifier, "--label-size", "48x64"), "--label-size")
 
 

@@ -342,13 +342,11 @@ def search(
     tries = _axes(tried, None, candidate, ragged)
     macs = parse_quantity(max_macs, "--max-macs") if max_macs else None
     memory = parse_quantity(max_memory, "--max-memory") if max_memory else None
-    if task is None or ":" not in task:  # a task of one's own knows what its data are
-        refuse_missing(data)
     from .searching.run import search as run_search
 
     loaded = _load(
         model, weights, native_resolution, mean, std, scale, interpolation=interpolation, crop_ratio=crop_ratio, fit=fit,
-        channel_order=channel_order, antialias=antialias,
+        channel_order=channel_order, antialias=antialias, data=_checkable(data, task),
     )  # fmt: skip
     with _progress() as progress:
         run = run_search(
@@ -406,13 +404,11 @@ def curve(
     tries = _axes(tried, (), candidate, ragged)
     if tries.is_empty:
         tries = tries.replaced({RESOLUTION.keyword: None})  # nothing asked for: from the model's own down
-    if task is None or ":" not in task:
-        refuse_missing(data)
     from .searching.curve import curve as run_curve
 
     loaded = _load(
         model, weights, native_resolution, mean, std, scale, interpolation=interpolation, crop_ratio=crop_ratio, fit=fit,
-        channel_order=channel_order, antialias=antialias,
+        channel_order=channel_order, antialias=antialias, data=_checkable(data, task),
     )  # fmt: skip
     with _progress() as progress:
         found = run_curve(
@@ -708,9 +704,12 @@ def _command() -> str:
 
 def _load(
     model: str, weights: Path | None, native: str | None, mean: str | None = None, std: str | None = None,
-    scale: str | None = None, pretrained: bool = True, option: str = "--native-resolution", **given: Any,
+    scale: str | None = None, pretrained: bool = True, option: str = "--native-resolution", data: str | None = None,
+    **given: Any,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """The model as the options describe it. Options are read first: a typing error must not wait for weights."""
+    """The model as the options describe it. Options are read first: a typing error must not wait for weights. data: a folder
+    that must be there.
+    """
     natives = [None] if native is None else parse_resolutions(native)
     if len(natives) > 1:
         raise DownresError(f"{option} is one resolution, {native!r} are {len(natives)}: give for example 224.")
@@ -719,11 +718,17 @@ def _load(
         "std": tuple(floats(std, "--std")) if std else None,
         "scale": fraction(scale, "--scale") if scale else None,
     }
+    refuse_missing(data)
     with no_collector():
         from .families import load_model, with_preprocessing
 
         loaded = load_model(model, weights, pretrained=pretrained)
     return with_preprocessing(loaded, resolution=natives[0], **given)
+
+
+def _checkable(data: str, task: str | None) -> str | None:
+    """The data where they are a folder; what they are to a task of one's own, only that knows."""
+    return data if task is None or ":" not in task else None
 
 
 def _task(text: str | None) -> Any:
