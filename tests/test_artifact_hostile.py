@@ -134,10 +134,13 @@ def test_other_inputs_and_outputs_are_refused(shipped, folder):
     whole = helper.make_tensor_value_info("input", TensorProto.INT64, ["batch", 3, 32, 32])
     three, tensors3 = constant([0.0, 1.0, 2.0])
     text = [helper.make_node("Cast", ["x"], ["logits"], to=TensorProto.STRING)]
+    fixed = helper.make_tensor("fixed", TensorProto.FLOAT, [1, 2], [0.0, 1.0])
+    alone = [helper.make_node("Identity", ["fixed"], ["logits"])]
     renamed = [*nodes, helper.make_node("Identity", ["logits"], ["other"])]
     for change, words in [
         ({"nodes": nodes, "initializers": tensors, "inputs": [INPUT, second]}, "it takes input"),
         ({"nodes": nodes, "initializers": tensors, "inputs": [small]}, "it takes input"),
+        ({"nodes": alone, "initializers": [fixed], "inputs": []}, "it takes none"),
         ({"nodes": nodes, "initializers": tensors, "inputs": [whole]}, "model.onnx"),
         ({"nodes": renamed, "initializers": tensors, "outputs": ["logits", "other"]}, "it gives logits, other"),
         ({"nodes": renamed, "initializers": tensors, "outputs": ["other"]}, "it gives other"),

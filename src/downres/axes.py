@@ -53,7 +53,7 @@ class Axes:
         object.__setattr__(self, "extra", tuple(sorted(extra.items())))
         read = tuple(Candidate.parse(c) if isinstance(c, str) else c for c in self.candidates)
         object.__setattr__(self, "candidates", read)
-        whole(self.joint, "joint is how many combinations to try at most, a whole number above 0", "40")
+        whole(self.joint, "`joint` is how many combinations to try at most, a whole number above 0", "40")
         Candidate(ragged=self.ragged)  # these two only for their errors, before anything is opened
         self.free()
 

@@ -271,10 +271,10 @@ def test_minutes_are_kept_to(prepared, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"epochs": 0}, "epochs is a whole number from 1"), ({"epochs": 2.5}, "epochs is a whole"),
-        ({"training_batch": True}, "training_batch is a whole"), ({"learning_rate": math.nan}, "learning_rate is a number"),
-        ({"clip": 0.0}, "clip is a number above 0"), ({"max_minutes": -1.0}, "max_minutes is a number above 0"),
-        ({"weight_decay": -0.1}, "weight_decay is a number from 0"), ({"warmup": 1.5}, "warmup is a part from 0 to 1"),
+        ({"epochs": 0}, "`epochs` is a whole number from 1"), ({"epochs": 2.5}, "`epochs` is a whole"),
+        ({"training_batch": True}, "`training_batch` is a whole"), ({"learning_rate": math.nan}, "`learning_rate` is a number"),
+        ({"clip": 0.0}, "`clip` is a number above 0"), ({"max_minutes": -1.0}, "`max_minutes` is a number above 0"),
+        ({"weight_decay": -0.1}, "`weight_decay` is a number from 0"), ({"warmup": 1.5}, "`warmup` is a part from 0 to 1"),
     ],
 )  # fmt: skip
 def test_wrong_options(wrong, said):

@@ -42,7 +42,7 @@ def test_patches_go_to_the_nearest_multiple_at_every_resolution():
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.5, True, "7"])
 def test_how_many_is_a_whole_number(wrong):
-    with pytest.raises(DownresError, match="joint is how many combinations to try at most, a whole number above 0"):
+    with pytest.raises(DownresError, match="`joint` is how many combinations to try at most, a whole number above 0"):
         Axes(joint=wrong)
 
 

@@ -85,7 +85,8 @@ class OnnxRuntime:
             raise DownresError(f"{self._told} is not an ONNX model that can run ({reason}): export it again.") from error
         self.inputs = [(one.name, list(one.shape)) for one in self._session.get_inputs()]
         self.outputs = [one.name for one in self._session.get_outputs()]
-        self._takes = np.uint8 if self._session.get_inputs()[0].type == "tensor(uint8)" else np.float32
+        kinds = [one.type for one in self._session.get_inputs()]
+        self._takes = np.uint8 if kinds[:1] == ["tensor(uint8)"] else np.float32
         self._pool = ThreadPoolExecutor(self.threads) if spread and self.threads > 1 else None
 
     def __call__(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -64,7 +64,8 @@ class OpenVino:
             raise DownresError(
                 f"{self._told} is not a model that OpenVINO can run ({_reason(error)}): export it again."
             ) from error
-        self._takes = np.uint8 if self._model.input(0).element_type == ov.Type.u8 else np.float32
+        kinds = [port.element_type for port in self._model.inputs]
+        self._takes = np.uint8 if kinds[:1] == [ov.Type.u8] else np.float32
         self._requests: dict[int, Any] = {}
         self.hints: dict[str, str] = {}
 

@@ -28,15 +28,15 @@ class Training(Record):
         for name in ("epochs", "training_batch"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
-                raise DownresError(f"{name} is a whole number from 1 to 100000, {value!r} is not.")
+                raise DownresError(f"`{name}` is a whole number from 1 to 100000, {value!r} is not: give for example 20.")
         for name in ("learning_rate", "clip", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise DownresError(f"{name} is a number above 0, {value!r} is not.")
+                raise DownresError(f"`{name}` is a number above 0, {value!r} is not: leave it out for the default.")
         if not 0 <= self.weight_decay < math.inf:
-            raise DownresError(f"weight_decay is a number from 0 on, {self.weight_decay!r} is not.")
+            raise DownresError(f"`weight_decay` is a number from 0 on, {self.weight_decay!r} is not: give for example 0.01.")
         if not 0 <= self.warmup <= 1:
-            raise DownresError(f"warmup is a part from 0 to 1 of all steps, {self.warmup!r} is not.")
+            raise DownresError(f"`warmup` is a part from 0 to 1 of all steps, {self.warmup!r} is not: give for example 0.1.")
 
 
 @dataclass(frozen=True)
