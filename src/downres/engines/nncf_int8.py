@@ -25,7 +25,11 @@ def quantized(
     import nncf
     from nncf.quantization.advanced_parameters import OverflowFix, QuantizationParameters
 
-    fix = {"overflow_fix": OverflowFix.ENABLE if half else OverflowFix.DISABLE} if input_name else {}
+    advanced: dict[str, Any] = {"activations_range_estimator_params": _estimator(ranges)}
+    if input_name:
+        advanced["overflow_fix"] = OverflowFix.ENABLE if half else OverflowFix.DISABLE
+        # ONNX Runtime takes one zero point an activation; NNCF gives the depthwise convolutions of ONNX one a channel.
+        advanced["activations_quantization_params"] = QuantizationParameters(per_channel=False)
     try:
         return nncf.quantize(
             model,
@@ -34,12 +38,7 @@ def quantized(
             model_type=nncf.ModelType.TRANSFORMER if transformer else None,
             subset_size=images.images,
             ignored_scope=nncf.IgnoredScope(names=sorted(kept), validate=False) if kept else None,
-            advanced_parameters=nncf.AdvancedQuantizationParameters(
-                activations_range_estimator_params=_estimator(ranges),
-                # ONNX Runtime takes one zero point an activation; NNCF gives the depthwise convolutions of ONNX one a channel.
-                **({"activations_quantization_params": QuantizationParameters(per_channel=False)} if input_name else {}),
-                **fix,
-            ),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(**advanced),
         )
     except Exception as error:
         raise QuantizationFailed(f"NNCF cannot quantize it ({first_line(error)[:200]})") from error

@@ -23,7 +23,7 @@ from ..records import Candidate, Footprint, Preprocessing
 from ..reduction import made_for, reduce, takes_any_size
 from .batchnorm import recalibrate_batchnorm
 from .state import QUANTIZED, RECALIBRATED, State, Step
-from .training import Trained, Training
+from .training import Training
 from .weights import Weights, with_tensors
 
 Progress = Callable[[str, int, int], None]
@@ -69,7 +69,7 @@ class Bank:
         self.calibration: list[np.ndarray] = []
         self.ranged: list[np.ndarray] = []
         self.training = Training()
-        self.trained: dict[str, Trained] = {}  # by what was asked
+        self.trained: dict[str, tuple[Step, str]] = {}  # what came of a training and what is told of it, by what was asked
         self.sensitive: dict[Candidate, list[str]] = {}  # layers by what they lose in 8 bits
         self.folder, self.runtime_name, self.threads, self.batch_size = folder, runtime, threads, batch_size
         self.progress = progress

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from ..copying import copied
@@ -22,12 +21,12 @@ from ..errors import DownresError, first_line
 from ..record import write_json, write_whole
 from .bank import Bank
 from .state import DISTILLED, State, Step
-from .training import Trained, Training
+from .training import Training
 
 KEPT_BYTES = 2**31
 """Of the original's answers in memory; of more each is computed whenever it is needed."""
 PREVIEWED = 3
-"""Steps that tell how long all of them take; the first is not counted."""
+"""Steps of which the quickest tells how long all of them take."""
 
 
 class Trainable(Protocol):
@@ -57,8 +56,9 @@ def distilled(
     begun, teacher = state.network, dataclasses.replace(teacher, crop_ratio=state.crop_ratio)
     asked = write_json([begun.to_json(), teacher.to_json(), how.to_json(), fold, images.tolist()])
     name = hashlib.sha256(asked.encode()).hexdigest()[:16]
-    if (done := bank.trained.get(name)) is not None and bank.weights.has(done.tensors):
-        return State(state.candidate, state.crop_ratio, (done.step,)), done.told
+    if (done := bank.trained.get(name)) is not None:
+        step, told = done
+        return State(state.candidate, state.crop_ratio, (step,)), told
     network = copied(bank.network(begun))
     for parameter in network.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -69,7 +69,7 @@ def distilled(
     if not all(np.isfinite(value).all() for value in tensors.values()):
         raise TrainingFailed("its weights are no numbers at the end: lower `learning_rate`, or leave distill out of the rungs.")
     step = Step(DISTILLED, fold, len(images), bank.weights.put(tensors))
-    bank.trained[name] = Trained(step, told)
+    bank.trained[name] = step, told
     return State(state.candidate, state.crop_ratio, (step,)), told
 
 
@@ -96,6 +96,8 @@ class _Run:
         self.file = None if bank.folder is None else bank.folder / "training" / f"{name}.pt"
 
     def go(self) -> str:
+        from timm.scheduler import CosineLRScheduler  # seconds, which who reads a run need not wait for
+
         epochs, done = self.how.epochs, 0
         if (kept := self._kept()) is not None:
             done, epochs = kept["done"], kept["epochs"]

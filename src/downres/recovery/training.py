@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from ..errors import DownresError
 from ..records import Record
-from .state import Step
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,3 @@ class Training(Record):
             raise DownresError(f"`weight_decay` is a number from 0 on, {self.weight_decay!r} is not: give for example 0.01.")
         if not 0 <= self.warmup <= 1:
             raise DownresError(f"`warmup` is a part from 0 to 1 of all steps, {self.warmup!r} is not: give for example 0.1.")
-
-
-@dataclass(frozen=True)
-class Trained(Record):
-    """A training that is done: what it put in place, and what is told of it."""
-
-    step: Step
-    told: str
-
-    @property
-    def tensors(self) -> str:
-        return self.step.tensors

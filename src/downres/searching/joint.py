@@ -163,12 +163,12 @@ def choose(
         if progress:
             progress("trying combinations", len(trials), count)
     bank.stage = ""
-    front_ = front(trials)
+    best = front(trials)
     failed = {str(c): t.failed for c, t in trials.items() if t.failed}
-    if not front_:
+    if not best:
         raise DownresError(f"None of the {len(trials)} combinations that were tried can be measured: {min(failed.values())}.")
     images = max(t.images for t in trials.values())
-    chosen = [c for c in pool if c in front_]
+    chosen = [c for c in pool if c in best]
     decide(store, pool, trials, chosen, images, failed)
     return [native, *chosen]
 

@@ -299,9 +299,9 @@ def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> R
     taken = None if (found := _timed(store, "footprint", candidate)) is None else Footprint.from_json(found)
     unexported = (store.get(UNEXPORTED) or {}).get(str(candidate), "") or store.get(f"{STOPPED}/{candidate}") or ""
     reason = counted.get("failed", "") or unexported or over_budget(cost, latency, budget, taken)
-    if not reason and store.get("latency"):
-        timed = {name: Latency.from_json(one) for name, one in store.get("latency").items()}
-        reason = slower_twin(candidate, timed, store.settings["minimize"])
+    if not reason and latency is not None and (twin := (store.get("latency") or {}).get(str(candidate.network))) is not None:
+        both = {str(candidate.network): Latency.from_json(twin), str(candidate): latency}
+        reason = slower_twin(candidate, both, store.settings["minimize"])
     if reason:
         return Result(candidate, "stopped", reason, cost, latency, footprint=taken)
     measured = store.get(f"quality/{candidate}")

@@ -225,7 +225,8 @@ def _measure_all(
         if store.get(f"{STOPPED}/{candidate}") is None and not _is_kept(task, store, bank, candidate):
             bank.stage = f"{i + 1} of {len(candidates)}, "
             if len(made) < len(task.data.folds):  # a finished run needs none
-                made += [task.reference(bank, i, fold, rungs) for i, fold in enumerate(task.data.folds) if i >= len(made)]
+                left = list(enumerate(task.data.folds))[len(made) :]
+                made += [task.reference(bank, i, fold, rungs) for i, fold in left]
                 bank.release()
             try:
                 store.put(key, _measure(task, store, bank, candidate, made, budget, rungs))
@@ -277,7 +278,7 @@ def _sample(
     progress: Progress | None,
 ) -> list[Candidate]:
     """The original and those of many combinations that are worth a proof, see `joint`."""
-    if any(len(task.split(fold)[1]) == 0 for fold in task.data.folds[:1]):
+    if len(task.split(task.data.folds[0])[1]) == 0:
         raise DownresError(
             f"Of {len(candidates) - 1} combinations {count} are chosen on tuning images, a part of the training images, and "
             f"there are none of those: give more images, or try all with joint={len(candidates) - 1}."
@@ -287,7 +288,8 @@ def _sample(
 
     def reference() -> Reference:
         if not made:
-            made.append(task.reference(bank, 0, task.data.folds[0], rungs or ("crop",)))
+            some = rungs or ("crop",)  # without any the original is not looked at on tuning images
+            made.append(task.reference(bank, 0, task.data.folds[0], some))
         return made[0]
 
     return choose(task, store, budget, candidates, count, reference, rungs, bank, minimize, measuring.seed, progress)
