@@ -281,18 +281,34 @@ def search(
     ] = None,
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
+    recover: Annotated[
+        str | None,
+        _try(
+            "--recover",
+            metavar="HOW",
+            help="How far up the ladder: none, calibrate, refit (the default), distill (trained without labels), finetune "
+            "(with labels), train (also in 8 bits). Training takes minutes to hours.",
+        ),
+    ] = None,
     rungs: Annotated[
-        str,
+        str | None,
         _try(
             "--rungs",
-            help="Of the recovery ladder, from crop,batchnorm,head,distill, for int8 also ranges,layers; 'none' only lowers.",
+            help="The rungs themselves instead, from crop,batchnorm,head,distill,fixres,finetune, for int8 also "
+            "ranges,layers,qat; 'none' only lowers.",
         ),
-    ] = "crop,batchnorm,head,ranges,layers",
-    epochs: Annotated[int, _try("--epochs", help="Of the rung distill: passes over the training images.")] = 20,
-    learning_rate: Annotated[float, _try("--learning-rate", help="Of the rung distill, the highest.")] = 1e-3,
+    ] = None,
+    epochs: Annotated[int, _try("--epochs", help="Of a training: passes over the training images.")] = 20,
+    learning_rate: Annotated[float, _try("--learning-rate", help="Of a training, the highest.")] = 1e-3,
+    train: Annotated[
+        list[str] | None,
+        _try(
+            "--train", metavar="NAME=VALUE", help="More of how it trains, see `Training`: optimizer=sgd, mixup=0.2. Repeat it."
+        ),
+    ] = None,
     max_minutes: Annotated[
         float | None,
-        _allowed("--max-minutes", help="Of one training by the rung distill, which then has fewer epochs."),
+        _allowed("--max-minutes", help="Of one training, which then has fewer epochs."),
     ] = None,
     minimize: Annotated[
         str | None,
@@ -353,8 +369,9 @@ def search(
             loaded, data, max_drop=max_drop, max_macs=macs, max_memory_bytes=memory, max_latency_ms=max_latency_ms,
             max_size_bytes=parse_quantity(max_size, "--max-size") if max_size else None, max_flips=max_flips,
             latency_batch=latency_batch, tries=tries, snap=snap, joint=joint,
-            rungs=tuple(r for r in rungs.split(",") if r != "none"), minimize=minimize, fit_head=fit_head, folds=folds,
-            epochs=epochs, learning_rate=learning_rate, max_minutes=max_minutes,
+            rungs=None if rungs is None else tuple(r for r in rungs.split(",") if r != "none"), recover=recover,
+            training=_training(train or [], epochs=epochs, learning_rate=learning_rate, max_minutes=max_minutes),
+            minimize=minimize, fit_head=fit_head, folds=folds,
             val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
             cache_gb=cache_gb, task=_task(task), labels=_text(labels), compare=compare, classes=_text(classes),
             output_index=output_index, ignore_output=ignore_output,
@@ -738,6 +755,12 @@ def _task(text: str | None) -> Any:
     from .families.generic import from_file
 
     return from_file(text, "task")
+
+
+def _training(more: list[str], **given: Any) -> Any:
+    from .recovery.training import Training
+
+    return Training.parse(more, **given)
 
 
 def _text(path: Path | None) -> str | None:

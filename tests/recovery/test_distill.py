@@ -15,11 +15,11 @@ import downres
 from downres import Candidate, Training, check, load_model, recover, search
 from downres.errors import DownresError
 from downres.images import preprocess
-from downres.recovery import distill
+from downres.recovery import distill, trainer
 from downres.recovery.bank import Bank
-from downres.recovery.distill import TrainingFailed, distilled
-from downres.recovery.ladder import UNASKED
+from downres.recovery.ladder import UNASKED, lesson_of
 from downres.recovery.state import DISTILLED, QUANTIZED, State
+from downres.recovery.training import TrainingFailed
 from downres.searching.prepare import Measuring, open_data, prepare_task
 from downres.tasks import Question, Task
 from downres.tasks.agreement.task import OfEmbeddings
@@ -62,6 +62,11 @@ def prepared(sharp, cells, tmp_path):
     bank = task.bank(tmp_path / "run", runtime="torch", threads=1)
     task.fill(bank)
     return task, bank, task.split(data.folds[0])[0]
+
+
+def distilled(task, bank, start, teacher, fold, images, how):
+    lesson = lesson_of("distill", task, bank, start.network, teacher, images)
+    return trainer.trained(bank, start, fold, images, how, lesson, task.seed)
 
 
 def mismatch(task, bank, state, teacher, images):
@@ -141,7 +146,7 @@ def test_killed_after_any_epoch_it_ends_with_the_same_weights(prepared, monkeypa
     seen = bank.passes
     for epoch in (1, 2, 3):
         bank.trained.clear()  # as in another process
-        real = distill._Run._keep
+        real = trainer._Run._keep
 
         def killed(run, done, epochs, epoch=epoch, real=real):
             real(run, done, epochs)
@@ -149,7 +154,7 @@ def test_killed_after_any_epoch_it_ends_with_the_same_weights(prepared, monkeypa
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(distill._Run, "_keep", killed)
+            patch.setattr(trainer._Run, "_keep", killed)
             with pytest.raises(KeyboardInterrupt):
                 distilled(task, bank, start, task.native_state, 0, fit, how)
         assert len(list((bank.folder / "training").iterdir())) == 1
@@ -160,7 +165,7 @@ def test_killed_after_any_epoch_it_ends_with_the_same_weights(prepared, monkeypa
     # One that is damaged is begun again.
     bank.trained.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(distill._Run, "_keep", killed)
+        patch.setattr(trainer._Run, "_keep", killed)
         with pytest.raises(KeyboardInterrupt):
             distilled(task, bank, start, task.native_state, 0, fit, how)
     file = next((bank.folder / "training").iterdir())
@@ -184,12 +189,29 @@ def test_dropout_is_as_the_seed_says(prepared, sharp):
     assert found[0] == found[1]
 
 
-def test_the_original_sees_the_same_crop(prepared, monkeypatch):
+@pytest.mark.parametrize("crop_scale", [1.0, 0.25])
+def test_the_original_sees_the_same_crop(prepared, monkeypatch, crop_scale):
+    """At its own resolution, mirrored alike, of the same part."""
     task, bank, fit = prepared
-    seen, real = set(), bank.batches
-    monkeypatch.setattr(bank, "batches", lambda s, *a: seen.add((str(s.candidate), s.crop_ratio)) or real(s, *a))
-    distilled(task, bank, State(Candidate(24), 0.75), task.native_state, 0, fit, Training(epochs=1))
-    assert seen == {("24", 0.75), ("48", 0.75)}
+    looks = {}
+    for name, module in {"student": trainer, "original": distill}.items():
+
+        def seen(images, views, p, size, name=name, real=module.pixels_of):
+            for k, x in enumerate(real(images, views, p, size)):
+                for i, one in zip(range(k * size, k * size + len(x)), x, strict=True):
+                    part = None if views.parts is None else tuple(views.parts[i])
+                    looks.setdefault((int(views.images[i]), bool(views.mirrored[i]), part), {})[name] = one
+                yield x
+
+        monkeypatch.setattr(module, "pixels_of", seen)
+    how = Training(epochs=1, crop_scale=crop_scale)
+    distilled(task, bank, State(Candidate(24), 0.75), task.native_state, 0, fit, how)
+    assert len(looks) == len(fit) and all(part is None for _, _, part in looks) == (crop_scale == 1)
+    for look in looks.values():
+        small, large = look["student"], look["original"]
+        assert small.shape == (3, 24, 24) and large.shape == (3, 48, 48)
+        shrunk = F.interpolate(large[None], (24, 24), mode="bilinear", antialias=True)[0]
+        assert (small - shrunk).abs().mean() < 0.25 * small.std()
 
 
 def test_a_network_is_trained_once(prepared, monkeypatch):
@@ -197,7 +219,7 @@ def test_a_network_is_trained_once(prepared, monkeypatch):
     task, bank, fit = prepared
     how = Training(epochs=1)
     first = distilled(task, bank, State(Candidate(24), 1.0), task.native_state, 0, fit, how)
-    monkeypatch.setattr(distill, "_Run", None)
+    monkeypatch.setattr(trainer, "_Run", None)
     other = State(Candidate(24, runtime="openvino"), 1.0)
     assert distilled(task, bank, other, task.native_state, 0, fit, how) == (first[0].at(other.candidate), first[1])
 
@@ -231,14 +253,14 @@ def test_what_cannot_be_trained_stays_as_it_was(sharp, cells, kind, why):
 
 def test_weights_that_are_no_numbers_are_not_kept(prepared, monkeypatch):
     task, bank, fit = prepared
-    real = distill._Run.go
+    real = trainer._Run.go
 
     def spoilt(run):
         told = real(run)
         run.network.head.weight.data[0, 0] = float("inf")  # by the last step, after which no loss is computed
         return told
 
-    monkeypatch.setattr(distill._Run, "go", spoilt)
+    monkeypatch.setattr(trainer._Run, "go", spoilt)
     with pytest.raises(TrainingFailed, match="its weights are no numbers at the end"):
         distilled(task, bank, State(Candidate(24), 1.0), task.native_state, 0, fit, Training(epochs=1))
     assert not bank.trained
@@ -257,13 +279,13 @@ def test_minutes_are_kept_to(prepared, monkeypatch):
     task, bank, fit = prepared
     start = State(Candidate(24), 1.0)
     seconds = iter(range(0, 10**6, 30))
-    monkeypatch.setattr(distill.time, "perf_counter", lambda: next(seconds))  # a step takes half a minute
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(seconds))  # a step takes half a minute
     steps = len(fit) / 32
     state, told = distilled(task, bank, start, task.native_state, 0, fit, Training(epochs=9, max_minutes=2 * 0.5 * steps))
     assert told == f"2 epochs of 9 asked for on {len(fit)} images, without labels"
     monkeypatch.undo()
     assert distilled(task, bank, start, task.native_state, 0, fit, Training(epochs=2))[0] == state  # the looks left no trace
-    monkeypatch.setattr(distill.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(seconds))
     with pytest.raises(TrainingFailed, match=rf"an epoch of {len(fit)} images takes about .* minutes here, 0.1 are allowed"):
         distilled(task, bank, start, task.native_state, 0, fit, Training(max_minutes=0.1))
 

@@ -23,6 +23,7 @@ from ..records import Candidate, Footprint, Preprocessing
 from ..reduction import made_for, reduce, takes_any_size
 from .batchnorm import recalibrate_batchnorm
 from .state import QUANTIZED, RECALIBRATED, State, Step
+from .team import Team
 from .training import Training
 from .weights import Weights, with_tensors
 
@@ -68,7 +69,7 @@ class Bank:
         self.images: Images | None = None
         self.calibration: list[np.ndarray] = []
         self.ranged: list[np.ndarray] = []
-        self.training = Training()
+        self.training, self.team = Training(), Team()
         self.trained: dict[str, tuple[Step, str]] = {}  # what came of a training and what is told of it, by what was asked
         self.sensitive: dict[Candidate, list[str]] = {}  # layers by what they lose in 8 bits
         self.folder, self.runtime_name, self.threads, self.batch_size = folder, runtime, threads, batch_size

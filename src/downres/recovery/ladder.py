@@ -1,4 +1,5 @@
-"""The ladder: crop ratio → BatchNorm recalibration → head refit → distillation, climbed only as far as the drop requires.
+"""The ladder: crop ratio → BatchNorm recalibration → head refit → training without labels, with labels, in 8 bits; climbed only
+as far as the drop requires.
 
 Every decision is taken on tuning images, a part of the training images; proof images are never looked at here. What a drop is,
 and which rungs there are, the task says.
@@ -7,32 +8,52 @@ and which rungs there are, the task says.
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
 from ..engines.engine import Quantization, QuantizationFailed
+from ..errors import DownresError
 from ..images import Fold
 from ..parse import INT8
 from ..records import OUTSIDE, WITHIN, Budget, Candidate, Drop, Recovery, Rung, Score
 from .bank import CALIBRATION_IMAGES, Bank
 from .batchnorm import has_batchnorm
-from .distill import TrainingFailed, distilled
+from .distill import Distillation
+from .finetune import Finetuning, FixRes
+from .rounded import Rounding
 from .sensitivity import most_sensitive
-from .state import DISTILLED, QUANTIZED, RECALIBRATED, REFITTED, State, Step
+from .state import QUANTIZED, RECALIBRATED, REFITTED, State, Step
+from .team import Job
+from .trainer import Lesson, trained
+from .training import TrainingFailed
 
-RUNGS = ("crop", "batchnorm", "head", "distill", "ranges", "layers")
-"""From cheap to dear; the last two of files."""
-DISTILL = "distill"
-UNASKED = tuple(rung for rung in RUNGS if rung != DISTILL)
-"""Those that are climbed when nobody chose: training takes minutes to hours."""
-BEFORE_FILES = ("crop", "batchnorm", "distill")
-"""Those of the network that an 8-bit file is made of."""
-OF_FILES = ("ranges", "layers")
+TAUGHT: dict[str, type[Distillation] | type[Finetuning]] = {
+    lesson.rung: lesson for lesson in (Distillation, FixRes, Finetuning, Rounding)
+}
+"""The rungs that train."""
+OF_FILES = ("ranges", "layers", Rounding.rung)
 """Those of what is made of a network, whatever its task."""
+OF_LABELS = (FixRes.rung, Finetuning.rung)
+RUNGS = ("crop", "batchnorm", "head", Distillation.rung, *OF_LABELS, *OF_FILES)
+"""From cheap to dear; the last three of files."""
+UNASKED = tuple(rung for rung in RUNGS if rung not in TAUGHT)
+"""Those that are climbed when nobody chose: training takes minutes to hours."""
+BEFORE_FILES = ("crop", "batchnorm", Distillation.rung, *OF_LABELS)
+"""Those of the network that an 8-bit file is made of."""
+_CALIBRATE = ("crop", "batchnorm", "ranges")
+HEIGHTS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "calibrate": _CALIBRATE,
+    "refit": UNASKED,
+    "distill": (*UNASKED, Distillation.rung),
+    "finetune": (*UNASKED, Distillation.rung, *OF_LABELS),
+    "train": RUNGS,
+}
+"""How far up the ladder may be climbed, in a word."""
 GLANCE = 32
 """A recalibration that is proven outside on this many images (calibrated on as many) is given up at once."""
 
@@ -81,13 +102,28 @@ class Climber(Protocol):
     def matched(self, network: nn.Module, x: Tensor) -> Tensor: ...
     def mismatch(self, ours: Tensor, theirs: Tensor) -> Tensor: ...
 
+    mixes: ClassVar[bool]
+
+    def learned(self, bank: Any, views: Any, size: tuple[int, int]) -> Tensor: ...
+    def loss_of(self, ours: Tensor, targets: Tensor, smoothing: float) -> Tensor: ...
+
+
+def chosen_rungs(rungs: Sequence[str] | None, recover: str | None) -> tuple[str, ...]:
+    """The rungs named, or those up to a word, see `HEIGHTS`. DownresError for another word, and for both."""
+    if rungs is not None and recover is not None:
+        raise DownresError("Say either how far to climb with `recover`, or which rungs with `rungs`, not both.")
+    if recover is not None and recover not in HEIGHTS:
+        raise DownresError(f"`recover` is one of {', '.join(HEIGHTS)}, {recover!r} is not.")
+    return HEIGHTS[recover] if recover is not None else UNASKED if rungs is None else tuple(rungs)
+
 
 def rungs_for(task: Any, candidates: Sequence[Candidate], wanted: Sequence[str]) -> tuple[str, ...]:
     """Of the rungs wanted those that there are: of this task, training, and where something is quantized those of 8-bit
     files.
     """
     files = OF_FILES if any(c.precision == INT8 for c in candidates) else ()
-    return tuple(rung for rung in wanted if rung in (*task.rungs, DISTILL, *files))
+    labels = OF_LABELS if task.labelled else ()
+    return tuple(rung for rung in wanted if rung in (*task.rungs, Distillation.rung, *labels, *files))
 
 
 def climb(
@@ -120,7 +156,8 @@ def climb(
     if quantized and like is None and before and not enough and candidate.network != reference.state.candidate:
         like, _ = climb(task, bank, candidate.network, reference, budget, before)
     if quantized and like is not None and not enough:
-        rung = DISTILL if like.step(DISTILLED) else "batchnorm" if like.step(RECALIBRATED) else "crop"
+        by = next((rung for rung, lesson in TAUGHT.items() if like.trained and lesson.done == like.trained.done), None)
+        rung = by or ("batchnorm" if like.step(RECALIBRATED) else "crop")
         begun = [like_float(s, like, reference.index) for s in (start, state)]
         if begun[1] != state and rung in rungs:
             enough = ladder.attempt(rung, begun[0], begun[1], "as the network in float")
@@ -143,31 +180,59 @@ def climb(
         else:
             ladder.begin()
             enough = ladder.attempt("head", *task.refit(bank, state, reference.index, reference.fit, reference.tune))
-    if not enough and DISTILL in rungs and not quantized:
-        enough = _distil(ladder, task, bank, reference)
+    for rung in (Distillation.rung, *OF_LABELS):
+        if not enough and rung in rungs and not quantized:
+            enough = _train(ladder, task, bank, reference, rung)
     if quantized and not enough:
-        _other_files(ladder, bank, [rung for rung in OF_FILES if rung in rungs], reference.tune)
+        _other_files(ladder, bank, [rung for rung in OF_FILES if rung in rungs and rung not in TAUGHT], reference.tune)
+        if Rounding.rung in rungs and not ladder.is_over():
+            ladder.skip(Rounding.rung, "tuning images show no loss over the allowed one")
+        elif Rounding.rung in rungs:
+            _train(ladder, task, bank, reference, Rounding.rung)
     chosen = ladder.best()
     seconds = sum(rung.seconds for rung in ladder.tried)
     return chosen.state, Recovery(chosen.rung, chosen.state.crop_ratio, seconds, tuple(ladder.tried), chosen.drop)
 
 
-def _distil(ladder: "_Ladder", task: Climber, bank: Bank, reference: Reference) -> bool:
+def _train(ladder: "_Ladder", task: Climber, bank: Bank, reference: Reference, rung: str) -> bool:
     """Trained on what is not tuned on; one training serves both."""
     ladder.begin()
     start, _ = ladder.best_pair()
+    made = start.step(QUANTIZED)
+    begun = start.network
+    lesson = lesson_of(rung, task, bank, begun, reference.start, reference.fit)
+    watch = ladder.hopeless(begun) if made is None else None
     try:
-        state, how = distilled(task, bank, start, reference.start, reference.index, reference.fit, bank.training)
+        state, how = trained(bank, begun, reference.index, reference.fit, bank.training, lesson, task.seed, watch)
     except TrainingFailed as error:
-        ladder.skip(DISTILL, str(error).rstrip("."))
+        ladder.skip(rung, str(error).rstrip("."))
         return False
-    return ladder.attempt(DISTILL, state, state, how)
+    if made is not None:
+        state = state.at(start.candidate).then(made)
+    return ladder.attempt(rung, state, state, how)
+
+
+def lesson_of(rung: str, task: Climber, bank: Bank, begun: State, original: State, fit: np.ndarray) -> Lesson:
+    """What that rung teaches the network of a state on training images `fit`; original: what it is compared with."""
+    if rung in OF_LABELS:
+        labelled = FixRes if rung == FixRes.rung else Finetuning
+        return labelled(task, bank, bank.preprocessing_of(begun).hw, bank.training)
+    unlabelled = Rounding if rung == Rounding.rung else Distillation
+    return unlabelled(task, bank, begun, original, fit)
+
+
+def help_out(task: Climber, bank: Bank, job: Job) -> None:
+    """A training that the first process of several has begun."""
+    for tensors in job.tensors.values():
+        bank.weights.put(tensors)
+    lesson = lesson_of(job.rung, task, bank, job.state, job.original, job.images)
+    trained(bank, job.state, job.fold, job.images, job.how, lesson, task.seed)
 
 
 def like_float(state: State, like: State, fold: int) -> State:
     """The state with the crop of another, and with statistics averaged anew or weights trained where that has them."""
-    if (trained := like.step(DISTILLED)) is not None:
-        return dataclasses.replace(state.without(REFITTED), crop_ratio=like.crop_ratio).then(trained)
+    if (step := like.trained) is not None:
+        return dataclasses.replace(state.without(REFITTED), crop_ratio=like.crop_ratio).then(step)
     state = dataclasses.replace(state, crop_ratio=like.crop_ratio)
     return state if like.step(RECALIBRATED) is None else state.then(Step(RECALIBRATED, fold, CALIBRATION_IMAGES))
 
@@ -302,6 +367,21 @@ class _Ladder:
 
     def skip(self, rung: str, why: str) -> None:
         self.tried.append(Rung(rung, None, 0, 0.0, 0, why))
+
+    def hopeless(self, begun: State) -> Callable[[State], str]:
+        """Of a training half-way: beyond doubt outside on tuning images still, and what is missing to the allowed drop is more
+        than all that was won so far.
+        """
+        before = next((o.drop.drop for o in self.options if o.start is not None and o.start.network == begun), None)
+
+        def why(state: State) -> str:
+            _, drop = self._look(state, self.reference.tune, self.reference.evidence)
+            missing = drop.lower - self.budget.max_drop
+            if before is None or drop.verdict != OUTSIDE or missing <= max(0.0, before - drop.drop):
+                return ""
+            return f"a drop of {drop.drop:.3g} on {len(self.reference.tune)} tuning images, {before:.3g} before it"
+
+        return why
 
     def best(self) -> Option:
         return self.task.choose(self.options)

@@ -10,10 +10,15 @@ from typing import Any
 from ..engines.engine import Quantization
 from ..records import Candidate, Record
 
-RECALIBRATED, REFITTED, DISTILLED, QUANTIZED = "recalibrated", "refitted", "distilled", "quantized"
-"""BatchNorm statistics averaged anew on training images; the last linear layer fitted anew on its features; all weights trained
-to answer as the original's; the file brought to 8 bits, with ranges from training images, all but that last layer.
+RECALIBRATED, REFITTED, QUANTIZED = "recalibrated", "refitted", "quantized"
+"""BatchNorm statistics averaged anew on training images; the last linear layer fitted anew on its features; the file brought to
+8 bits, with ranges from training images, all but that last layer.
 """
+DISTILLED, FIXRES, FINETUNED, ROUNDED = "distilled", "fixres", "finetuned", "rounded"
+"""All weights trained: to answer as the original's; on labels, the head and the last normalisation first; on labels; to answer
+as the original's while they are rounded to 8 bits.
+"""
+TRAINED = (DISTILLED, FIXRES, FINETUNED, ROUNDED)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class State(Record):
 
     def then(self, step: Step) -> "State":
         """The same after one more step. What is done to weights in float comes before the file of 8 bits is made of them."""
-        if step.done in (RECALIBRATED, DISTILLED) and (made := self.step(QUANTIZED)) is not None:
+        if step.done in (RECALIBRATED, *TRAINED) and (made := self.step(QUANTIZED)) is not None:
             return self.without(QUANTIZED).then(step).then(made)
         return dataclasses.replace(self, history=(*self.history, step))
 
@@ -82,3 +87,8 @@ class State(Record):
     def step(self, done: str) -> Step | None:
         """The last step of that name, or None."""
         return next((step for step in reversed(self.history) if step.done == done), None)
+
+    @property
+    def trained(self) -> Step | None:
+        """The step that trained its weights, or None: there is one at most, as each starts from what is there."""
+        return next((step for step in reversed(self.history) if step.done in TRAINED), None)

@@ -1,18 +1,34 @@
 """How a rung trains."""
 
+import dataclasses
+import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 from ..errors import DownresError
 from ..records import Record
 
+OPTIMIZERS = ("adamw", "sgd", "lamb")
+SCHEDULES = ("cosine", "poly")
+COLOURS = ("", "randaugment", "trivialaugment")
+TRACKERS = ("", "tensorboard", "mlflow", "wandb")
+
 
 @dataclass(frozen=True)
 class Training(Record):
-    """How a training rung trains: AdamW, warmed up and then lowered along a cosine, images mirrored at random.
+    """How a training rung trains: by `optimizer`, warmed up and then lowered along a cosine or a polynomial of power 0.9.
 
-    epochs: passes over the training images, as many as `max_minutes` allow. learning_rate: the highest. clip: of the
-    gradient's norm.
+    epochs: passes over the training images, as many as `max_minutes` allow. training_batch: images a step; where they do not
+    fit into the memory they are looked at in parts. learning_rate: the highest, of SGD (momentum 0.9) and LAMB give their own.
+    warmup: part of all steps. clip: of the gradient's norm. ema: decay of an average of the weights, which is what is kept;
+    0: none. bf16: compute in bfloat16 as far as autocast does.
+
+    What images are shown as: mirrored at random; crop_scale: a part of at least so much of the area instead of the whole (1;
+    a random resized crop); augment: 'randaugment' or 'trivialaugment' on top; erasing: the probability that a part is erased;
+    repeats: how often in a batch each image is (repeated augmentation). Of labels alone: label_smoothing, and mixup and cutmix
+    (their alpha, 0: none), of labels that are numbers an image. log: 'tensorboard', 'mlflow' or 'wandb'.
     """
 
     epochs: int = 20
@@ -22,17 +38,71 @@ class Training(Record):
     warmup: float = 0.1
     clip: float = 1.0
     max_minutes: float | None = None
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    ema: float = 0.0
+    bf16: bool = False
+    crop_scale: float = 1.0
+    augment: str = ""
+    erasing: float = 0.0
+    repeats: int = 1
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    log: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "training_batch"):
+        for name in ("epochs", "training_batch", "repeats"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
                 raise DownresError(f"`{name}` is a whole number from 1 to 100000, {value!r} is not: give for example 20.")
-        for name in ("learning_rate", "clip", "max_minutes"):
+        if self.training_batch % self.repeats:
+            raise DownresError(
+                f"A batch of {self.training_batch} images cannot have each {self.repeats} times: give a `training_batch` that "
+                "`repeats` divides."
+            )
+        for name in ("learning_rate", "clip", "max_minutes", "crop_scale"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise DownresError(f"`{name}` is a number above 0, {value!r} is not: leave it out for the default.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise DownresError(f"`weight_decay` is a number from 0 on, {self.weight_decay!r} is not: give for example 0.01.")
-        if not 0 <= self.warmup <= 1:
-            raise DownresError(f"`warmup` is a part from 0 to 1 of all steps, {self.warmup!r} is not: give for example 0.1.")
+        for name in ("weight_decay", "mixup", "cutmix"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise DownresError(f"`{name}` is a number from 0 on, {value!r} is not: give for example 0.01.")
+        for name in ("warmup", "crop_scale", "erasing", "label_smoothing"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise DownresError(f"`{name}` is a part from 0 to 1, {value!r} is not: give for example 0.1.")
+        if not 0 <= self.ema < 1:
+            raise DownresError(f"`ema` is a decay from 0 to below 1, {self.ema!r} is not: give for example 0.999.")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("augment", COLOURS), ("log", TRACKERS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise DownresError(f"`{name}` is one of {', '.join(k for k in known if k)}, {value!r} is not.")
+        if self.log and importlib.util.find_spec(self.log) is None:
+            raise DownresError(
+                f"Training is logged to {self.log}, which is not installed: pip install {self.log}, or leave `log`."
+            )
+
+    @classmethod
+    def parse(cls, texts: Sequence[str], **given: Any) -> Self:
+        """By fields, and by text: 'mixup=0.2', 'bf16=true'. DownresError for what is no field, or no value of one."""
+        own: dict[str, Any] = {f.name: float if f.default is None else type(f.default) for f in dataclasses.fields(cls)}
+        for text in texts:
+            name, _, value = text.partition("=")
+            name = name.strip().replace("-", "_")
+            if name not in own or not value:
+                raise DownresError(f"How to train is NAME=VALUE with a name of {', '.join(own)}; {text!r} is not.")
+            try:
+                given[name] = _TRUTHS[value.lower()] if own[name] is bool else own[name](value)
+            except (ValueError, KeyError):
+                kind = {bool: "true or false", int: "a whole number", float: "a number"}[own[name]]
+                raise DownresError(f"`{name}` is {kind}, {value!r} is not.") from None
+        return cls(**given)
+
+
+_TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+class TrainingFailed(DownresError):
+    """A training that came to nothing; why in words."""

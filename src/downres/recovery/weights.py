@@ -13,6 +13,7 @@ from torch import nn
 from ..copying import copied
 from ..errors import DownresError
 from ..record import write_whole
+from .state import State
 
 Tensors = Mapping[str, np.ndarray]
 """Name in the network's state dict → values."""
@@ -51,6 +52,10 @@ class Weights:
             if _key(found) == key:
                 self._known[key] = found
         return key in self._known
+
+    def of(self, *states: State | None) -> dict[str, dict[str, np.ndarray]]:
+        """All that the states' steps put in place, by their keys."""
+        return {s.tensors: self.get(s.tensors) for state in states if state for s in state.history if s.tensors}
 
     def get(self, key: str) -> dict[str, np.ndarray]:
         """Raises DownresError for what is missing or damaged."""

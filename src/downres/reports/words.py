@@ -26,8 +26,11 @@ RUNGS = {
     "batchnorm": "BatchNorm recalibration",
     "head": "head refit",
     "distill": "distillation",
+    "fixres": "FixRes fine-tuning",
+    "finetune": "fine-tuning",
     "ranges": "other 8-bit ranges",
     "layers": "layers in float",
+    "qat": "quantization-aware training",
 }
 """The rungs of the recovery ladder from cheap to dear, and what the report calls them."""
 

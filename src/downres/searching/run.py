@@ -1,5 +1,6 @@
 """The main job: plan → cost gate → latency gate → recover and measure → select → ship. Resumable at any point."""
 
+import contextlib
 import dataclasses
 import datetime
 import shutil
@@ -23,8 +24,9 @@ from ..measuring.latency import interleaved, random_batch
 from ..parse import user_path
 from ..records import Budget, Candidate, Cost, Footprint, Latency, Preprocessing, Recovery
 from ..recovery.bank import Bank
-from ..recovery.ladder import DISTILL, RUNGS, UNASKED, Reference, climb, rungs_for, together
+from ..recovery.ladder import RUNGS, TAUGHT, Reference, chosen_rungs, climb, help_out, rungs_for, together
 from ..recovery.state import State
+from ..recovery.team import Team
 from ..recovery.training import Training
 from ..reports import words
 from ..tasks import Question, Task
@@ -62,7 +64,8 @@ def search(
     question: Question = Question(),
     measuring: Measuring = Measuring(),
     training: Training = Training(),
-    rungs: tuple[str, ...] = UNASKED,
+    rungs: tuple[str, ...] | None = None,
+    recover: str | None = None,
     minimize: str | None = None,
     preprocessing: Preprocessing | None = None,
     embed_preprocessing: bool = False,
@@ -84,10 +87,13 @@ def search(
         task: 'classification', 'segmentation', 'multilabel', 'regression', 'agreement', or a `Task` of one's own; None: what
             the network's answers are of.
         tries: what to try; see `Axes`. budget: what is allowed; see `Budget`. question: what is asked of the data; see
-            `Question`. measuring: how it is measured; see `Measuring`. training: how the rung 'distill' trains; see `Training`.
-        rungs: of the recovery ladder, from 'crop', 'batchnorm', 'head', as far as the task has them, 'distill' (trained to
-            answer as the original does, no labels; only where it is named, as it takes minutes to hours), and where something
-            is quantized 'ranges' (other ranges) and 'layers' (the most sensitive layers in float); () only lowers the input.
+            `Question`. measuring: how it is measured; see `Measuring`. training: how rungs train; see `Training`.
+        recover: how far up the ladder of recovery may be climbed, which it is only as far as the allowed drop needs: 'none'
+            only lowers the input; 'calibrate': crop ratio, BatchNorm statistics, ranges of 8-bit files; 'refit' (the default):
+            a head fitted anew, layers left in float; 'distill': all weights trained to answer as the original does, no labels;
+            'finetune': on labels, by FixRes and fully; 'train': also quantization-aware. Training takes minutes to hours.
+        rungs: the rungs themselves instead, from 'crop', 'batchnorm', 'head', 'distill', 'fixres', 'finetune', and where
+            something is quantized 'ranges', 'layers', 'qat'; as far as the task has them.
         minimize: what 'cheapest' means: 'macs', 'memory', 'latency' or 'size'; None: latency where precisions or runtimes are
             tried, of which MACs know nothing, else MACs.
         embed_preprocessing: ship beside the model one that takes pictures of any size, see `downres.embed`; a run that is
@@ -103,6 +109,7 @@ def search(
     budget, tries, question, measuring, training = (groups[name] for name in given)
     if max_drop is not None:
         budget = dataclasses.replace(budget, max_drop=max_drop)
+    rungs = chosen_rungs(rungs, recover)
     _check_choices(rungs, minimize)
     for name in measuring.runtimes:
         engine_of(name)  # one that is not here is said before anything is loaded
@@ -149,10 +156,16 @@ def search(
             "question": resolved(question).to_json(),
         },
     }
-    if DISTILL in rungs:
+    if any(rung in TAUGHT for rung in rungs):
         settings["training"] = training.to_json()
+    team = Team()
+    if not team.first:  # of `accelerate launch`: it trains where the first does
+        open_data(subject, data, measuring, question)
+        bank = subject.bank(None, **measuring.options())
+        bank.training, bank.team = training, team
+        subject.fill(bank)
+        return load_run(team.help(lambda job: help_out(subject, bank, job)))
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="downres-"))
-    store = Store.open(folder, settings)
 
     def opened() -> None:
         open_data(subject, data, measuring, question, progress=progress)
@@ -160,12 +173,12 @@ def search(
         if embed_preprocessing:
             refuse_numbers(subject, subject.model.preprocessing)
 
-    try:
+    with team.leading(str(folder)), contextlib.closing(Store.open(folder, settings)) as store:
         if store.get("started") is None:
             when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             store.put("started", {"when": when, "versions": versions()})
         bank = subject.bank(folder, progress=progress, **measuring.options())
-        bank.training = training
+        bank.training, bank.team = training, team
         alive = _cost_gate(subject, store, budget, [subject.native, *planned], bank, progress)
         made: list[Reference] = []
         most = len(alive) - 1 if tries.joint is None else tries.joint
@@ -193,8 +206,6 @@ def search(
             except DownresError as error:  # the model itself is proven and shipped
                 warnings.warn(f"the model is shipped alone: {str(error).rstrip('.')}", stacklevel=2)
         return run
-    finally:
-        store.close()
 
 
 def resolved(question: Question) -> Question:

@@ -13,7 +13,7 @@ from ..environment import versions
 from ..errors import DownresError
 from ..parse import FP32, INT8, format_quantity
 from ..recovery.bank import Bank
-from ..recovery.state import DISTILLED, QUANTIZED, RECALIBRATED, REFITTED, State
+from ..recovery.state import DISTILLED, FINETUNED, FIXRES, QUANTIZED, RECALIBRATED, REFITTED, ROUNDED, State
 from ..tasks import Task
 from .results import Run
 from .store import Store
@@ -22,6 +22,9 @@ STEPS = {
     RECALIBRATED: "statistics of BatchNorm averaged anew",
     REFITTED: "the last linear layer fitted anew",
     DISTILLED: "all weights trained to answer as the original's",
+    FIXRES: "all weights trained on labels, the head and the last normalisation first",
+    FINETUNED: "all weights trained on labels",
+    ROUNDED: "all weights trained to answer as the original's while they are rounded to 8 bits",
     QUANTIZED: "brought to 8 bits",
 }
 

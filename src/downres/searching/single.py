@@ -8,8 +8,9 @@ from ..errors import DownresError
 from ..families import Model
 from ..parse import Resolution
 from ..records import Budget, Candidate, Preprocessing, Recovery, Score
-from ..recovery.ladder import UNASKED, climb, rungs_for
+from ..recovery.ladder import chosen_rungs, climb, rungs_for
 from ..recovery.state import State
+from ..recovery.team import Team
 from ..recovery.training import Training
 from ..tasks import Question, Task
 from .prepare import Measuring, Progress, Source, bank_for_now, check_planned, gather, open_data, prepare_task
@@ -50,7 +51,8 @@ def recover(
     resolution: Resolution | None = None,
     max_drop: float = 1.0,
     training: Training = Training(),
-    rungs: tuple[str, ...] = UNASKED,
+    rungs: tuple[str, ...] | None = None,
+    recover: str | None = None,
     task: str | type[Task] | None = None,
     question: Question = Question(),
     measuring: Measuring = Measuring(runtime="torch"),
@@ -62,7 +64,7 @@ def recover(
 
     Returns (network, preprocessing, recovery): the network takes images made by the preprocessing, the recovery names
     the rung that it took and what each rung gave and cost. The model given is not touched; no validation image is looked at.
-    training: how the rung 'distill' trains, where it is among the rungs.
+    recover, rungs: how far to climb, see `search`. training: how rungs train, where such are among them.
     """
     if (candidate is None) == (resolution is None):
         raise DownresError("Give recover either a candidate or a resolution: for example resolution=128.")
@@ -77,9 +79,11 @@ def recover(
             f"`recover` gives a torch network, {candidate} is a file of one: search with that candidate, or "
             f"recover {candidate.network}."
         )
-    rungs = rungs_for(subject, [candidate], rungs)
+    rungs = rungs_for(subject, [candidate], chosen_rungs(rungs, recover))
     with bank_for_now(subject, measuring, progress) as bank:
-        bank.training = training
+        bank.training, bank.team = training, Team()
+        if not bank.team.first:
+            raise DownresError("`recover` trains in one process: `search` with that candidate trains in several.")
         reference = subject.reference(bank, 0, subject.data.folds[0], rungs)
         state, recovery = climb(subject, bank, candidate, reference, Budget(max_drop), rungs)
         return bank.network(state), bank.preprocessing_of(state), recovery

@@ -20,6 +20,7 @@ from ..recovery.bank import Bank
 from ..recovery.crop import crop_options
 from ..recovery.ladder import Option, Reference, best_of, climb, standard_errors
 from ..recovery.state import State
+from ..recovery.views import Views
 from ..reports.page import Section
 from .evidence import Arrays, Evidence
 from .question import Question
@@ -67,6 +68,7 @@ class Task(ABC):
     `quality` and `predict`; docs/tasks.md has a whole one. One object serves one model; `open` gives it data.
 
     rungs: of the recovery ladder, those that make sense. glance: images that a recalibration is first tried on, 0 for none.
+    labelled: whether its targets can be learned, see `learned`; mixes: whether these can be mixed with one another, (B, K).
     evidence_type: what `judge` returns. writes: whether `predict` writes files named after the pictures.
     """
 
@@ -79,6 +81,8 @@ class Task(ABC):
     output_name: str = "logits"
     batch_size: ClassVar[int] = 8
     writes: ClassVar[bool] = False
+    labelled: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
 
     def __init_subclass__(cls, register: bool = True, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -271,6 +275,14 @@ class Task(ABC):
         As it is here their squared distance; the optimizer does not depend on its scale.
         """
         return F.mse_loss(ours, theirs)
+
+    def learned(self, bank: Any, views: Views, size: tuple[int, int]) -> torch.Tensor:
+        """The targets of views as training has them, (B, K) float or (B, *size) of classes: of a task that is `labelled`."""
+        raise NotImplementedError
+
+    def loss_of(self, ours: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+        """How wrong answers (B, …) are, mean over images: the loss that training on labels minimises. smoothing: of classes."""
+        return F.mse_loss(ours, targets)
 
     def reference(self, bank: Any, index: int, fold: Fold, rungs: Sequence[str]) -> Reference:
         """The original in fold `index`."""

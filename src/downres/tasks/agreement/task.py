@@ -173,6 +173,7 @@ class OfClasses(Classification, register=False):
     name = "agreement"
     score = AgreementQuality  # type: ignore[assignment]
     rungs = ("crop", "batchnorm")
+    labelled, mixes = False, False
 
     def open(self, data: Any, question: Question, **options: Any) -> Photos:  # type: ignore[override]
         return data if isinstance(data, Photos) else open_photos(data, **options)
@@ -322,6 +323,7 @@ class OfMasks(Segmentation, register=False):
 
     name = "agreement"
     score = MaskAgreementQuality
+    labelled = False
 
     def open(self, data: Any, question: Question, **options: Any) -> Photos:  # type: ignore[override]
         return data if isinstance(data, Photos) else open_photos(data, **options)

@@ -16,6 +16,7 @@ from ...probe import Answer
 from ...records import Budget, Drop, Preprocessing, Record, Result
 from ...recovery.features import FeatureBank, Head
 from ...recovery.ladder import GLANCE
+from ...recovery.views import Views
 from ..evidence import Arrays
 from ..task import TOLERANCE, Question, Section, of_classes
 from ..vectors import VectorTask, ranked_alike, stacked
@@ -58,6 +59,7 @@ class Classification(VectorTask):
     strengths = STRENGTHS
     fitted = "logistic regression, C"
     probability = False
+    labelled, mixes = True, True
 
     @classmethod
     def make(cls, model: Model, answer: Answer, data: Any, question: Question) -> Self:
@@ -175,6 +177,18 @@ class Classification(VectorTask):
         if self.probability:
             return F.binary_cross_entropy(ours.clamp(1e-6, 1 - 1e-6), theirs)
         return of_classes(ours, theirs)
+
+    def learned(self, bank: Any, views: Views, size: tuple[int, int]) -> torch.Tensor:
+        labels = torch.from_numpy(self.labels[views.images])
+        return labels[:, None].float() if self.outputs == 1 else F.one_hot(labels, self.outputs).float()
+
+    def loss_of(self, ours: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+        if self.outputs > 1:
+            return F.cross_entropy(ours, targets, label_smoothing=smoothing)
+        targets = targets * (1 - smoothing) + smoothing / 2
+        if self.probability:
+            return F.binary_cross_entropy(ours.clamp(1e-6, 1 - 1e-6), targets)
+        return F.binary_cross_entropy_with_logits(ours, targets)
 
     def why_no_head(self, bank: FeatureBank, fit: np.ndarray) -> str:
         return super().why_no_head(bank, fit) or why_not(self.labels[fit], self.ways)

@@ -18,6 +18,7 @@ from ...images.parts import listed_names
 from ...records import Budget, Drop, Preprocessing, Record, Result
 from ...recovery.features import FeatureBank, Head
 from ...recovery.ladder import Option, best_of
+from ...recovery.views import Views
 from ...reports import words
 from ..evidence import Arrays
 from ..table import Table, TableData, labels_beside, no_class, number_in, numbers, open_rows, read_table
@@ -81,6 +82,7 @@ class Multilabel(VectorTask):
     score = MultilabelQuality
     strengths = (0.001, 0.003, 0.01, 0.03, 0.1)
     fitted = "logistic regression for each class, C"
+    labelled, mixes = True, True
 
     @classmethod
     def names_in(cls, data: Any, question: Question, outputs: int | None) -> tuple[str, ...]:
@@ -107,6 +109,12 @@ class Multilabel(VectorTask):
 
     def mismatch(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         return F.binary_cross_entropy_with_logits(ours, theirs.sigmoid())
+
+    def learned(self, bank: Any, views: Views, size: tuple[int, int]) -> torch.Tensor:
+        return torch.from_numpy(self.data.targets[views.images]).float()
+
+    def loss_of(self, ours: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(ours, targets * (1 - smoothing) + smoothing / 2)
 
     def begin(self, data: TableData, seed: int) -> None:  # type: ignore[override]
         super().begin(data, seed)

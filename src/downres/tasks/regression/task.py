@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 from threadpoolctl import threadpool_limits
 
@@ -15,6 +17,7 @@ from ...images.parts import listed_names
 from ...measuring.paired import percentiles, resampled_mean
 from ...records import Budget, Preprocessing, Record, Score
 from ...recovery.features import Head
+from ...recovery.views import Views
 from ..evidence import Arrays
 from ..table import TableData, labels_beside, numbers, open_rows, read_table
 from ..task import Question
@@ -95,6 +98,7 @@ class Regression(VectorTask):
     score = RegressionQuality
     strengths = (1.0, 10.0, 100.0, 1000.0, 10000.0)
     fitted = "ridge regression, alpha"
+    labelled, mixes = True, True
 
     @classmethod
     def names_in(cls, data: Any, question: Question, outputs: int | None) -> tuple[str, ...]:
@@ -125,6 +129,13 @@ class Regression(VectorTask):
         images, rows, folds, skipped, how = open_rows(data, table, np.zeros(len(values), np.int64), **options)
         description = f"{len(images)} images with {listed_names(table.names)}, {how}."
         return TableData(images, values[rows], table.names, folds, tuple(skipped), description, found_in=Path(data))
+
+    def learned(self, bank: Any, views: Views, size: tuple[int, int]) -> torch.Tensor:
+        return torch.from_numpy(self.data.targets[views.images]).float()
+
+    def loss_of(self, ours: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+        """What it is judged by; of numbers nothing is smoothed."""
+        return F.l1_loss(ours, targets)
 
     def begin(self, data: TableData, seed: int) -> None:  # type: ignore[override]
         super().begin(data, seed)

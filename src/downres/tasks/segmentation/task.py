@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ from ...engines.engine import Quantization
 from ...errors import DownresError
 from ...families import Model
 from ...images import visible
+from ...images.preprocess import shown_size
 from ...parse import as_hw, format_resolution, like, user_path
 from ...probe import Answer, find_answer
 from ...records import CLASSES, LOGITS, OUTSIDE, WITHIN, Budget, Candidate, Dense, Drop, Preprocessing, Record, Recovery, Result
 from ...recovery.bank import CALIBRATION_IMAGES
 from ...recovery.ladder import Option
-from ...recovery.state import DISTILLED, QUANTIZED, RECALIBRATED, State, Step, like_most
+from ...recovery.state import QUANTIZED, RECALIBRATED, State, Step, like_most
+from ...recovery.views import Views, cut, mirror
 from ...reduction import made_for, takes_any_size
 from ...reductions.dense import Segmenter, check_size
 from ...reports.pictures import overlay
@@ -37,6 +40,8 @@ from .show import keep_scenes, kept_scenes, scenes_html
 
 PIXELS_ALIKE = 0.9999
 """Share of the pixels of a class map that torch and onnxruntime have to agree on: near ties may fall either way."""
+IGNORED = 255
+"""In masks: no class."""
 MIOU_TOLERANCE = 0.05
 """Points of mIoU that another processor may differ by, for the same reason."""
 
@@ -69,6 +74,7 @@ class Segmentation(Task):
     name = "segmentation"
     score = SegmentationQuality
     rungs = ("batchnorm",)
+    labelled = True
     evidence_type = Tallies
     batch_size = 1
     writes = True
@@ -201,6 +207,32 @@ class Segmentation(Task):
         theirs = F.interpolate(theirs, ours.shape[-2:], mode="bilinear", antialias=True)
         return of_classes(ours, theirs)
 
+    def learned(self, bank: MaskBank, views: Views, size: tuple[int, int]) -> Tensor:
+        """Each mask as the network sees its picture, by nearest pixels; 255 where there is no class, or padding."""
+        made = np.full((len(views), *size), IGNORED, np.int64)
+        for k, i in enumerate(views.images):
+            mask = np.asarray(self.truth[int(i)])
+            mask = mask if views.parts is None else cut(mask, views.parts[k])
+            shape = self.data.images.shapes[int(i)] if views.parts is None else size
+            shown = shown_size((shape[0], shape[1]), dataclasses.replace(self.model.preprocessing, resolution=size))
+            rows, columns = (((np.arange(n) + 0.5) * side / n).astype(int) for n, side in zip(shown, mask.shape, strict=True))
+            made[k, : shown[0], : shown[1]] = mask[rows[:, None], columns]
+        return mirror(torch.from_numpy(made), views.mirrored)
+
+    def loss_of(self, ours: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        """Cross-entropy of the logits at the size of the input, a pixel."""
+        d = self.dense
+        if d.left_out is not None:
+            ours = torch.cat([ours[:, : d.left_out], ours[:, d.left_out + 1 :]], dim=1)
+        ours = F.interpolate(ours, targets.shape[-2:], mode=d.interpolation, align_corners=d.align_corners)
+        if d.threshold is None:
+            return F.cross_entropy(ours, targets, ignore_index=IGNORED, label_smoothing=smoothing)
+        known = targets != IGNORED
+        ours, wanted = ours[:, 0][known], targets[known].to(ours) * (1 - smoothing) + smoothing / 2
+        if d.threshold == 0.5:  # it returns probabilities
+            return F.binary_cross_entropy(ours.clamp(1e-6, 1 - 1e-6), wanted)
+        return F.binary_cross_entropy_with_logits(ours, wanted)
+
     def quality(self, evidence: Tallies) -> SegmentationQuality:
         return segmentation_quality(evidence)
 
@@ -224,7 +256,7 @@ class Segmentation(Task):
         """After cross-fitting, BatchNorm statistics of all images where most folds wanted them."""
         if len(states) == 1:
             return states[0], recovery
-        if any(s.step(DISTILLED) for s in states):
+        if any(s.trained for s in states):
             return super().final(bank, candidate, states, recovery, budget, rungs)
         state = like_most(bank.started(self.native_state, candidate, len(states)), states)
         recalibrated = sum(s.step(RECALIBRATED) is not None for s in states) * 2 > len(states)

@@ -1,0 +1,371 @@
+"""The one trainer: a state's weights, trained on images by what a rung teaches; killed, it goes on and ends with the same bits."""
+
+import contextlib
+import gc
+import hashlib
+import io
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ..copying import copied
+from ..engines import check_threads
+from ..engines.torch import threads_of
+from ..errors import first_line
+from ..record import write_json, write_whole
+from .bank import Bank
+from .state import State, Step
+from .team import Job
+from .training import Training, TrainingFailed
+from .views import Altered, Views, drawn, pixels_of
+
+PREVIEWED = 3
+"""Steps of which the quickest tells how long all of them take."""
+
+
+class Lesson(Protocol):
+    """What a rung teaches. done: what the state's step is called; doing: what progress calls it; rung: of the ladder."""
+
+    rung: ClassVar[str]
+    done: ClassVar[str]
+    doing: ClassVar[str]
+
+    def asked(self) -> Any:
+        """What else than state, images and `Training` the weights depend on: JSON values."""
+
+    def begin(self, network: nn.Module) -> None:
+        """Changes the network in place to what is trained."""
+
+    def end(self, network: nn.Module) -> None:
+        """The inverse of `begin`, weights as they are now."""
+
+    def frozen(self, network: nn.Module, part: float) -> Sequence[nn.Parameter]:
+        """What is not trained yet after that part of the epochs."""
+
+    def targets(self, views: Views) -> Tensor: ...
+    def mixed(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: ...
+    def loss(self, network: nn.Module, x: Tensor, targets: Tensor) -> Tensor: ...
+
+    def looked(self, epochs: Sequence[Views]) -> int:
+        """Images that anyone but the student looks at."""
+
+    def told(self) -> str:
+        """'without labels', …"""
+
+    @property
+    def original(self) -> Any:
+        """The state of who teaches, or None."""
+
+
+Watch = Callable[[State], str]
+"""The state half-way → why to give up, '' to go on."""
+
+
+def trained(
+    bank: Bank,
+    state: State,
+    fold: int,
+    images: np.ndarray,
+    how: Training,
+    lesson: Lesson,
+    seed: int,
+    watch: Watch | None = None,
+) -> tuple[State, str]:
+    """(the state with trained weights, what was done).
+
+    It starts from the state's own weights and sees the state's pixels. BatchNorms take their statistics on the way. After every
+    epoch all is kept in the run's folder: a training that was killed goes on there and ends with the same weights, and one that
+    is done is not done again for another file of the same network. Raises TrainingFailed for a network that cannot be trained,
+    a loss that is no number, where `max_minutes` are too few for one epoch, and where `watch` gives up; the state given is as
+    it was.
+    """
+    begun = state.network
+    asked = write_json([lesson.done, begun.to_json(), lesson.asked(), how.to_json(), fold, images.tolist()])
+    name = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    if (known := bank.trained.get(name)) is not None:
+        step, told = known
+        return State(state.candidate, state.crop_ratio, (step,)), told
+    bank.team.begin(Job(lesson.rung, begun, lesson.original, fold, images, how, bank.weights.of(begun, lesson.original)))
+    run = _Run(bank, begun, fold, images, how, lesson, seed, name, watch)
+    with threads_of(check_threads(bank.threads)):
+        told = run.go()
+    tensors = run.tensors()
+    if not all(np.isfinite(value).all() for value in tensors.values()):
+        raise TrainingFailed(f"its weights are no numbers at the end: lower `learning_rate`, or leave {lesson.rung} out.")
+    step = Step(lesson.done, fold, len(images), bank.weights.put(tensors))
+    bank.trained[name] = step, told
+    return State(state.candidate, state.crop_ratio, (step,)), told
+
+
+class _Run:
+    def __init__(
+        self,
+        bank: Bank,
+        begun: State,
+        fold: int,
+        images: np.ndarray,
+        how: Training,
+        lesson: Lesson,
+        seed: int,
+        name: str,
+        watch: Watch | None,
+    ) -> None:
+        self.bank, self.state, self.how, self.lesson, self.watch = bank, begun, how, lesson, watch
+        self.images, self.fold, self.seed, self.team = images, fold, seed, bank.team
+        assert bank.images is not None
+        self.pictures = bank.images
+        self.network = copied(bank.network(begun))
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        lesson.begin(self.network)
+        self.network.to(self.team.device)
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(self.parameters, how)
+        self.altered = Altered(how, bank.preprocessing_of(begun))
+        self.average = [p.detach().clone() for p in self.parameters] if how.ema else []
+        self.part = how.training_batch  # images at once
+        self.file = None if bank.folder is None or not self.team.first else bank.folder / "training" / f"{name}.pt"
+        self.foretold = 0.0
+
+    def go(self) -> str:
+        epochs, done = self.how.epochs, 0
+        if (kept := self.team.shared(self._kept())) is not None:
+            done, epochs = kept["done"], kept["epochs"]
+            self.network.load_state_dict(kept["network"])
+            self.optimizer.load_state_dict(kept["optimizer"])
+            self.average, self.part = [a.to(self.team.device) for a in kept["average"]], kept["part"]
+        else:
+            epochs = self._affordable()
+        count = len(self._views(0))
+        per_epoch = len(self._sizes(count))
+        steps = epochs * per_epoch
+        schedule = _schedule(self.optimizer, steps, self.how)
+        with self.team.logging(self.how.log, self.bank.folder, f"{self.lesson.rung} {self.state.candidate}") as log:
+            for epoch in range(done, epochs):
+                self._thaw(epoch / epochs)
+                total = 0.0
+                with self._chance(epoch):
+                    for i, (x, targets, whole) in enumerate(self._batches(epoch)):
+                        schedule.step_update(epoch * per_epoch + i)
+                        total += self._step(x, targets, whole)
+                        self._say(epoch * per_epoch + i + 1, steps, total / (i + 1))
+                log({"loss": total / per_epoch}, epoch + 1)
+                self.team.averaged(self.network)
+                self._keep(epoch + 1, epochs)
+                self._consult(epoch + 1, epochs)
+        self.bank.passes += epochs * count + self.lesson.looked([self._views(epoch) for epoch in range(epochs)])
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+        fewer = f" of {self.how.epochs} asked for" if epochs < self.how.epochs else ""
+        parts = f", {self.part} images at a time, as more did not fit" if self.part < self.how.training_batch else ""
+        several = f", in {self.team.count} processes" if self.team.count > 1 else ""
+        return f"{epochs} epochs{fewer} on {len(self.images)} images{parts}, {self.lesson.told()}{several}"
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All numbers of the network as it is now, by their names."""
+        kept = [p.detach().clone() for p in self.parameters]
+        with torch.no_grad():
+            for parameter, average in zip(self.parameters, self.average, strict=False):
+                parameter.copy_(average)
+            network = copied(self.network)
+            for parameter, value in zip(self.parameters, kept, strict=True):
+                parameter.copy_(value)
+        self.lesson.end(network)
+        state = network.state_dict()
+        return {name: value.detach().cpu().numpy().copy() for name, value in state.items() if value.is_floating_point()}
+
+    @contextlib.contextmanager
+    def _chance(self, epoch: int) -> Iterator[None]:
+        """Dropout and stochastic depth as only the seed and the epoch say, and nobody else's chance changed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(int(np.random.default_rng([self.seed, 5, self.fold, epoch]).integers(2**31)) + self.team.index)
+            yield
+
+    def _views(self, epoch: int) -> Views:
+        return drawn(self.pictures, self.images, self.how, np.random.default_rng([self.seed, 4, self.fold, epoch]))
+
+    def _sizes(self, count: int) -> list[int]:
+        """Of the batches of so many images; a rest that has not two for each process goes with the one before."""
+        size = self.how.training_batch
+        sizes = [min(size, count - start) for start in range(0, count, size)]
+        if len(sizes) > 1 and sizes[-1] < 2 * self.team.count:
+            sizes[-2:] = [sizes[-2] + sizes[-1]]
+        return sizes
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """(pixels, targets, images in the whole batch): of several processes each has its share of every batch."""
+        views = self._views(epoch)
+        sizes = self._sizes(len(views))
+        shares = [self.team.share(start, n) for start, n in zip(np.cumsum([0, *sizes]), sizes, strict=False)]
+        own = _joined([views[share] for share in shares])
+        most = max(share.stop - share.start for share in shares)
+        p = self.bank.preprocessing_of(self.state)
+        source = _cut(pixels_of(self.pictures, own, p, most), [share.stop - share.start for share in shares])
+        for x, share, n in zip(source, shares, sizes, strict=True):
+            yield self.altered(x), self.lesson.targets(views[share]), n
+
+    def _step(self, x: Tensor, targets: Tensor, whole: int) -> float:
+        """One step of the optimizer; of the whole batch this process has x."""
+        self.network.train(whole > 1)  # BatchNorm has no statistics of one
+        device = self.team.device
+        while True:
+            try:
+                self.optimizer.zero_grad()
+                total = 0.0
+                for start in range(0, len(x), self.part):
+                    some = x[start : start + self.part].to(device), targets[start : start + self.part].to(device)
+                    with torch.autocast(device.type, torch.bfloat16, enabled=self.how.bf16):
+                        loss = self.lesson.loss(self.network, *self.lesson.mixed(*some)) * (len(some[0]) / whole)
+                    loss.backward()
+                    total += float(loss.detach())
+                total = self.team.summed(total, [p.grad for p in self.parameters if p.grad is not None])
+                if not np.isfinite(total):
+                    raise TrainingFailed(f"its loss is no number: lower `learning_rate`, or leave {self.lesson.rung} out.")
+                nn.utils.clip_grad_norm_(self.parameters, self.how.clip)
+                self.optimizer.step()
+                break
+            except TrainingFailed:
+                raise
+            except Exception as error:  # whatever a network that was only meant to answer fails with
+                if not _is_of_memory(error) or self.part == 1 or self.team.count > 1:
+                    raise TrainingFailed(f"the network cannot be trained ({first_line(error)[:200]}).") from error
+                self.part = max(1, min(self.part, len(x)) // 2)
+            gc.collect()
+        if self.average:
+            with torch.no_grad():
+                get_ema_multi_avg_fn(self.how.ema)(self.average, [p.detach() for p in self.parameters], None)
+        return total
+
+    def _thaw(self, part: float) -> None:
+        """Without gradients what the lesson has frozen yet."""
+        frozen = {id(p) for p in self.lesson.frozen(self.network, part)}
+        for parameter in self.parameters:
+            parameter.requires_grad_(id(parameter) not in frozen)
+            if id(parameter) in frozen:
+                parameter.grad = None
+
+    def _affordable(self) -> int:
+        """Epochs that there is time for, by that of a few steps whose weights are thrown away."""
+        before = {name: value.clone() for name, value in self.network.state_dict().items()}
+        fresh = _copied_state(self.optimizer.state_dict())
+        count, per_image = len(self._views(0)), []
+        source = self._batches(0)
+        self._thaw(1.0)
+        with self._chance(0):
+            for _ in range(min(PREVIEWED, len(self._sizes(count)))):
+                start = time.perf_counter()
+                x, targets, whole = next(source)
+                self._step(x, targets, whole)
+                per_image.append((time.perf_counter() - start) / whole)
+        source.close()  # type: ignore[attr-defined]
+        self.network.load_state_dict(before)
+        self.optimizer.state.clear()
+        self.optimizer.load_state_dict(fresh)
+        if self.average:
+            self.average = [p.detach().clone() for p in self.parameters]
+        an_epoch = self.team.shared(min(per_image)) * count / 60
+        found = self.how.epochs
+        if self.how.max_minutes is not None:
+            found = min(found, int(self.how.max_minutes / an_epoch))
+        if found < 1:
+            raise TrainingFailed(
+                f"an epoch of {count} images takes about {an_epoch:.1f} minutes here, {self.how.max_minutes:g} are "
+                f"allowed: give more, or leave {self.lesson.rung} out."
+            )
+        self.foretold = found * an_epoch
+        return found
+
+    def _consult(self, done: int, epochs: int) -> None:
+        """Half-way: what tuning images say."""
+        if done != (epochs + 1) // 2 or done == epochs:
+            return
+        why = ""
+        if self.watch is not None:
+            step = Step(self.lesson.done, self.fold, done, self.bank.weights.put(self.tensors()))
+            why = self.watch(State(self.state.candidate, self.state.crop_ratio, (step,)))
+        if why := self.team.shared(why):
+            raise TrainingFailed(f"given up after {done} of {epochs} epochs: {why}.")
+
+    def _kept(self) -> dict[str, Any] | None:
+        if self.file is None or not self.file.is_file():
+            return None
+        try:
+            found: dict[str, Any] = torch.load(self.file, weights_only=True)
+            return found if {"done", "epochs", "network", "optimizer", "average", "part"} <= found.keys() else None
+        except Exception:  # damaged: it is begun again
+            return None
+
+    def _keep(self, done: int, epochs: int) -> None:
+        """One file, so that weights and the optimizer's moments are always of the same epoch."""
+        if self.file is None or done == epochs:
+            return
+        content = io.BytesIO()
+        kept = {"done": done, "epochs": epochs, "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save({**kept, "average": self.average, "part": self.part}, content)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.file, content.getvalue())
+
+    def _say(self, done: int, steps: int, loss: float) -> None:
+        if self.bank.progress and self.team.first:
+            about = f", about {self.foretold:.0f} min in all" if self.foretold >= 1 else ""
+            said = f"{self.bank.stage}{self.state.candidate}: {self.lesson.doing}{about}, loss {loss:.3g}"
+            self.bank.progress(said, done, steps)
+
+
+def _optimizer(parameters: Sequence[nn.Parameter], how: Training) -> torch.optim.Optimizer:
+    from timm.optim import Lamb  # seconds, which who reads a run need not wait for
+
+    decayed, others = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]  # biases and norms
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    rate, decay = how.learning_rate, how.weight_decay
+    if how.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, weight_decay=decay)
+    return (torch.optim.AdamW if how.optimizer == "adamw" else Lamb)(groups, lr=rate, weight_decay=decay)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, steps: int, how: Training) -> Any:
+    from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+
+    least = how.learning_rate / 100
+    options: dict[str, Any] = {
+        "lr_min": least, "warmup_t": round(how.warmup * steps), "warmup_lr_init": least, "t_in_epochs": False,
+    }  # fmt: skip
+    if how.schedule == "poly":
+        return PolyLRScheduler(optimizer, steps, power=0.9, **options)
+    return CosineLRScheduler(optimizer, steps, **options)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
+def _copied_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a fresh optimizer: its groups alone."""
+    return {"state": {}, "param_groups": [dict(group) for group in state["param_groups"]]}
+
+
+def _joined(views: Sequence[Views]) -> Views:
+    parts = [v.parts for v in views if v.parts is not None]
+    return Views(
+        np.concatenate([v.images for v in views]),
+        np.concatenate([v.mirrored for v in views]),
+        np.concatenate(parts) if parts else None,
+    )
+
+
+def _cut(source: Iterator[Tensor], sizes: Sequence[int]) -> Iterator[Tensor]:
+    """A stream of rows in batches of those sizes; closes it."""
+    left = torch.empty(0)
+    with contextlib.closing(source):  # type: ignore[type-var]
+        for size in sizes:
+            while len(left) < size:
+                more = next(source)
+                left = torch.cat([left, more]) if len(left) else more
+            yield left[:size]
+            left = left[size:]

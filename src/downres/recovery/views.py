@@ -1,0 +1,114 @@
+"""What training shows of images: mirrored, parts of them, other colours, erased; drawn from the seed and the epoch alone."""
+
+import dataclasses
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from ..errors import DownresError
+from ..images import Images, batches
+from ..records import BGR, Preprocessing
+from .training import Training
+
+_RATIO = math.log(4 / 3)
+"""Of a random resized crop's sides, at most, as torchvision's and timm's."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which image, whether mirrored, which part: (n,), (n,), and (n, 4) as top, left, height, width in fractions of the image
+    or None for what the network is served.
+    """
+
+    images: np.ndarray
+    mirrored: np.ndarray
+    parts: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, chosen: slice) -> "Views":
+        return Views(self.images[chosen], self.mirrored[chosen], None if self.parts is None else self.parts[chosen])
+
+
+def drawn(images: Images, indices: np.ndarray, how: Training, random: np.random.Generator) -> Views:
+    """An epoch's views of images[indices], in its order; with `repeats` fewer images, each several times."""
+    order = random.permutation(len(indices))
+    if how.repeats > 1:
+        order = np.repeat(order[: -(-len(order) // how.repeats)], how.repeats)
+    chosen, mirrored = indices[order], random.random(len(order)) < 0.5
+    if how.crop_scale == 1:
+        return Views(chosen, mirrored)
+    area = random.uniform(how.crop_scale, 1, len(order))
+    aspect = np.array([images.shapes[int(i)][1] / images.shapes[int(i)][0] for i in chosen])
+    ratio = np.exp(random.uniform(-_RATIO, _RATIO, len(order))) / aspect
+    height, width = np.minimum(np.sqrt(area / ratio), 1), np.minimum(np.sqrt(area * ratio), 1)
+    top, left = random.random((2, len(order))) * (1 - np.stack([height, width]))
+    return Views(chosen, mirrored, np.stack([top, left, height, width], 1))
+
+
+def cut(picture: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """That part of a picture (H, W, …), at least a pixel."""
+    rows, columns = picture.shape[:2]
+    top, left, height, width = part * (rows, columns, rows, columns)
+    row, column = (min(int(round(start)), side - 1) for start, side in ((top, rows), (left, columns)))
+    return picture[row : row + max(1, round(height)), column : column + max(1, round(width))]
+
+
+class _Parts:
+    """As much of Images as `batches` asks for: the k-th is the part that the k-th view shows."""
+
+    def __init__(self, images: Images, views: Views) -> None:
+        self.images, self.views = images, views
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        assert self.views.parts is not None
+        return cut(self.images[int(self.views.images[k])], self.views.parts[k])
+
+
+def pixels_of(images: Images, views: Views, p: Preprocessing, size: int) -> Generator[Tensor]:
+    """The network's input for views in batches of `size`: (b, c, h, w). A part is stretched to it."""
+    if views.parts is None:
+        source = batches(images, views.images, p, size)
+    else:
+        whole = dataclasses.replace(p, fit="stretch", crop_ratio=1.0)
+        source = batches(_Parts(images, views), range(len(views)), whole, size)  # type: ignore[arg-type]
+    for k, x in enumerate(source):
+        yield mirror(x, views.mirrored[k * size : (k + 1) * size])
+
+
+def mirror(x: Tensor, chosen: np.ndarray) -> Tensor:
+    """Those rows of x (B, …, W) turned left to right."""
+    return torch.where(torch.from_numpy(chosen).view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+
+
+class Altered:
+    """Other colours and erased parts, image by image, by torch's own random numbers: x (B, C, h, w) of `p` → the same.
+
+    torchvision's, whose draws are torch's: a training that goes on then draws what it would have drawn.
+    """
+
+    def __init__(self, how: Training, p: Preprocessing) -> None:
+        policies = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
+        self.colours = policies[how.augment]() if how.augment else None
+        self.erase = v2.RandomErasing(how.erasing) if how.erasing else None
+        if self.colours and (len(p.mean) != 3 or p.scale != 1 / 255):
+            raise DownresError(
+                f"`augment` changes colours of 8 bits, the network takes {len(p.mean)} channels scaled by {p.scale:.6g}: leave "
+                "it out."
+            )
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (p.mean, p.std))
+        self.turned = p.channel_order == BGR
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.colours:
+            whole = ((x * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+            whole = whole.flip(1) if self.turned else whole
+            whole = torch.stack([self.colours(one) for one in whole])
+            x = ((whole.flip(1) if self.turned else whole).float() / 255 - self.mean) / self.std
+        return torch.stack([self.erase(one) for one in x]) if self.erase else x
