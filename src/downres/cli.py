@@ -815,6 +815,8 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 def _print_run(run: Any, as_json: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":  # of several processes that train together the first speaks
+        return
     if as_json:
         _print_json(run.to_json())
         return

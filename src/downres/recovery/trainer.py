@@ -1,4 +1,4 @@
-"""The one trainer: a state's weights, trained on images by what a rung teaches; killed, it goes on and ends with the same bits."""
+"""The one trainer: a state's weights, trained on images by what a rung teaches; killed, it goes on to the very same bits."""
 
 import contextlib
 import gc
@@ -26,6 +26,9 @@ from .views import Altered, Views, drawn, pixels_of
 
 PREVIEWED = 3
 """Steps of which the quickest tells how long all of them take."""
+
+CONSULTED = 4
+"""Epochs of which half tell something of the others."""
 
 
 class Lesson(Protocol):
@@ -282,7 +285,7 @@ class _Run:
 
     def _consult(self, done: int, epochs: int) -> None:
         """Half-way: what tuning images say."""
-        if done != (epochs + 1) // 2 or done == epochs:
+        if done != (epochs + 1) // 2 or epochs < CONSULTED:
             return
         why = ""
         if self.watch is not None:
