@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .images import Fold, Images
     from .measuring.cost import CONVENTION, measure_cost
     from .measuring.latency import measure_latency
+    from .measuring.training_cost import measure_training_cost
     from .models.regseg import regseg
     from .records import (
         Budget,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         Result,
         Rung,
         Score,
+        TrainingCost,
     )  # fmt: skip
     from .recovery.training import Training
     from .reduction import Reduction, reduce, token_map
@@ -55,8 +57,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     # the verbs
-    "reduce", "token_map", "measure_cost", "measure_latency", "evaluate", "recover", "costs", "curve", "search", "demo",
-    "doctor", "check", "embed", "predict", "write_report",
+    "reduce", "token_map", "measure_cost", "measure_training_cost", "measure_latency", "evaluate", "recover", "costs", "curve",
+    "search", "demo", "doctor", "check", "embed", "predict", "write_report",
     # groups of their options
     "Axes", "Budget", "Question", "Measuring", "Training",
     # models and data
@@ -65,7 +67,7 @@ __all__ = [
     # tasks
     "Task", "Arrays",
     # records
-    "Candidate", "Merge", "Cost", "Latency", "Score", "Quality", "SegmentationQuality", "MultilabelQuality",
+    "Candidate", "Merge", "Cost", "TrainingCost", "Latency", "Score", "Quality", "SegmentationQuality", "MultilabelQuality",
     "RegressionQuality", "AgreementQuality", "EmbeddingQuality", "Dense", "Drop", "Preprocessing",
     "Record", "Recovery", "Rung", "Result", "Run", "Curve", "Costs", "Diagnosis", "Change", "Reduction", "Finding", "Embedded",
     "Prediction", "MaskPrediction", "load_run", "CONVENTION", "DownresError",
@@ -80,11 +82,12 @@ _HOMES = {
     "families": ("Model", "load_model", "with_preprocessing"),
     "images": ("Fold", "Images"),
     "measuring.cost": ("CONVENTION", "measure_cost"),
+    "measuring.training_cost": ("measure_training_cost",),
     "measuring.latency": ("measure_latency",),
     "models.regseg": ("regseg",),
     "records": (
         "Budget", "Candidate", "Change", "Cost", "Dense", "Drop", "Latency", "Merge", "Preprocessing", "Record", "Recovery",
-        "Result", "Rung", "Score",
+        "Result", "Rung", "Score", "TrainingCost",
     ),
     "reduction": ("Reduction", "reduce", "token_map"),
     "reductions.dense": ("Segmenter",),

@@ -453,6 +453,10 @@ def cost(
     candidate: CandidateOption = None,
     ragged: RaggedOption = "error",
     batch_size: Annotated[int, _measure("--batch-size", help="Images in one pass.")] = 1,
+    training: Annotated[
+        bool, _measure("--training", help="Also a training step: MACs and peak memory, forward, backward and optimizer.")
+    ] = False,
+    optimizer: Annotated[str, _measure("--optimizer", help="Of --training: adamw or sgd.")] = "adamw",
     label_size: LabelSizeOption = None,
     output: OutputOption = "logits",
     upsampling: UpsamplingOption = "bilinear",
@@ -475,7 +479,7 @@ def cost(
     loaded = _load(model, weights, native_resolution, pretrained=False)
     answer: dict[str, Any] = {"label_size": _size(label_size), "output": output, "upsampling": upsampling}
     answer["output_index"] = output_index
-    found = costs(loaded, tries=tries, batch_size=batch_size, **answer)
+    found = costs(loaded, tries=tries, batch_size=batch_size, training=optimizer if training else None, **answer)
     page = found.write_picture(picture) if picture else None
     if as_json:
         _print_json({**found.to_json(), **({"picture": str(page)} if page else {})})
@@ -495,6 +499,7 @@ def cost(
                 "param bytes": format_quantity(one.param_bytes, "B"),
                 "peak activations": format_quantity(one.peak_activation_bytes, "B"),
                 "not counted": f"{sum(one.uncounted.values())} ops of {len(one.uncounted)} kinds",
+                **_of_training(row.training),
             }
         )
     out.print(terminal.stacked(rows, ("family", "candidate"), out.width))
@@ -761,6 +766,16 @@ def _training(more: list[str], **given: Any) -> Any:
     from .recovery.training import Training
 
     return Training.parse(more, **given)
+
+
+def _of_training(step: Any) -> dict[str, str]:
+    if step is None:
+        return {}
+    return {
+        "training MACs": format_quantity(step.macs),
+        "training peak": format_quantity(step.peak_bytes, "B"),
+        "gradients and optimizer": format_quantity(step.gradient_bytes + step.optimizer_bytes, "B"),
+    }
 
 
 def _text(path: Path | None) -> str | None:

@@ -296,13 +296,13 @@ def _forward(model: nn.Module, size: tuple[int, ...], watch: Watch[Seen], severa
     like = first_float(model)
     with torch.no_grad(), plain_attention(), uncompiled():
         x = torch.zeros(size, dtype=like.dtype, device=like.device)
-        args, kwargs = _given(model, x, several)
+        args, kwargs = given(model, x, several)
         with watch(nn.Module.eval(model), x) as seen:
             model(*args, **kwargs)
     return seen
 
 
-def _given(model: nn.Module, x: Tensor, several: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+def given(model: nn.Module, x: Tensor, several: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The arguments that hand the image to a model: by keyword where it takes no other."""
     asked = required_inputs(model)
     if asked and all(p.kind is p.KEYWORD_ONLY for p in asked) and (several or len(asked) == 1):

@@ -220,6 +220,24 @@ class Cost(Record):
 
 
 @dataclass(frozen=True)
+class TrainingCost(Record):
+    """Exact counts for one training step; the convention is `downres.measuring.training_cost.CONVENTION`.
+
+    macs: of forward and backward pass. peak_bytes: all memory, of which param_bytes, gradient_bytes and optimizer_bytes (what
+    the optimizer keeps from step to step) are parts. input_size: (batch, channels, height, width). uncounted: as in `Cost`.
+    """
+
+    macs: int
+    peak_bytes: int
+    param_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    optimizer: str
+    input_size: tuple[int, ...]
+    uncounted: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Latency(Record):
     """Wall-clock time of one forward pass of `batch_size` images: median, 10th and 90th percentile of `runs`.
 

@@ -119,11 +119,11 @@ class _Observer(TorchDispatchMode):
             out = func(*args, **kwargs)
         cost = fakes.known.cost.get(key) if key is not None else None
         if cost is None:
-            cost = _held(op_name(func), args, out), macs_of(func, args, kwargs, out)
+            cost = held_bytes(op_name(func), args, out), macs_of(func, args, kwargs, out)
             if key is not None:
                 fakes.known.cost[key] = cost
         held, macs = cost
-        self.live.after(_tensors((out,)), held)
+        self.live.after(tensors_in((out,)), held)
         if macs is not None:
             self.macs += macs
         elif does_arithmetic(func):
@@ -147,7 +147,7 @@ _FUSED: dict[str, Callable] = {
 }
 
 
-def _held(name: str, args: tuple, out: Any) -> int:
+def held_bytes(name: str, args: tuple, out: Any) -> int:
     """Bytes that an operator holds, for as long as it runs, of tensors as large as activations."""
     if name == "aten.convolution":
         image_and_kernel = args[:2]  # copied where they are strided: both into channels-last layout when either is in it
@@ -185,6 +185,11 @@ class LiveStorages:
         """Bytes. Whoever called the model still holds the input; that is not held against the model once it is read."""
         return max(self._peak_with_input + self._input.nbytes(), self._peak_since)
 
+    @property
+    def made_peak(self) -> int:
+        """Bytes of what operators made alone, the input not among them."""
+        return max(self._peak_with_input, self._peak_since)
+
     def before(self, tensors: Iterable[Tensor]) -> None:
         """The arguments of an operator: what none made before was there already."""
         self._reads_input = False
@@ -209,7 +214,7 @@ class LiveStorages:
         self._live -= self._made.pop(key, (0,))[0]
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """The tensors with a storage (sparse ones have none) in the arguments of an operator, some of which are lists."""
     found = []
     for value in values:
@@ -217,5 +222,5 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
             if value.layout == torch.strided:
                 found.append(value)
         elif isinstance(value, (tuple, list)):
-            found += _tensors(value)
+            found += tensors_in(value)
     return found

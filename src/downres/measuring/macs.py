@@ -48,6 +48,13 @@ def _attention(args: tuple, out: Any) -> int:
     return batch * heads * queries * key.shape[2] * (depth + value.shape[3])
 
 
+def _attention_backward(args: tuple, out: Any) -> int:
+    """gradient, query, key, value: q·kᵀ once more, and the gradients of weights (v deep), of values, of queries and of keys."""
+    query, key, value = args[1:4]
+    batch, heads, queries, depth = query.shape
+    return batch * heads * queries * key.shape[2] * (3 * depth + 2 * value.shape[3])
+
+
 def _matrix(first: int) -> Formula:
     """A matrix argument at `first` times what follows: one MAC for each of its entries and columns of the other."""
     return lambda args, out: args[first].numel() * (args[first + 1].shape[-1] if args[first + 1].dim() > 1 else 1)
@@ -115,6 +122,7 @@ _FORMULAS: dict[str, Formula] = {
             "fused_attention_overrideable",
         )
     },
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "aten.mkldnn_rnn_layer": _recurrent,
     "aten.dot": lambda args, out: args[0].numel(),
     "aten.vdot": lambda args, out: args[0].numel(),

@@ -81,11 +81,10 @@ def trained(
 ) -> tuple[State, str]:
     """(the state with trained weights, what was done).
 
-    It starts from the state's own weights and sees the state's pixels. BatchNorms take their statistics on the way. After every
-    epoch all is kept in the run's folder: a training that was killed goes on there and ends with the same weights, and one that
-    is done is not done again for another file of the same network. Raises TrainingFailed for a network that cannot be trained,
-    a loss that is no number, where `max_minutes` are too few for one epoch, and where `watch` gives up; the state given is as
-    it was.
+    It starts from the state's own weights and sees the state's pixels. After every epoch all is kept in the run's folder: a
+    training that was killed goes on there and ends with the same weights, and one that is done is not done again for another
+    file of the same network. Raises TrainingFailed for a network that cannot be trained, a loss that is no number, where
+    `max_minutes` are too few for one epoch, and where `watch` gives up; the state given is as it was.
     """
     begun = state.network
     asked = write_json([lesson.done, begun.to_json(), lesson.asked(), how.to_json(), fold, images.tolist()])
@@ -214,7 +213,7 @@ class _Run:
 
     def _step(self, x: Tensor, targets: Tensor, whole: int) -> float:
         """One step of the optimizer; of the whole batch this process has x."""
-        self.network.train(whole > 1)  # BatchNorm has no statistics of one
+        self._turn_on(whole)
         device = self.team.device
         while True:
             try:
@@ -243,6 +242,12 @@ class _Run:
             with torch.no_grad():
                 get_ema_multi_avg_fn(self.how.ema)(self.average, [p.detach() for p in self.parameters], None)
         return total
+
+    def _turn_on(self, whole: int) -> None:
+        self.network.train(whole > 1)  # BatchNorm has no statistics of one
+        for module in nn.Module.modules(self.network) if not self.how.batchnorm else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
     def _thaw(self, part: float) -> None:
         """Without gradients what the lesson has frozen yet."""

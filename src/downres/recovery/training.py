@@ -23,7 +23,8 @@ class Training(Record):
     epochs: passes over the training images, as many as `max_minutes` allow. training_batch: images a step; where they do not
     fit into the memory they are looked at in parts. learning_rate: the highest, of SGD (momentum 0.9) and LAMB give their own.
     warmup: part of all steps. clip: of the gradient's norm. ema: decay of an average of the weights, which is what is kept;
-    0: none. bf16: compute in bfloat16 as far as autocast does.
+    0: none. bf16: compute in bfloat16 as far as autocast does. batchnorm: take statistics from every batch on the way; False
+    keeps those that are there, from which a network that is trained already is not thrown off by a few images.
 
     What images are shown as: mirrored at random; crop_scale: a part of at least so much of the area instead of the whole (1;
     a random resized crop); augment: 'randaugment' or 'trivialaugment' on top; erasing: the probability that a part is erased;
@@ -42,6 +43,7 @@ class Training(Record):
     schedule: str = "cosine"
     ema: float = 0.0
     bf16: bool = False
+    batchnorm: bool = False
     crop_scale: float = 1.0
     augment: str = ""
     erasing: float = 0.0

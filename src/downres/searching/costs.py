@@ -19,9 +19,11 @@ from ..fakes import Known
 from ..families import Model, load_model
 from ..families.find import find_adapter
 from ..measuring.cost import CONVENTION, count, measure_cost
+from ..measuring.training_cost import CONVENTION as OF_TRAINING
+from ..measuring.training_cost import measure_training_cost
 from ..parse import Resolution, format_quantity, format_resolution
 from ..probe import Answer, FakeCopy, chosen_answer, find_answers
-from ..records import Candidate, Cost, Merge
+from ..records import Candidate, Cost, Merge, TrainingCost
 from ..reduction import made_for, reduce
 from ..reports.rows import ORIGINAL, Row
 from ..tasks import Question, counted
@@ -55,7 +57,11 @@ class Costs:
             "model": self.model,
             "batch_size": self.batch_size,
             "convention": self.convention,
-            "costs": [{"family": row.family, **row.candidate.to_json(), **row.cost.to_json()} for row in self.rows],
+            "costs": [
+                {"family": row.family, **row.candidate.to_json(), **row.cost.to_json()}
+                | ({"training": row.training.to_json()} if row.training else {})
+                for row in self.rows
+            ],
             "notes": list(self.notes),
         }
 
@@ -83,6 +89,7 @@ def costs(
     output: str = "logits",
     upsampling: str = "bilinear",
     output_index: int | str | None = None,
+    training: str | None = None,
 ) -> Costs:
     """Cost at the model's own resolution and of families of candidates, each along its own axis; no weights are needed.
 
@@ -98,6 +105,7 @@ def costs(
         label_size: of a segmentation network: its answer is brought to this size, None: to the model's own resolution; output,
             upsampling, output_index: as in `search`. Always counted; of a network with several outputs none of which is named
             nothing is brought to that size.
+        training: count a training step too, by 'adamw' or 'sgd', on `batch_size` images; see `measure_training_cost`.
 
     A candidate that cannot be made of this network or does not run is left out, with the reason among the notes. Raises
     DownresError when that is all of them.
@@ -113,17 +121,22 @@ def costs(
         axes = axes.replaced({RESOLUTION.keyword: RESOLUTION.defaults(design)})
     along, _ = plan(design, dataclasses.replace(axes, candidates=()))
     planned, notes = plan(design, axes)
-    rows, refused = [Row(ORIGINAL, native, measure(native))], []
+
+    def row(family: str, candidate: Candidate) -> Row:
+        return Row(family, candidate, measure(candidate), measure.training(candidate, training) if training else None)
+
+    rows, refused = [row(ORIGINAL, native)], []
     for candidate in planned:
         try:
-            rows.append(Row(_family(candidate, design) if candidate in along else GIVEN, candidate, measure(candidate)))
+            rows.append(row(_family(candidate, design) if candidate in along else GIVEN, candidate))
         except DownresError as error:
             refused.append((candidate, error))
     if refused and len(rows) == 1:
         raise refused[0][1]
     notes += [*measure.notes, *_higher_peaks(rows)]
     notes += [f"{candidate} left out: {str(error).rstrip('.')}" for candidate, error in refused]
-    return Costs(model.spec, tuple(rows), batch_size, CONVENTION, tuple(notes))
+    convention = f"{CONVENTION} {OF_TRAINING}" if training else CONVENTION
+    return Costs(model.spec, tuple(rows), batch_size, convention, tuple(notes))
 
 
 def _higher_peaks(rows: Sequence[Row]) -> list[str]:
@@ -188,6 +201,15 @@ class _Measuring:
             return count(FakeCopy(_only_fake(self._reduced(self.weightless, candidate)), known=self.known), size)
         except Exception:  # something looked at numbers that are not there; the real one says what else is wrong
             return measure_cost(self._reduced(self.model.module, candidate), size, fuse=False)
+
+    def training(self, candidate: Candidate, optimizer: str) -> TrainingCost:
+        """Of a network that is fed the candidate's pixels; its answer is that of the network itself, at its own size."""
+        size = self.batch_size, self.channels, *(candidate.hw or self.native)
+        if candidate == Candidate(self.model.preprocessing.resolution):
+            network = made_for(self.model.module, self.native)
+        else:
+            network = reduce(self.model.module, candidate, input_size=(self.channels, *self.native), resize_input=False)
+        return measure_training_cost(network, size, optimizer=optimizer)
 
     @cached_property
     def convnet(self) -> bool:
