@@ -15,7 +15,7 @@ LAYERS = (
     ("techniques",),
     ("records",),
     ("axes",),
-    ("engines", "fakes"),
+    ("engines", "fakes", "macs"),
     ("probe",),
     ("reductions", "images"),
     ("models",),

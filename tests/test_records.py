@@ -28,6 +28,7 @@ from downres.records import (
     Result,
     Rung,
     Score,
+    TrainingCost,
 )
 from downres.tasks.classification.quality import Quality
 from downres.tasks.classification.task import Classification
@@ -66,6 +67,7 @@ EXAMPLES = [
     Preprocessing(96, mean=(103.5, 116.0, 123.7), std=(1.0,) * 3, channel_order="bgr", scale=1.0, antialias=False),
     Result(Candidate((240, 320)), "measured", naive=MASKS, quality=MASKS, drop=DROP),
     Preprocessing(224, 0.875),
+    TrainingCost(9, 8, 4, 4, 8, "adamw", (2, 3, 8, 8), {"aten.add": 3}),
     Preprocessing((192, 384), 1.0, "bicubic", (0.5,), (0.25,), "given"),
     Rung("head", 83.5, 120, 2.5, 500, "logistic regression, C=0.01"),
     Recovery("head", 0.875, 3.5, (Rung("none", 60.0, 120, 0.5), Rung("head", 83.5, 120, 2.5)), DROP),

@@ -18,7 +18,8 @@ class Axes:
 
     resolutions: of the input. stem_scales: resample after the embedding. patch_sizes: in pixels. merges: `Merge`, or
     what it is made of (8, 0.5, '8-decreasing'). candidates: as they are or as text, in any combination. ragged: what patches
-    do where they do not divide the input. depths, widths: model scaling, for costs. precisions, runtimes: each tried with every
+    do where they do not divide the input. depths, widths: model scaling, for costs. prunings: parts of the MACs that are left
+    when channels are taken out. precisions, runtimes: each tried with every
     other candidate (`("fp32", "int8")`), None and () the default alone. extra: of techniques registered from
     outside, by their keywords: `{"grey": (True,)}`. snap: take `resolutions` to multiples of the network's stride; the
     defaults are such. joint: try the axes in all combinations, at most so many: of more a search has Optuna choose, on tuning
@@ -33,6 +34,7 @@ class Axes:
     ragged: str = "error"
     depths: Sequence[int] | None = None
     widths: Sequence[float] | None = None
+    prunings: Sequence[float] | None = None
     precisions: Sequence[str] | None = None
     runtimes: Sequence[str | None] | None = None
     extra: tuple[tuple[str, Any], ...] | Mapping[str, Any] = ()

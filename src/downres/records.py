@@ -39,6 +39,7 @@ class Candidate(Record):
     depth, width: number of blocks, and factor on the channels: another network of the same design, to be trained.
     precision: what the file that runs computes in: 'fp32', 'bf16', 'fp16' or 'int8'.
     runtime: the engine that it is measured in and shipped for; None: the first that a run was given.
+    pruning: part of the MACs that is left after structured pruning of channels.
     extra: values of techniques that were registered from outside, by their names: `{"grey": True}`.
 
     Each field is checked, written, read and applied by its technique, see `downres.techniques`.
@@ -55,6 +56,7 @@ class Candidate(Record):
     precision: str = "fp32"
     runtime: str | None = None
     extra: tuple[tuple[str, Any], ...] | Mapping[str, Any] = ()
+    pruning: float = 1.0
 
     def __post_init__(self) -> None:
         extra, kept = dict(self.extra), {}
@@ -125,7 +127,7 @@ class Candidate(Record):
         values = super().to_json()
         extra = values.pop("extra")
         for t in techniques():  # what only few name is left out where it is not named
-            if t.in_file and not t.is_on(self):
+            if (t.in_file or t.seldom) and not t.is_on(self):
                 values.pop(t.name, None)
         return {**values, "extra": dict(extra)} if extra else values
 

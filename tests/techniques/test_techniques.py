@@ -19,6 +19,7 @@ VALUES = {
     "merge": [{"merge": Merge(8)}, {"merge": Merge(keep=0.5, by="prune")}, {"merge": Merge(4, schedule="decreasing")}],
     "depth": [{"depth": 8}],
     "width": [{"width": 0.67}, {"width": 2.0}],
+    "pruning": [{"pruning": 0.5}, {"pruning": 0.667}],
     "precision": [{"precision": "int8"}, {"precision": "bf16"}],
     "runtime": [{"runtime": "openvino"}, {"runtime": "onnxruntime:cuda"}],
 }

@@ -17,10 +17,10 @@ from ..copying import first_float, refuse_sealed, unwrapped
 from ..copying import parameters as parameters_of
 from ..engines.fuse import fused, is_fusible, noise
 from ..fakes import arguments
+from ..macs import does_arithmetic, macs_of, op_name
 from ..probe import FakeCopy, batched, channels_of, check_rows, materialised, rows
 from ..records import Cost
 from . import fastpath
-from .macs import does_arithmetic, macs_of, op_name
 
 CONVENTION = (
     "1 MAC = 1 multiply + 1 add, for the whole batch. Counted: convolutions, linear layers, matrix products, attention "

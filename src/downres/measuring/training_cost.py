@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..copying import copied, refuse_sealed, unwrapped
 from ..errors import DownresError, first_line
+from ..macs import does_arithmetic, macs_of, op_name
 from ..probe import batched, channels_of, given, materialised
 from ..records import TrainingCost
 from .cost import LiveStorages, held_bytes, tensors_in
-from .macs import does_arithmetic, macs_of, op_name
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": torch.optim.AdamW,

@@ -2,6 +2,7 @@
 
 from .patch import PATCH
 from .precision import PRECISION
+from .pruning import PRUNING
 from .resolution import RESOLUTION
 from .runtime import RUNTIME
 from .scaling import DEPTH, WIDTH
@@ -9,7 +10,7 @@ from .stem import STEM
 from .technique import Design, Style, Technique, register, techniques, unregister
 from .tokens import TOKENS, Merge
 
-for _technique in (RESOLUTION, STEM, PATCH, TOKENS, DEPTH, WIDTH, PRECISION, RUNTIME):
+for _technique in (RESOLUTION, STEM, PATCH, TOKENS, DEPTH, WIDTH, PRUNING, PRECISION, RUNTIME):
     register(_technique)
 
 __all__ = [

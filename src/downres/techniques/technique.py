@@ -60,6 +60,7 @@ class Technique:
     sought: what a call of `reduce` that changes nothing says it looked for.
     in_file: changes the file that a runtime gets, and nothing of the network: costs are those of the network.
     crosses: its values are tried with every other candidate, and not at the original's resolution alone.
+    seldom: left out of JSON where it is off, as is what is in the file: runs of before its time are read as ever.
     """
 
     name: str = ""
@@ -76,6 +77,7 @@ class Technique:
     sought: str = ""
     in_file: bool = False
     crosses: bool = False
+    seldom: bool = False
     styles: Mapping[str, Style] = {}
     """Family in the picture of costs → its line."""
 
