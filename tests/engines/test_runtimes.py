@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from downres.engines import available_cores
-from downres.engines.onnxruntime import NotExported, OnnxRuntime, export_onnx, resize_onnx
+from downres.engines.onnxruntime import NotExported, OnnxRuntime, alone_onnx, export_onnx, resize_onnx
 from downres.engines.torch import TorchRuntime
 from downres.errors import DownresError
+from downres.recovery.features import Classifier
 
 SIZE = (3, 64, 64)
 
@@ -237,3 +238,48 @@ def test_a_graph_at_another_size_is_the_one_exported_there_or_none(network, size
             assert np.array_equal(found(images(n, size))[0], own(images(n, size))[0])
         graph = onnx.load(tmp_path / "resized.onnx").graph
         assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim[1:]] == list(size)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "vit_tiny_patch16_224"])
+def test_a_graph_without_its_features_is_the_one_exported_so(name, tmp_path):
+    """With another last layer; compared with an export of the whole network, node by node, and with torch."""
+    kind = {"depth": 1, "img_size": 64} if name.startswith("vit") else {}
+    model = timm.create_model(name, num_classes=5, **kind).eval()
+    head = "head" if kind else "classifier"
+    export_onnx(Classifier(model, head), (3, 64, 64), tmp_path / "both.onnx", ("logits", "features"))
+    linear = model.get_submodule(head)
+    with torch.no_grad():
+        linear.weight.normal_(std=0.1)
+        linear.bias.normal_()
+    numbers = [p.detach().numpy() for p in (linear.weight, linear.bias)]
+    assert alone_onnx(tmp_path / "both.onnx", model, (3, 64, 64), tmp_path / "alone.onnx", "logits", *numbers)
+    export_onnx(model, (3, 64, 64), tmp_path / "exported.onnx")
+    alone, exported = (onnx.load(tmp_path / f"{which}.onnx").graph for which in ("alone", "exported"))
+    assert [node.op_type for node in alone.node] == [node.op_type for node in exported.node]
+    assert len(alone.initializer) == len(exported.initializer)
+    assert [output.name for output in alone.output] == ["logits"] and "features" not in str(alone.output)
+    image = np.random.default_rng(1).standard_normal((3, 3, 64, 64), dtype=np.float32)
+    answers = [OnnxRuntime(tmp_path / f"{which}.onnx")(image)[0] for which in ("alone", "exported")]
+    np.testing.assert_allclose(*answers, rtol=1e-4, atol=1e-5)
+    other = timm.create_model(name, num_classes=5, **kind).eval()  # with another body
+    assert not alone_onnx(tmp_path / "both.onnx", other, (3, 64, 64), tmp_path / "wrong.onnx", "logits", *numbers)
+    assert not (tmp_path / "wrong.onnx").exists()
+
+
+class Softened(torch.nn.Module):
+    """Something comes behind its last linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Conv2d(3, 4, 8, 8)
+        self.head = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3))) * 2
+
+
+def test_a_graph_with_more_behind_its_last_layer_is_exported(tmp_path):
+    model = Softened().eval()
+    export_onnx(Classifier(model, "head"), (3, 16, 16), tmp_path / "both.onnx", ("logits", "features"))
+    numbers = [p.detach().numpy() for p in (model.head.weight, model.head.bias)]
+    assert not alone_onnx(tmp_path / "both.onnx", model, (3, 16, 16), tmp_path / "alone.onnx", "logits", *numbers)

@@ -365,6 +365,55 @@ def resize_onnx(source: Path, model: nn.Module, input_size: tuple[int, int, int]
     return True
 
 
+def alone_onnx(
+    source: Path,
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    path: Path,
+    name: str,
+    weight: np.ndarray,
+    bias: np.ndarray,
+) -> bool:
+    """Writes the graph of `source`, whose first output is that of its last linear layer beside what that layer reads, with this
+    layer in its place and that output alone, called `name`; whether it is `model`, to be seen as in `resize_onnx`.
+
+    weight: (K, F), bias: (K,). An export takes seconds, and would give the same graph.
+    """
+    made = onnx.load(source)
+    graph = made.graph
+    by = {output: node for node in graph.node for output in node.output}
+    first = graph.output[0]
+    part = by.get(first.name)
+    both = by.get(part.input[0]) if part is not None and part.op_type == "Slice" else None
+    layer = by.get(both.input[0]) if both is not None and both.op_type == "Concat" else None
+    if layer is None or layer.op_type != "Gemm" or {a.name: a.i for a in layer.attribute}.get("transB") != 1:
+        return False  # something comes behind that layer
+    last = [node for node in graph.node if both is not None and (node is both or both.output[0] in node.input)]
+    for node in last:
+        graph.node.remove(node)
+    own = [f"{name}.weight", f"{name}.bias"]
+    layer.input[1:] = own
+    layer.output[0] = name
+    graph.initializer.extend(onnx.numpy_helper.from_array(value, of) for value, of in zip((weight, bias), own, strict=True))
+    used = {value for node in graph.node for value in node.input}
+    for initializer in [one for one in graph.initializer if one.name not in used]:
+        graph.initializer.remove(initializer)
+    kept = {value for node in graph.node for value in node.output} - {name}
+    for info in [one for one in graph.value_info if one.name not in kept]:
+        graph.value_info.remove(info)
+    first.name = name
+    del graph.output[1:]
+    image = np.random.default_rng(0).standard_normal((2, *input_size), dtype=np.float32)
+    content = made.SerializeToString()
+    try:
+        same = all(_equal(a, b) for a, b in zip(OnnxRuntime(content)(image), TorchRuntime(model)(image), strict=True))
+    except Exception:  # whatever it fails with: it is exported anew
+        return False
+    if same:
+        path.write_bytes(content)
+    return same
+
+
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two answers are the same but for rounding (1e-5 of the largest; a padding that differs moves a tenth)."""
     return a.shape == b.shape and bool(np.abs(a - b).max() <= 1e-5 * np.abs(b).max())

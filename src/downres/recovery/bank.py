@@ -236,10 +236,15 @@ class Bank:
         with tempfile.TemporaryDirectory(prefix="downres-") as place:
             direct = engine.text == "onnxruntime" and state.candidate.precision == FP32
             exported = file if direct else Path(place) / "exported.onnx"
-            export_onnx(serve(self.network(state)), size, exported, (name,))
+            if not self.taken_from(state, serve, exported, name):
+                export_onnx(serve(self.network(state)), size, exported, (name,))
             if not direct:
                 self.write(state, exported, file, self.head_weight(state))
         return engine
+
+    def taken_from(self, state: State, serve: Callable[[nn.Module], nn.Module], file: Path, name: str) -> bool:
+        """Whether `file` could be written, with the one output `name`, from a graph that was exported before."""
+        return False
 
     def _seen(self, state: State, step: Step) -> Batches:
         """The images that ranges are taken from."""
@@ -255,12 +260,16 @@ class Bank:
         """Weight (K, F) of the last linear layer in the file of a state, where that is known."""
         return None
 
+    def onnx_file(self, state: State) -> Path:
+        """Where `onnx` has that, or will have it. The graph depends on candidate and weights: the crop happens before it."""
+        assert self.folder is not None
+        same_graph = state if state.step(RECALIBRATED) else dataclasses.replace(state, crop_ratio=1.0)
+        return self.folder / "onnx" / f"{same_graph.key()}.onnx"
+
     def onnx(self, state: State) -> Path:
         """The file of the state's network in the run's folder, exported once."""
         assert self.folder is not None
-        # The graph depends on the candidate and the weights: the crop happens before it.
-        same_graph = state if state.step(RECALIBRATED) else dataclasses.replace(state, crop_ratio=1.0)
-        file = self.folder / "onnx" / f"{same_graph.key()}.onnx"
+        file = self.onnx_file(state)
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             size = (len(self.preprocessing.mean), *self.preprocessing_of(state).hw)

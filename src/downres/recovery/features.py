@@ -5,6 +5,7 @@ once, kept, resumed.
 import contextlib
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..copying import copied
+from ..engines.onnxruntime import alone_onnx
 from ..errors import DownresError
 from ..families.weights import fingerprint
 from ..probe import logits_of
@@ -134,6 +136,15 @@ class FeatureBank(Bank):
 
     def head_weight(self, state: State) -> np.ndarray | None:
         return None if (found := self.head_of(state)) is None else found.weight
+
+    def taken_from(self, state: State, serve: Callable[[nn.Module], nn.Module], file: Path, name: str) -> bool:
+        """The graph with features, without them and with the state's head."""
+        head, known = self.head_of(state), state.network.without(REFITTED)
+        if head is None or self._in_torch(state.candidate) or not self.onnx_file(known).is_file():
+            return False
+        size = (len(self.preprocessing.mean), *self.preprocessing_of(state).hw)
+        network = serve(self.network(state))
+        return alone_onnx(self.onnx_file(known), network, size, file, name, head.weight, head.bias)
 
     def features(self, state: State, indices: np.ndarray, *, serving: bool = True) -> np.ndarray:
         assert self.images is not None
