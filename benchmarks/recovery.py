@@ -4,6 +4,7 @@ distilled without labels, fine-tuned with labels.
     python benchmarks/recovery.py catdog --photos ../shared/data     EfficientNet-Lite0, 700 photographs of cats and dogs
     python benchmarks/recovery.py cells                              the same network, 2624 solar cells
     python benchmarks/recovery.py camvid --photos ../shared/data     a RegSeg of `--weights`, street scenes, mIoU
+    python benchmarks/recovery.py table                              what is there, into docs/recovery.md and its picture
 
 Each seed divides the photographs anew, half to be fitted on and half for the proof; the original is that with a head fitted for
 the data (camvid: as it was trained). Every rung starts from the original's weights at the small resolution and each training
@@ -14,12 +15,16 @@ run again. `drop` is paired, in points, over the proof images of one seed; `drop
 import argparse
 import dataclasses
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import plotly.graph_objects as go
 from measuring import RESULTS, save
+from plotly.subplots import make_subplots
 
 import downres
 from downres import Budget, Candidate, Training
@@ -32,6 +37,17 @@ from downres.searching.prepare import Measuring, open_data, prepare_task
 from downres.tasks import Question
 from downres.tasks.classification.elpv import open_elpv
 
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "recovery.md"
+MARKS = "<!-- table -->\n", "<!-- end of table -->"
+SAID = {
+    "catdog": "EfficientNet-Lite0 at 224 px, cats and dogs", "cells": "EfficientNet-Lite0 at 300 px, solar cells",
+    "camvid": "RegSeg, CamVid",
+}  # fmt: skip
+WORDS = {
+    "none": "lowered only", "batchnorm": "recalibrated", "head": "head refitted", "fixres": "FixRes",
+    "distill": "distilled, no labels", "finetune": "fine-tuned",
+}  # fmt: skip
+COLOURS = ("#6b7280", "#9ca3af", "#2563eb", "#d97706", "#059669", "#db2777")
 FILE = RESULTS / "recovery.json"
 RUNGS = ("none", "batchnorm", "head", "fixres", "distill", "finetune")
 SIZES = {"catdog": (128, 96, 64), "cells": (128, 64), "camvid": ((240, 320), (180, 240), (120, 160))}
@@ -79,15 +95,101 @@ def rows_of(part: str, data: Any, model: Any, fit_head: bool, seed: int, sizes: 
                 bank.release()
 
 
+def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each part, resolution and rung: means over the seeds, and the least and the most of the drop."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["part"], row["resolution"], row["rung"]), []).append(row)
+    return [
+        {
+            "part": part, "resolution": size, "rung": rung, "seeds": len(own), "score": mean(r["score"] for r in own),
+            "drop": mean(r["drop"] for r in own), "low": min(r["drop"] for r in own), "high": max(r["drop"] for r in own),
+            "seconds": mean(r["seconds"] for r in own), "original": mean(r["original"] for r in own),
+        }
+        for (part, size, rung), own in groups.items()
+    ]  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]], training: dict[str, dict[str, Any]]) -> str:
+    """A table for each part in Markdown: rungs across, resolutions down; the best of each in bold."""
+    found, parts = summarised(rows), list(dict.fromkeys(row["part"] for row in rows))
+    lines = []
+    for part in parts:
+        own = [row for row in found if row["part"] == part]
+        rungs = [rung for rung in RUNGS if any(row["rung"] == rung for row in own)]
+        how, one = training[part], next(row for row in rows if row["part"] == part)
+        seeds = max(row["seeds"] for row in own)
+        lines += [
+            f"**{SAID[part]}**: {one['fit']} images to fit on, {one['proof']} for the proof, {seeds} divisions; each training "
+            f"{how['epochs']} epochs. Points lost against the original, mean, and least to most over the divisions.",
+            "",
+            "| px | " + " | ".join(WORDS[rung] for rung in rungs) + " |",
+            "|--:|" + "--:|" * len(rungs),
+        ]
+        for size in dict.fromkeys(row["resolution"] for row in own):
+            cells = {row["rung"]: row for row in own if row["resolution"] == size}
+            least = min(row["drop"] for row in cells.values())
+            shown = []
+            for rung in rungs:
+                if (row := cells.get(rung)) is None:
+                    shown.append("")
+                    continue
+                mark = "**" if row["drop"] == least else ""
+                shown.append(f"{mark}{row['drop']:.1f}{mark} ({row['low']:.1f}…{row['high']:.1f})")
+            lines.append(f"| {size} | " + " | ".join(shown) + " |")
+        times = {rung: mean(row["seconds"] for row in own if row["rung"] == rung) for rung in rungs}
+        lines += ["| mean s | " + " | ".join(f"{times[rung]:.0f}" for rung in rungs) + " |", ""]
+    return "\n".join(lines) + "\n"
+
+
+def picture(rows: list[dict[str, Any]]) -> go.Figure:
+    """Points lost against resolution, a line a rung, a panel a part."""
+    found, parts = summarised(rows), list(dict.fromkeys(row["part"] for row in rows))
+    figure = make_subplots(1, len(parts), subplot_titles=[SAID[part] for part in parts])
+    for k, part in enumerate(parts, 1):
+        for rung, colour in zip(RUNGS, COLOURS, strict=True):
+            own = [row for row in found if (row["part"], row["rung"]) == (part, rung)]
+            if not own or rung == "batchnorm":  # far below: it would flatten the others
+                continue
+            figure.add_scatter(
+                x=[row["resolution"] for row in own], y=[row["drop"] for row in own], name=WORDS[rung], legendgroup=rung,
+                showlegend=k == 1, mode="lines+markers", line={"color": colour},
+                error_y={
+                    "type": "data", "symmetric": False, "array": [row["high"] - row["drop"] for row in own],
+                    "arrayminus": [row["drop"] - row["low"] for row in own], "thickness": 1,
+                },
+                row=1, col=k,
+            )  # fmt: skip
+        figure.update_xaxes(title="pixels", type="category", row=1, col=k)
+    figure.update_yaxes(title="points lost", autorange="reversed", gridcolor="#e5e7eb")
+    return figure.update_layout(width=1100, height=420, template="plotly_white", font={"size": 14}, margin={"t": 50, "b": 60})
+
+
+def write_document() -> None:
+    kept = json.loads(FILE.read_text())
+    before, _, rest = DOCUMENT.read_text().partition(MARKS[0])
+    told = f"{kept['date']}, {kept['hardware']}, {kept['threads']} cores, other work beside it: seconds are no benchmark.\n\n"
+    shown = "![Points lost against resolution, rung by rung](recovery.png)\n\n"
+    text = table(kept["rows"], kept["training"])
+    DOCUMENT.write_text(before + MARKS[0] + shown + text + told + MARKS[1] + rest.partition(MARKS[1])[2])
+    sys.path.append(str(DOCUMENT.parents[1] / "recipes"))
+    from pictures import save_png
+
+    save_png(picture(kept["rows"]), DOCUMENT.with_suffix(".png"))
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("part", choices=sorted(SIZES))
+    options.add_argument("part", choices=[*sorted(SIZES), "table"])
     options.add_argument("--photos", type=Path, help="the folder with catdog and camvid")
     options.add_argument("--weights", type=Path, help="of camvid's RegSeg")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--epochs", type=int, default=10)
     options.add_argument("--learning-rate", type=float, default=3e-4)
     given = options.parse_args()
+    if given.part == "table":
+        write_document()
+        return
     how = Training(epochs=given.epochs, learning_rate=given.learning_rate)
     if given.part == "camvid":
         model = downres.load_model("regseg:camvid", weights=given.weights)

@@ -435,6 +435,9 @@ def test_bounds_are_those_that_decide_and_rounded_away_from_the_proof():
 def test_time_is_gained_only_where_the_rounds_part():
     before, after = latency(10.0), latency(8.0)
     assert words.faster(before, dataclasses.replace(after, ratio=(1.1, 1.4))) == "1.2× less time"
+    # The medians say 1.2, the rounds something else.
+    assert words.faster(before, dataclasses.replace(after, ratio=(1.5, 1.6))) == "1.5× less time"
+    assert words.faster(before, dataclasses.replace(after, ratio=(1.05, 1.1))) == "1.1× less time"
     assert words.faster(before, dataclasses.replace(after, ratio=(0.9, 1.6))) == ""
     assert words.faster(before, dataclasses.replace(latency(12.0), ratio=(0.8, 0.9))) == "1.2× more time"
     assert words.faster(before, dataclasses.replace(latency(12.0), ratio=(0.8, 1.1))) == ""

@@ -133,6 +133,7 @@ class _Run:
         self.part = how.training_batch  # images at once
         self.file = None if bank.folder is None or not self.team.first else bank.folder / "training" / f"{name}.pt"
         self.foretold = 0.0
+        self.began, self.shown = time.perf_counter(), 0
 
     def go(self) -> str:
         epochs, done = self.how.epochs, 0
@@ -147,6 +148,7 @@ class _Run:
         per_epoch = len(self._sizes(count))
         steps = epochs * per_epoch
         schedule = _schedule(self.optimizer, steps, self.how)
+        self.began = time.perf_counter()
         with self.team.logging(self.how.log, self.bank.folder, f"{self.lesson.rung} {self.state.candidate}") as log:
             for epoch in range(done, epochs):
                 self._thaw(epoch / epochs)
@@ -155,6 +157,7 @@ class _Run:
                     for i, (x, targets, whole) in enumerate(self._batches(epoch)):
                         schedule.step_update(epoch * per_epoch + i)
                         total += self._step(x, targets, whole)
+                        self.shown += whole
                         self._say(epoch * per_epoch + i + 1, steps, total / (i + 1))
                 log({"loss": total / per_epoch}, epoch + 1)
                 self.team.averaged(self.network)
@@ -321,7 +324,8 @@ class _Run:
     def _say(self, done: int, steps: int, loss: float) -> None:
         if self.bank.progress and self.team.first:
             about = f", about {self.foretold:.0f} min in all" if self.foretold >= 1 else ""
-            said = f"{self.bank.stage}{self.state.candidate}: {self.lesson.doing}{about}, loss {loss:.3g}"
+            rate = f", {self.shown / max(time.perf_counter() - self.began, 1e-9):.0f} images/s"
+            said = f"{self.bank.stage}{self.state.candidate}: {self.lesson.doing}{about}{rate}, loss {loss:.3g}"
             self.bank.progress(said, done, steps)
 
 

@@ -192,11 +192,16 @@ def _lower(drop: Drop) -> str:
 
 
 def faster(before: Latency, after: Latency) -> str:
-    """`4.5× less time` where the rounds, or without them the spreads, part; '' where the noise could be all of it."""
+    """`4.5× less time` where the rounds, or without them the spreads, part; '' where the noise could be all of it. Never a
+    factor that the rounds contradict: where times have two modes the medians may be of different ones.
+    """
     quicker, slower = after.faster, after.slower
     if after.ratio is None:
         quicker, slower = after.p90_ms < before.p10_ms, after.p10_ms > before.p90_ms
-    return gain(before.latency_ms, after.latency_ms, "less time", "more time") if quicker or slower else ""
+    factor = before.latency_ms / after.latency_ms if after.latency_ms > 0 else 0.0
+    if after.ratio is not None:
+        factor = min(max(factor, after.ratio[0]), after.ratio[1])
+    return gain(factor, 1.0, "less time", "more time") if quicker or slower else ""
 
 
 def change(drop: float, unit: str = "points") -> str:

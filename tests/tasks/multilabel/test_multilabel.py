@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score
 
-from downres import DownresError, check, curve, predict, search
+from downres import DownresError, check, curve, predict, recover, search
 from downres.measuring.paired import resamples
 from downres.tasks.multilabel.quality import average_precision, class_precision, multilabel_quality, resampled_map
 from downres.tasks.multilabel.task import targets_of
@@ -127,3 +128,17 @@ def test_outputs_that_are_not_the_columns_are_refused(painted: tuple[Path, np.nd
         curve(model_of(Colours(5)), folder, [16], task="multilabel", labels=labels(folder, colours, tmp_path / "l.csv"))
     with pytest.raises(DownresError, match="name it with `labels="):
         curve(model_of(Colours()), folder, [16], task="multilabel")
+
+
+def test_labels_are_learned(painted: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    """From a network that answers at random."""
+    folder, colours = painted
+    module = Colours(2)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(module.head.weight)
+    _, _, recovery = recover(
+        model_of(module), folder, resolution=16, task="multilabel", labels=labels(folder, colours, tmp_path / "l.csv", 2),
+        rungs=("finetune",), max_drop=0.0, epochs=40, learning_rate=0.05, training_batch=20, mixup=0.1, threads=1,
+    )  # fmt: skip
+    none, trained = recovery.tried
+    assert trained.rung == "finetune" and trained.score > max(90, none.score)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import r2_score
 
-from downres import DownresError, check, curve, predict, search
+from downres import DownresError, check, curve, predict, recover, search
 from downres.records import OUTSIDE
 from downres.tasks.regression.task import r_squared
 
@@ -96,3 +96,16 @@ def test_a_head_is_fitted_by_ridge_regression(painted: tuple[Path, np.ndarray], 
         resolutions=[16], stem_scales=(), snap=False, max_drop=5.0, runtime="torch", threads=1, out=tmp_path / "run",
     )  # fmt: skip
     assert run.original.quality.mae < 5.0
+
+
+def test_numbers_are_learned(painted: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    """From a network that answers 0."""
+    folder, colours = painted
+    module = Colours(1)
+    torch.nn.init.zeros_(module.head.weight)
+    _, _, recovery = recover(
+        model_of(module), folder, resolution=16, task="regression", labels=labels(colours, tmp_path / "l.csv"),
+        rungs=("finetune",), max_drop=0.0, epochs=60, learning_rate=1.0, weight_decay=0.0, threads=1,
+    )  # fmt: skip
+    none, *trained = recovery.tried
+    assert [rung.rung for rung in trained] == ["finetune"] and trained[-1].score < 0.3 * none.score

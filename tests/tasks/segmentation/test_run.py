@@ -538,3 +538,15 @@ def test_real_street_scenes(shared_data, tmp_path):
     assert small.drop.drop == pytest.approx(run.original.quality.miou - small.quality.miou)
     assert run.original.cost.peak_activation_bytes > 4 * 11 * 360 * 480
     assert small.drop.verdict == TOO_FEW and run.best is None  # 8 images
+
+
+@pytest.mark.parametrize("rung", ["distill", "fixres", "finetune"])
+def test_training_wins_pixels_back(segmenter, scenes, rung):
+    """With masks or without; with random parts of the pictures the masks follow."""
+    options = {"resolution": (24, 32), "max_drop": 0.0, "threads": 1, "epochs": 25, "training_batch": 8, "learning_rate": 1e-3}
+    if rung == "finetune":
+        options["crop_scale"] = 0.5
+    network, p, recovery = recover(segmenter("rough"), scenes, rungs=(rung,), **options)
+    none, trained = recovery.tried
+    assert trained.rung == rung and trained.n == none.n and trained.score > none.score + 5
+    assert network(torch.zeros(1, 3, *p.hw)).shape[-2:] == (24, 32)
