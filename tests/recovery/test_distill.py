@@ -374,7 +374,15 @@ def test_photographs_are_enough(sharp, cells, tmp_path):
     photos.mkdir()
     for i, file in enumerate(sorted(folder.rglob("*.png"))):
         shutil.copy(file, photos / f"{i}.png")
-    options = {"resolution": 24, "max_drop": 0.0, "threads": 1, "task": "agreement", "epochs": 15, "training_batch": 16}
+    options = {
+        "resolution": 24,
+        "max_drop": 0.0,
+        "threads": 1,
+        "task": "agreement",
+        "epochs": 15,
+        "training_batch": 16,
+        "batchnorm": True,
+    }
     for compare in ("classes", "embeddings"):
         _, _, recovery = recover(sharp, photos, rungs=("distill",), compare=compare, **options)
         none, trained = recovery.tried

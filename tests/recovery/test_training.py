@@ -145,7 +145,7 @@ def test_losses_of_labels(prepared):
 def test_labels_are_learned(prepared, rung, done):
     task, bank, fit = prepared
     start = State(Candidate(24), 1.0)
-    state, told = teach(rung, prepared, Training(epochs=80, learning_rate=2e-2, training_batch=20), start)
+    state, told = teach(rung, prepared, Training(epochs=80, learning_rate=2e-2, training_batch=20, batchnorm=True), start)
     assert [step.done for step in state.history] == [done]
     assert told.startswith(f"80 epochs on {len(fit)} images, with labels")
     assert right(prepared, start) < 0.6 and right(prepared, state) > 0.75
@@ -455,7 +455,15 @@ def test_the_command_line_trains(cells, tiny_file, tmp_path, cli):
 # Several processes
 
 
-def test_two_processes_train_what_one_does(cells, tiny_file, tmp_path):
+SEVERAL = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "downres"]
+
+
+def in_two_processes(command):
+    environment = {**os.environ, "PYTHONPATH": str(Path(trainer.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*SEVERAL, *command], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_train_what_one_does(cells, tiny_file, tmp_path, cli):
     """`torchrun`, a real search; without BatchNorm, whose statistics are of each process's share."""
     cells.write(tmp_path / "data")
     command = [
@@ -464,25 +472,21 @@ def test_two_processes_train_what_one_does(cells, tiny_file, tmp_path):
         "--data",
         str(tmp_path / "data"),
         "--fit-head",
-        "--native-resolution",
-        "48",
+        "--json",
+        "--threads",
+        "1",
     ]
-    command += ["--resolution", "24", "--max-drop", "0", "--epochs", "3", "--threads", "1", "--runtime", "torch", "--json"]
-    command += ["--rungs", "distill,finetune", "--stem-scale", "none"]
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    root = Path(trainer.__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    found = {}
-    for name, launch in {"one": ["-m", "downres"], "two": [*several, "-m", "downres"]}.items():
-        done = subprocess.run(
-            [sys.executable, *launch, *command, "--out", str(tmp_path / name)], env=environment, capture_output=True, text=True,
-            timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert json.loads(done.stdout)["finished"]  # one document, though two ran
+    command += ["--native-resolution", "48", "--resolution", "24", "--max-drop", "0", "--epochs", "3", "--runtime", "torch"]
+    command += ["--rungs", "distill,finetune", "--stem-scale", "none", "--out"]
+    assert cli(*command, tmp_path / "one").code == 0
+    done = in_two_processes([*command, str(tmp_path / "two")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["finished"]  # one document, though two ran
+    found = []
+    for name in ("one", "two"):
         (result,) = load_run(tmp_path / name).results
-        found[name] = result, load_file(max((tmp_path / name / "weights").iterdir(), key=lambda f: f.stat().st_size))
-    (one, a), (two, b) = found["one"], found["two"]
+        found.append((result, load_file(max((tmp_path / name / "weights").iterdir(), key=lambda f: f.stat().st_size))))
+    (one, a), (two, b) = found
     assert one.recovery.rung == two.recovery.rung != "none" and one.quality == two.quality
     for ours, theirs in zip(one.recovery.tried, two.recovery.tried, strict=True):
         assert ours.rung == theirs.rung and ours.score == pytest.approx(theirs.score, abs=1e-9)

@@ -40,6 +40,7 @@ class Team:
 
     def __init__(self) -> None:
         self.count, self.index = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self.at_work = False
         self._made: Any = None
 
     @property
@@ -96,10 +97,18 @@ class Team:
         assert self.accelerator is not None
         return broadcast_object_list([value])[0]
 
-    def begin(self, job: Job) -> None:
-        """The others do what the first begins."""
-        if self.count > 1 and self.first:
+    @contextlib.contextmanager
+    def working(self, job: Job) -> Iterator[None]:
+        """The others do what the first begins; what all of them fail with alike is no reason to part."""
+        if self.first:
             self.shared(job)
+        self.at_work = True
+        try:
+            yield
+        except TrainingFailed:
+            self.at_work = False
+            raise
+        self.at_work = False
 
     @contextlib.contextmanager
     def leading(self, result: str) -> Iterator[None]:
@@ -107,7 +116,8 @@ class Team:
         try:
             yield
         except BaseException:
-            self.shared(None)
+            if not self.at_work:  # else they are in the middle of something and end with this process
+                self.shared(None)
             raise
         self.shared(result)
 

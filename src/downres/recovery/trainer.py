@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..copying import copied
 from ..engines import check_threads
 from ..engines.torch import threads_of
-from ..errors import first_line
+from ..errors import DownresError, first_line
 from ..record import write_json, write_whole
 from .bank import Bank
 from .state import State, Step
@@ -92,11 +92,10 @@ def trained(
     if (known := bank.trained.get(name)) is not None:
         step, told = known
         return State(state.candidate, state.crop_ratio, (step,)), told
-    bank.team.begin(Job(lesson.rung, begun, lesson.original, fold, images, how, bank.weights.of(begun, lesson.original)))
-    run = _Run(bank, begun, fold, images, how, lesson, seed, name, watch)
-    with threads_of(check_threads(bank.threads)):
-        told = run.go()
-    tensors = run.tensors()
+    job = Job(lesson.rung, begun, lesson.original, fold, images, how, bank.weights.of(begun, lesson.original))
+    with bank.team.working(job), threads_of(check_threads(bank.threads)):
+        run = _Run(bank, begun, fold, images, how, lesson, seed, name, watch)
+        told, tensors = run.go(), run.tensors()
     if not all(np.isfinite(value).all() for value in tensors.values()):
         raise TrainingFailed(f"its weights are no numbers at the end: lower `learning_rate`, or leave {lesson.rung} out.")
     step = Step(lesson.done, fold, len(images), bank.weights.put(tensors))
@@ -237,8 +236,11 @@ class _Run:
             except TrainingFailed:
                 raise
             except Exception as error:  # whatever a network that was only meant to answer fails with
-                if not _is_of_memory(error) or self.part == 1 or self.team.count > 1:
-                    raise TrainingFailed(f"the network cannot be trained ({first_line(error)[:200]}).") from error
+                why = f"the network cannot be trained ({first_line(error)[:200]})"
+                if self.team.count > 1:  # the others wait for this one, and end with it
+                    raise DownresError(f"In process {self.team.index} of {self.team.count} {why}.") from error
+                if not _is_of_memory(error) or self.part == 1:
+                    raise TrainingFailed(f"{why}.") from error
                 self.part = max(1, min(self.part, len(x)) // 2)
             gc.collect()
         if self.average:
