@@ -176,6 +176,16 @@ def test_fixres_begins_with_the_head_and_the_last_normalisation(prepared):
     assert moved[1] == set(before)
 
 
+def test_statistics_stay_unless_they_are_asked_for(prepared):
+    task, bank, _ = prepared
+    before = bank.network(START).state_dict()
+    for asked in (False, True):
+        state, _ = teach("finetune", prepared, Training(epochs=1, batchnorm=asked))
+        kept = bank.weights.get(state.history[0].tensors)
+        assert np.array_equal(kept["body.1.running_mean"], before["body.1.running_mean"].numpy()) == (not asked)
+        assert not np.array_equal(kept["body.1.weight"], before["body.1.weight"].numpy())
+
+
 def test_mixed_labels_are_mixed_as_their_images_are(prepared):
     task, bank, fit = prepared
     for options in ({"mixup": 1.0}, {"cutmix": 1.0}):
