@@ -240,10 +240,10 @@ class Auxiliary(torch.nn.Module):
         self.module = module
 
     def forward(self, x):
-        return {"a": self.module(x), "b": self.module(x)} if self.training else self.module(x)
+        return {"a": self.module(x), "b": self.module(x)} if self.module.training else self.module(x)
 
 
-@pytest.mark.parametrize(("kind", "why"), [(NoGradients, "does not require grad"), (Auxiliary, "this model returns dict")])
+@pytest.mark.parametrize(("kind", "why"), [(NoGradients, "does not require grad"), (Auxiliary, "something else in train mode")])
 def test_what_cannot_be_trained_stays_as_it_was(sharp, cells, kind, why):
     loaded = dataclasses.replace(sharp, module=kind(sharp.module).eval())
     _, _, recovery = recover(loaded, cells.dataset(), resolution=24, max_drop=0.0, threads=1, rungs=("distill",), epochs=1)

@@ -17,6 +17,7 @@ from downres import Candidate, Preprocessing, Training, check, load_model, load_
 from downres.errors import DownresError
 from downres.images import preprocess
 from downres.images.images import from_arrays
+from downres.records import Dense
 from downres.recovery import trainer
 from downres.recovery.finetune import Finetuning, FixRes, last_layers
 from downres.recovery.ladder import HEIGHTS, RUNGS, TAUGHT, chosen_rungs, lesson_of, rungs_for
@@ -105,6 +106,19 @@ def test_a_view_is_that_part_mirrored():
 
 
 @pytest.mark.parametrize("augment", ["randaugment", "trivialaugment"])
+def test_nothing_is_moved(augment):
+    """A vertical edge stays where it is: masks, and what the original was shown, know of no other place."""
+    p = Preprocessing(16, 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    x = torch.ones(64, 3, 16, 16)
+    x[..., :8] = -1
+    torch.manual_seed(0)
+    made = Altered(Training(augment=augment), p)(x)
+    assert torch.equal(made[..., 1:-1, :], made[..., 1:2, :].expand(-1, -1, 14, -1)) and not torch.equal(made, x)  # rows alike
+    steps = made[:, :, 8].diff(dim=-1).abs().amax(1)
+    assert (steps.argmax(1)[steps.amax(1) > 0] == 7).all()
+
+
+@pytest.mark.parametrize("augment", ["randaugment", "trivialaugment"])
 def test_other_colours_are_of_eight_bits(augment):
     p = Preprocessing(16, 1.0, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     x = preprocess(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8), p)[None].repeat(16, 1, 1, 1)
@@ -154,8 +168,10 @@ def test_labels_are_learned(prepared, rung, done):
 def test_fixres_begins_with_the_head_and_the_last_normalisation(prepared):
     task, bank, _ = prepared
     network = bank.network(State(Candidate(24), 1.0))
-    assert last_layers(network) == [network.head, network.body[4]]
+    x = torch.zeros(2, 3, 24, 24)
+    assert last_layers(network, lambda: network(x)) == [network.head, network.body[4]]
     lesson = FixRes(task, bank, (24, 24), Training())
+    lesson.begin(network)
     own = {id(p) for part in (network.head, network.body[4]) for p in part.parameters()}
     assert {id(p) for p in network.parameters()} - {id(p) for p in lesson.frozen(network, 0.3)} == own
     assert not lesson.frozen(network, 0.34)
@@ -228,7 +244,7 @@ def test_killed_with_any_option_it_ends_with_the_same_weights(prepared, options,
 
 
 def test_the_average_is_that_of_the_weights(prepared, monkeypatch):
-    """After each step a · average + (1 - a) · weights, from the weights before the first."""
+    """After each step a · average + (1 - a) · weights, from the weights before the first; a is warmed up."""
     task, bank, fit = prepared
     expected, real = [], trainer._Run._step
 
@@ -236,7 +252,8 @@ def test_the_average_is_that_of_the_weights(prepared, monkeypatch):
         if not expected:
             expected.append([p.detach().clone() for p in run.parameters])
         loss = real(run, *arguments)
-        expected.append([0.7 * a + 0.3 * p.detach() for a, p in zip(expected[-1], run.parameters, strict=True)])
+        d = min(0.7, len(expected) / (9 + len(expected)))
+        expected.append([d * a + (1 - d) * p.detach() for a, p in zip(expected[-1], run.parameters, strict=True)])
         return loss
 
     monkeypatch.setattr(trainer._Run, "_affordable", lambda run: run.how.epochs)
@@ -288,6 +305,59 @@ def test_numbers_go_to_a_tracker(prepared):
         Training(log="mlflow")
 
 
+class Headed(torch.nn.Module):
+    """Its head is declared first, an auxiliary one last; while it is trained a wrapper would answer with both."""
+
+    def __init__(self, tuple_inside=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(8, 2)
+        self.body = torch.nn.Conv2d(3, 8, 3, 2)
+        self.aux = torch.nn.Linear(8, 2)
+        self.tuple_inside = tuple_inside
+
+    def forward(self, x):
+        x = self.body(x).mean((2, 3))
+        return (self.aux(x), self.head(x)) if self.training else self.head(x)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = Headed()
+
+    def forward(self, x):
+        return self.inside(x)
+
+
+def test_the_head_is_what_answers(cells, tmp_path, loaded):
+    module = Headed().eval()
+    task, bank, fit = prepare(dataclasses.replace(loaded, module=module), cells.dataset(), tmp_path / "run")
+    state, _ = teach("fixres", (task, bank, fit), Training(epochs=2))
+    kept = bank.weights.get(state.history[0].tensors)
+    assert not np.array_equal(kept["head.weight"], module.head.weight.detach().numpy())
+    assert np.array_equal(kept["aux.weight"], module.aux.weight.detach().numpy())
+    other = prepare(dataclasses.replace(loaded, module=Wrapped().eval()), cells.dataset(), tmp_path / "other")
+    with pytest.raises(TrainingFailed, match="Wrapped returns something else in train mode"):
+        teach("finetune", other, Training(epochs=2))
+
+
+def test_a_rest_of_one_image_goes_with_the_batch_before(prepared, monkeypatch):
+    task, bank, fit = prepared
+    seen, real = [], Finetuning.loss
+    monkeypatch.setattr(Finetuning, "loss", lambda lesson, network, x, y: seen.append(len(x)) or real(lesson, network, x, y))
+    teach("finetune", (task, bank, fit[:33]), Training(epochs=1))
+    assert seen == [33, 33]  # the preview, and the epoch
+
+
+@pytest.mark.parametrize("task_loss", ["mse", "probability"])
+def test_the_originals_answers_may_be_kept_by_a_loss(prepared, monkeypatch, task_loss):
+    """Of parts they are computed each time."""
+    loss = {"mse": torch.nn.functional.mse_loss, "probability": lambda a, b: (a * b.sigmoid()).mean()}[task_loss]
+    monkeypatch.setattr(Classification, "mismatch", lambda self, ours, theirs: loss(ours, theirs))
+    assert teach("distill", prepared, Training(epochs=1, crop_scale=0.5))[1].endswith("without labels")
+
+
 # 8 bits
 
 
@@ -295,6 +365,7 @@ def test_rounding_is_that_of_eight_bits(loaded):
     """Weights on 255 levels a channel, activations on 256; the last layer in float; undone without a trace."""
     network = copy.deepcopy(loaded.module)
     lesson = Rounding.__new__(Rounding)
+    lesson.bank = type("Bank", (), {"head": "head"})()
     lesson.begin(network)
     x = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     network.train()(x)
@@ -377,6 +448,20 @@ def test_how_far_to_climb_in_a_word(prepared, loaded, cells):
     assert network(torch.zeros(1, 3, 24, 24)).shape == (1, 2)
 
 
+def test_what_was_trained_stays_of_its_candidate(loaded, cells, tmp_path):
+    """Of another runtime too: measured and shipped there."""
+    from downres.records import Budget
+    from downres.recovery.ladder import climb
+
+    task, bank, _ = prepare(loaded, cells.dataset(), tmp_path / "run")
+    bank.training = Training(epochs=2)
+    reference = task.reference(bank, 0, task.data.folds[0], ("distill",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classification, "choose", lambda self, options: options[-1])
+        state, recovery = climb(task, bank, Candidate(24, runtime="onnxruntime"), reference, Budget(0.0), ("distill",))
+    assert recovery.rung == "distill" and state.candidate == Candidate(24, runtime="onnxruntime")
+
+
 def test_without_labels_none_are_learned(loaded, cells, tmp_path):
     cells.write(tmp_path / "photos")
     task, *_ = prepare(loaded, str(tmp_path / "photos"), None, Question(task="agreement", compare="classes"))
@@ -395,6 +480,11 @@ def test_a_hopeless_training_ends_half_way(prepared):
         teach("finetune", prepared, Training(epochs=4), watch=watch)
     assert [step.done for step in looks[0].history] == [FINETUNED]
     assert right(prepared, looks[0]) >= 0  # it is a whole state, which was measured
+    with pytest.raises(TrainingFailed, match="given up after 2 of 4"):  # remembered
+        teach("finetune", prepared, Training(epochs=4))
+    prepared[1].trained.clear()  # in another process it is asked again before it goes on
+    with pytest.raises(TrainingFailed, match="given up after 2 of 4"):
+        teach("finetune", prepared, Training(epochs=4), watch=watch)
     watched, _ = teach("finetune", prepared, Training(epochs=4, learning_rate=2e-3), watch=lambda state: "")
     prepared[1].trained.clear()
     assert teach("finetune", prepared, Training(epochs=4, learning_rate=2e-3))[0] == watched  # a look changes nothing
@@ -520,6 +610,7 @@ def test_targets_of_masks():
         truth = (mask, mask)
 
     task = Masks.__new__(Masks)
+    task.dense = Dense((2, 4))
     task._data = Data()
     task._model = type("M", (), {"preprocessing": dataclasses.replace(SMALL, fit="stretch")})()
     made = task.learned(None, Views(np.array([0, 1]), np.array([False, True])), (2, 4))
@@ -528,5 +619,13 @@ def test_targets_of_masks():
     padded = task.learned(None, Views(np.array([0]), np.array([False])), (8, 8))
     assert (padded[0, 4:] == 255).all() and (padded[0, 0] == 255).all()
     assert padded[0, 1:4].tolist() == mask[1:].tolist()
+    # A mean over pixels of which those without a class count as 0, so that it does not depend on how images are divided.
+    logits = torch.randn(1, 8, 2, 4, generator=torch.Generator().manual_seed(0))
+    void = torch.full((1, 2, 4), 255)
+    assert float(task.loss_of(logits, void, 0.0)) == 0
+    half = void.clone()
+    half[0, 0] = 3
+    log_p = logits.double().log_softmax(1)[0, 3, 0]
+    assert float(task.loss_of(logits, half, 0.0)) == pytest.approx(float(-log_p.sum() / 8), rel=1e-5)
     parts = task.learned(None, Views(np.array([0]), np.array([False]), np.array([[0.5, 0.5, 0.5, 0.5]])), (2, 4))
     assert parts[0].tolist() == [[4, 5, 6, 7]] * 2

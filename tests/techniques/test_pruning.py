@@ -82,6 +82,16 @@ def test_the_least_channels_go_and_the_others_stay_as_they_were(net):
     assert f"MACs ×{left / own:.3g}" in change.detail
 
 
+def test_in_train_mode_statistics_stay(net):
+    import copy
+
+    training = copy.deepcopy(net).train()
+    small, same = (reduce(m, Candidate(pruning=0.6), input_size=SIZE) for m in (training, net))
+    assert small.training and small.first[1].training and not same.training
+    assert torch.equal(small.first[1].running_mean, same.first[1].running_mean)
+    assert int(small.first[1].num_batches_tracked) == 0
+
+
 def test_of_a_transformer_hidden_units_go():
     vit = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64).eval()
     small = reduce(vit, Candidate(pruning=0.8), input_size=(3, 64, 64))

@@ -52,9 +52,10 @@ def measure_training_cost(
     except DownresError:
         raise
     except Exception as error:  # whatever a network that was only meant to answer fails with
+        other = "a batch of 2 images" if size[0] == 1 else "another size"  # BatchNorm has no statistics of one
         raise DownresError(
-            f"{type(model).__name__} cannot be trained at {'x'.join(map(str, size))} ({first_line(error)[:200]}): give another "
-            "size, or count its forward pass alone."
+            f"{type(model).__name__} cannot be trained at {'x'.join(map(str, size))} ({first_line(error)[:200]}): give "
+            f"{other}, or count its forward pass alone."
         ) from error
 
 

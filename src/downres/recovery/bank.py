@@ -70,7 +70,9 @@ class Bank:
         self.calibration: list[np.ndarray] = []
         self.ranged: list[np.ndarray] = []
         self.training, self.team = Training(), Team()
-        self.trained: dict[str, tuple[Step, str]] = {}  # what came of a training and what is told of it, by what was asked
+        self.trained: dict[
+            str, tuple[Step | None, str]
+        ] = {}  # what came of a training, and what is told of it, by what was asked
         self.sensitive: dict[Candidate, list[str]] = {}  # layers by what they lose in 8 bits
         self.folder, self.runtime_name, self.threads, self.batch_size = folder, runtime, threads, batch_size
         self.progress = progress

@@ -10,10 +10,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor, nn
 
 from ..engines.engine import Quantization, QuantizationFailed
 from ..errors import DownresError
@@ -99,13 +98,6 @@ class Climber(Protocol):
     def crops(self, native: float) -> Sequence[float]: ...
     def why_no_head(self, bank: Any, fit: np.ndarray) -> str: ...
     def refit(self, bank: Any, state: State, index: int, fit: np.ndarray, tune: np.ndarray) -> tuple[State, State, str]: ...
-    def matched(self, network: nn.Module, x: Tensor) -> Tensor: ...
-    def mismatch(self, ours: Tensor, theirs: Tensor) -> Tensor: ...
-
-    mixes: ClassVar[bool]
-
-    def learned(self, bank: Any, views: Any, size: tuple[int, int]) -> Tensor: ...
-    def loss_of(self, ours: Tensor, targets: Tensor, smoothing: float) -> Tensor: ...
 
 
 def chosen_rungs(rungs: Sequence[str] | None, recover: str | None) -> tuple[str, ...]:
@@ -207,9 +199,14 @@ def _train(ladder: "_Ladder", task: Climber, bank: Bank, reference: Reference, r
     except TrainingFailed as error:
         ladder.skip(rung, str(error).rstrip("."))
         return False
+    state = state.at(start.candidate)
     if made is not None:
-        state = state.at(start.candidate).then(made)
-    return ladder.attempt(rung, state, state, how)
+        state = state.then(made)
+    try:
+        return ladder.attempt(rung, state, state, how)
+    except DownresError as error:  # answers that are no numbers, a file that cannot be made
+        ladder.skip(rung, str(error).rstrip("."))
+        return False
 
 
 def lesson_of(rung: str, task: Climber, bank: Bank, begun: State, original: State, fit: np.ndarray) -> Lesson:
@@ -315,8 +312,9 @@ def together(found: Sequence[Recovery]) -> Recovery:
     order = ("none", *RUNGS)
     tried: dict[tuple[str, str], list[Rung]] = {}
     for rung in (rung for one in found for rung in one.tried):
-        # A head's strength differs from fold to fold, a crop ratio or a reason tells rungs apart.
-        tried.setdefault((rung.rung, "" if rung.rung == "head" and rung.score is not None else rung.note), []).append(rung)
+        # A head's strength, the images of a training differ from fold to fold, a crop ratio or a reason tells rungs apart.
+        same = rung.score is not None and rung.rung in ("head", *TAUGHT)
+        tried.setdefault((rung.rung, "" if same else rung.note), []).append(rung)
     merged = sorted((_one(rungs) for rungs in tried.values()), key=lambda rung: order.index(rung.rung))
     dearest = max((one.rung for one in found), key=order.index)
     crop = Counter(one.crop_ratio for one in found).most_common(1)[0][0]
@@ -375,7 +373,10 @@ class _Ladder:
         before = next((o.drop.drop for o in self.options if o.start is not None and o.start.network == begun), None)
 
         def why(state: State) -> str:
-            _, drop = self._look(state, self.reference.tune, self.reference.evidence)
+            try:
+                _, drop = self._look(state, self.reference.tune, self.reference.evidence)
+            except DownresError as error:
+                return str(error).rstrip(".")
             missing = drop.lower - self.budget.max_drop
             if before is None or drop.verdict != OUTSIDE or missing <= max(0.0, before - drop.drop):
                 return ""

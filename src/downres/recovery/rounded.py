@@ -34,8 +34,16 @@ class _Activation:
     def __init__(self, module: nn.Module) -> None:
         module.register_buffer("rounded_range", torch.full((2,), torch.nan))
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, known = args[0], module.rounded_range
+    def __call__(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        if args:
+            return (self._rounded(module, args[0]), *args[1:]), kwargs
+        (name, x), *others = kwargs.items()
+        return (), {name: self._rounded(module, x), **dict(others)}
+
+    def _rounded(self, module: nn.Module, x: Tensor) -> Tensor:
+        known = module.rounded_range
         assert isinstance(known, Tensor)
         if module.training or known.isnan().any():
             now = torch.stack([x.detach().amin().clamp(max=0), x.detach().amax().clamp(min=0)]).to(known)
@@ -43,12 +51,12 @@ class _Activation:
         low, high = known[0], known[1]
         scale = ((high - low) / 255).clamp(min=1e-12)
         zero = (-low / scale).round().clamp(0, 255).to(torch.int32)
-        return (torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, 255), *args[1:])
+        return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, 255)
 
 
 class Rounding(Distillation):
-    """No labels: the student answers through the rounding of its file as the original does without. The last layer stays in
-    float, as it does in the file.
+    """No labels: the student answers through the rounding of its file as the original does without. A head that stays in float
+    in the file stays so here.
     """
 
     rung: ClassVar = "qat"
@@ -56,10 +64,11 @@ class Rounding(Distillation):
     doing: ClassVar = "quantization-aware training"
 
     def begin(self, network: nn.Module) -> None:
-        layers = [module for module in nn.Module.modules(network) if isinstance(module, _LAYERS)]
-        for module in layers[:-1]:
+        name = getattr(self.bank, "head", None)
+        head = None if name is None else network.get_submodule(name)
+        for module in [m for m in nn.Module.modules(network) if isinstance(m, _LAYERS) and m is not head]:
             if isinstance(module.weight, nn.Parameter) and not parametrize.is_parametrized(module):
-                module.register_forward_pre_hook(_Activation(module))
+                module.register_forward_pre_hook(_Activation(module), with_kwargs=True)
                 parametrize.register_parametrization(module, "weight", _Weight())
 
     def end(self, network: nn.Module) -> None:

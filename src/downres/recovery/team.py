@@ -81,6 +81,13 @@ class Team:
             gradient.copy_(part.view_as(gradient))
         return float(flat[0])
 
+    def counted(self, *flags: bool) -> list[int]:
+        """In how many processes each is true."""
+        if self.count == 1:
+            return list(map(int, flags))
+        found = self.accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=self.device), "sum")
+        return [int(n) for n in found]
+
     def averaged(self, network: nn.Module) -> None:
         """BatchNorm's statistics become the mean over all processes."""
         if self.count > 1:
@@ -143,4 +150,5 @@ class Team:
         try:
             yield lambda values, step: made.log(values, step=step)
         finally:
-            made.end_training()
+            for one in made.trackers:  # `end_training` ends the processes, too
+                one.finish()

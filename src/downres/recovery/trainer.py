@@ -1,22 +1,26 @@
 """The one trainer: a state's weights, trained on images by what a rung teaches; killed, it goes on to the very same bits."""
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import io
+import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils._pytree import tree_leaves
 
 from ..copying import copied
 from ..engines import check_threads
 from ..engines.torch import threads_of
-from ..errors import DownresError, first_line
+from ..errors import first_line
 from ..record import write_json, write_whole
 from .bank import Bank
 from .state import State, Step
@@ -31,38 +35,52 @@ CONSULTED = 4
 """Epochs of which half tell something of the others."""
 
 
-class Lesson(Protocol):
-    """What a rung teaches. done: what the state's step is called; doing: what progress calls it; rung: of the ladder."""
+class Lesson(ABC):
+    """What a rung teaches. done: what the state's step is called; doing: what progress calls it; rung: of the ladder. original:
+    the state of who teaches, or None.
+    """
 
     rung: ClassVar[str]
     done: ClassVar[str]
     doing: ClassVar[str]
+    original: State | None = None
 
+    def __init__(self, task: Any) -> None:
+        self.task = task
+
+    @abstractmethod
     def asked(self) -> Any:
         """What else than state, images and `Training` the weights depend on: JSON values."""
 
-    def begin(self, network: nn.Module) -> None:
+    def begin(self, network: nn.Module) -> None:  # noqa: B027
         """Changes the network in place to what is trained."""
 
-    def end(self, network: nn.Module) -> None:
+    def end(self, network: nn.Module) -> None:  # noqa: B027
         """The inverse of `begin`, weights as they are now."""
 
     def frozen(self, network: nn.Module, part: float) -> Sequence[nn.Parameter]:
         """What is not trained yet after that part of the epochs."""
+        return ()
 
-    def targets(self, views: Views) -> Tensor: ...
-    def mixed(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: ...
-    def loss(self, network: nn.Module, x: Tensor, targets: Tensor) -> Tensor: ...
+    @abstractmethod
+    def targets(self, views: Views) -> Tensor:
+        """What shall be answered, (b, …)."""
+
+    def mixed(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Images mixed with one another, and their targets."""
+        return x, targets
+
+    @abstractmethod
+    def loss(self, network: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean over images."""
 
     def looked(self, epochs: Sequence[Views]) -> int:
         """Images that anyone but the student looks at."""
+        return 0
 
+    @abstractmethod
     def told(self) -> str:
         """'without labels', …"""
-
-    @property
-    def original(self) -> Any:
-        """The state of who teaches, or None."""
 
 
 Watch = Callable[[State], str]
@@ -91,11 +109,17 @@ def trained(
     name = hashlib.sha256(asked.encode()).hexdigest()[:16]
     if (known := bank.trained.get(name)) is not None:
         step, told = known
+        if step is None:
+            raise TrainingFailed(told)
         return State(state.candidate, state.crop_ratio, (step,)), told
     job = Job(lesson.rung, begun, lesson.original, fold, images, how, bank.weights.of(begun, lesson.original))
     with bank.team.working(job), threads_of(check_threads(bank.threads)):
         run = _Run(bank, begun, fold, images, how, lesson, seed, name, watch)
-        told, tensors = run.go(), run.tensors()
+        try:
+            told, tensors = run.go(), run.tensors()
+        except TrainingFailed as error:  # so it will for another file of the same network
+            bank.trained[name] = None, str(error)
+            raise
     if not all(np.isfinite(value).all() for value in tensors.values()):
         raise TrainingFailed(f"its weights are no numbers at the end: lower `learning_rate`, or leave {lesson.rung} out.")
     step = Step(lesson.done, fold, len(images), bank.weights.put(tensors))
@@ -129,18 +153,22 @@ class _Run:
         self.optimizer = _optimizer(self.parameters, how)
         self.altered = Altered(how, bank.preprocessing_of(begun))
         self.average = [p.detach().clone() for p in self.parameters] if how.ema else []
-        self.part = how.training_batch  # images at once
+        self.part = max(self._sizes(len(self._views(0))))  # images at once
+        self.taken = 0  # steps
+        self._refuse_other_answers()
         self.file = None if bank.folder is None or not self.team.first else bank.folder / "training" / f"{name}.pt"
         self.foretold = 0.0
         self.began, self.shown = time.perf_counter(), 0
 
     def go(self) -> str:
-        epochs, done = self.how.epochs, 0
+        done = 0
         if (kept := self.team.shared(self._kept())) is not None:
             done, epochs = kept["done"], kept["epochs"]
             self.network.load_state_dict(kept["network"])
             self.optimizer.load_state_dict(kept["optimizer"])
             self.average, self.part = [a.to(self.team.device) for a in kept["average"]], kept["part"]
+            self.taken = kept["taken"]
+            self._consult(done, epochs)
         else:
             epochs = self._affordable()
         count = len(self._views(0))
@@ -191,7 +219,8 @@ class _Run:
             yield
 
     def _views(self, epoch: int) -> Views:
-        return drawn(self.pictures, self.images, self.how, np.random.default_rng([self.seed, 4, self.fold, epoch]))
+        how = dataclasses.replace(self.how, mirror=self.how.mirror and self.lesson.task.mirrors)
+        return drawn(self.pictures, self.images, how, np.random.default_rng([self.seed, 4, self.fold, epoch]))
 
     def _sizes(self, count: int) -> list[int]:
         """Of the batches of so many images; a rest that has not two for each process goes with the one before."""
@@ -216,43 +245,63 @@ class _Run:
     def _step(self, x: Tensor, targets: Tensor, whole: int) -> float:
         """One step of the optimizer; of the whole batch this process has x."""
         self._turn_on(whole)
-        device = self.team.device
         while True:
+            error = None
             try:
                 self.optimizer.zero_grad()
-                total = 0.0
-                for start in range(0, len(x), self.part):
-                    some = x[start : start + self.part].to(device), targets[start : start + self.part].to(device)
-                    with torch.autocast(device.type, torch.bfloat16, enabled=self.how.bf16):
-                        loss = self.lesson.loss(self.network, *self.lesson.mixed(*some)) * (len(some[0]) / whole)
-                    loss.backward()
-                    total += float(loss.detach())
-                total = self.team.summed(total, [p.grad for p in self.parameters if p.grad is not None])
-                if not np.isfinite(total):
-                    raise TrainingFailed(f"its loss is no number: lower `learning_rate`, or leave {self.lesson.rung} out.")
-                nn.utils.clip_grad_norm_(self.parameters, self.how.clip)
-                self.optimizer.step()
+                total = self._gradients(x, targets, whole)
+            except Exception as found:  # whatever a network that was only meant to answer fails with
+                error = found
+            failed, of_memory = self.team.counted(error is not None, error is not None and _is_of_memory(error))
+            if not failed:
                 break
-            except TrainingFailed:
-                raise
-            except Exception as error:  # whatever a network that was only meant to answer fails with
-                why = f"the network cannot be trained ({first_line(error)[:200]})"
-                if self.team.count > 1:  # the others wait for this one, and end with it
-                    raise DownresError(f"In process {self.team.index} of {self.team.count} {why}.") from error
-                if not _is_of_memory(error) or self.part == 1:
-                    raise TrainingFailed(f"{why}.") from error
-                self.part = max(1, min(self.part, len(x)) // 2)
+            if of_memory < failed or self.part == 1:
+                why = first_line(error)[:200] if error is not None else "in another process"
+                raise TrainingFailed(f"the network cannot be trained ({why}).") from error
+            self.part = max(1, min(self.part, len(x)) // 2)
             gc.collect()
-        if self.average:
+        total = self.team.summed(total, [p.grad for p in self.parameters if p.grad is not None])
+        if not np.isfinite(total):
+            raise TrainingFailed(f"its loss is no number: lower `learning_rate`, or leave {self.lesson.rung} out.")
+        nn.utils.clip_grad_norm_(self.parameters, self.how.clip)
+        self.optimizer.step()
+        if self.average:  # of few steps that of the last ones, as timm warms it up
+            decay = min(self.how.ema, (1 + self.taken) / (10 + self.taken))
             with torch.no_grad():
-                get_ema_multi_avg_fn(self.how.ema)(self.average, [p.detach() for p in self.parameters], None)
+                get_ema_multi_avg_fn(decay)(self.average, [p.detach() for p in self.parameters], None)
+        self.taken += 1
+        return total
+
+    def _gradients(self, x: Tensor, targets: Tensor, whole: int) -> float:
+        """The loss, its gradients in the parameters; as many images at once as fit into the memory."""
+        device, total, count = self.team.device, 0.0, math.ceil(len(x) / self.part)
+        for some, wanted in zip(x.tensor_split(count), targets.tensor_split(count), strict=True):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.how.bf16):
+                loss = self.lesson.loss(self.network, *self.lesson.mixed(some.to(device), wanted.to(device)))
+            loss = loss * (len(some) / whole)
+            loss.backward()
+            total += float(loss.detach())
         return total
 
     def _turn_on(self, whole: int) -> None:
-        self.network.train(whole > 1)  # BatchNorm has no statistics of one
-        for module in nn.Module.modules(self.network) if not self.how.batchnorm else ():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        _to_train(self.network, self.how.batchnorm and whole > 1)  # there are no statistics of one image
+
+    def _refuse_other_answers(self) -> None:
+        """A network that answers otherwise while it is trained would be taught what nobody asks of it."""
+        p, made = self.bank.preprocessing_of(self.state), []
+        x = torch.zeros(2, len(p.mean), *p.hw, device=self.team.device)
+        for training in (False, True):
+            network = copied(self.network).eval()
+            if training:
+                _to_train(network, self.how.batchnorm)
+            try:
+                with torch.no_grad(), torch.random.fork_rng():
+                    made.append([(type(y), getattr(y, "shape", None)) for y in tree_leaves(network(x))])
+            except Exception:  # the first step says why
+                return
+        if made[0] != made[1]:
+            kind = type(self.network).__name__
+            raise TrainingFailed(f"the network cannot be trained ({kind} returns something else in train mode).")
 
     def _thaw(self, part: float) -> None:
         """Without gradients what the lesson has frozen yet."""
@@ -269,6 +318,8 @@ class _Run:
         count, per_image = len(self._views(0)), []
         source = self._batches(0)
         self._thaw(1.0)
+        for group in self.optimizer.param_groups:  # not yet warmed up
+            group["lr"] = self.how.learning_rate / 100
         with self._chance(0):
             for _ in range(min(PREVIEWED, len(self._sizes(count)))):
                 start = time.perf_counter()
@@ -279,8 +330,7 @@ class _Run:
         self.network.load_state_dict(before)
         self.optimizer.state.clear()
         self.optimizer.load_state_dict(fresh)
-        if self.average:
-            self.average = [p.detach().clone() for p in self.parameters]
+        self.taken, self.average = 0, [p.detach().clone() for p in self.parameters] if self.average else []
         an_epoch = self.team.shared(min(per_image)) * count / 60
         found = self.how.epochs
         if self.how.max_minutes is not None:
@@ -309,7 +359,7 @@ class _Run:
             return None
         try:
             found: dict[str, Any] = torch.load(self.file, weights_only=True)
-            return found if {"done", "epochs", "network", "optimizer", "average", "part"} <= found.keys() else None
+            return found if {"done", "epochs", "network", "optimizer", "average", "part", "taken"} <= found.keys() else None
         except Exception:  # damaged: it is begun again
             return None
 
@@ -319,7 +369,7 @@ class _Run:
             return
         content = io.BytesIO()
         kept = {"done": done, "epochs": epochs, "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save({**kept, "average": self.average, "part": self.part}, content)
+        torch.save({**kept, "average": self.average, "part": self.part, "taken": self.taken}, content)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.file, content.getvalue())
 
@@ -352,6 +402,17 @@ def _schedule(optimizer: torch.optim.Optimizer, steps: int, how: Training) -> An
     if how.schedule == "poly":
         return PolyLRScheduler(optimizer, steps, power=0.9, **options)
     return CosineLRScheduler(optimizer, steps, **options)
+
+
+def _to_train(network: nn.Module, statistics: bool) -> None:
+    """Into train mode, but for what the network itself does only there, such as auxiliary answers, and for BatchNorms where no
+    statistics are taken.
+    """
+    network.train()
+    network.training = False
+    for module in nn.Module.modules(network) if not statistics else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def _is_of_memory(error: Exception) -> bool:

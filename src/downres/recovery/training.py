@@ -26,10 +26,11 @@ class Training(Record):
     0: none. bf16: compute in bfloat16 as far as autocast does. batchnorm: take statistics from every batch on the way; False
     keeps those that are there, from which a network that is trained already is not thrown off by a few images.
 
-    What images are shown as: mirrored at random; crop_scale: a part of at least so much of the area instead of the whole (1;
-    a random resized crop); augment: 'randaugment' or 'trivialaugment' on top; erasing: the probability that a part is erased;
-    repeats: how often in a batch each image is (repeated augmentation). Of labels alone: label_smoothing, and mixup and cutmix
-    (their alpha, 0: none), of labels that are numbers an image. log: 'tensorboard', 'mlflow' or 'wandb'.
+    What images are shown as: mirrored at random (mirror; of a regression never); crop_scale: a part of at least so much of the
+    area instead of the whole (1; a random resized crop); augment: what 'randaugment' or 'trivialaugment' does to colours, of
+    which the original of a distillation sees nothing; erasing: the probability that a part is erased; repeats: how often in a
+    batch each image is (repeated augmentation). Of labels alone: label_smoothing, and mixup and cutmix (their alpha, 0: none),
+    of labels that are numbers an image. log: 'tensorboard', 'mlflow' or 'wandb'.
     """
 
     epochs: int = 20
@@ -44,6 +45,7 @@ class Training(Record):
     ema: float = 0.0
     bf16: bool = False
     batchnorm: bool = False
+    mirror: bool = True
     crop_scale: float = 1.0
     augment: str = ""
     erasing: float = 0.0
@@ -54,6 +56,13 @@ class Training(Record):
     log: str = ""
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, wanted = getattr(self, f.name), (int, float) if isinstance(f.default, float | None) else type(f.default)
+            if isinstance(value, bool) != isinstance(f.default, bool) or not isinstance(value, wanted):  # type: ignore[arg-type]
+                if value is not None or f.default is not None:
+                    raise DownresError(
+                        f"`{f.name}` is {_KINDS[type(f.default)]}, {value!r} is not: leave it out for the default."
+                    )
         for name in ("epochs", "training_batch", "repeats"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
@@ -98,11 +107,11 @@ class Training(Record):
             try:
                 given[name] = _TRUTHS[value.lower()] if own[name] is bool else own[name](value)
             except (ValueError, KeyError):
-                kind = {bool: "true or false", int: "a whole number", float: "a number"}[own[name]]
-                raise DownresError(f"`{name}` is {kind}, {value!r} is not.") from None
+                raise DownresError(f"`{name}` is {_KINDS[own[name]]}, {value!r} is not.") from None
         return cls(**given)
 
 
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", type(None): "a number"}
 _TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def drawn(images: Images, indices: np.ndarray, how: Training, random: np.random.
     order = random.permutation(len(indices))
     if how.repeats > 1:
         order = np.repeat(order[: -(-len(order) // how.repeats)], how.repeats)
-    chosen, mirrored = indices[order], random.random(len(order)) < 0.5
+    chosen, mirrored = indices[order], (random.random(len(order)) < 0.5) & how.mirror
     if how.crop_scale == 1:
         return Views(chosen, mirrored)
     area = random.uniform(how.crop_scale, 1, len(order))
@@ -87,6 +88,18 @@ def mirror(x: Tensor, chosen: np.ndarray) -> Tensor:
     return torch.where(torch.from_numpy(chosen).view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
 
 
+_MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+"""Of the policies, what would leave masks, and what the original was shown, in another place."""
+
+
+class _RandAugment(v2.RandAugment):
+    _AUGMENTATION_SPACE = {k: v for k, v in v2.RandAugment._AUGMENTATION_SPACE.items() if k not in _MOVES}
+
+
+class _TrivialAugment(v2.TrivialAugmentWide):
+    _AUGMENTATION_SPACE = {k: v for k, v in v2.TrivialAugmentWide._AUGMENTATION_SPACE.items() if k not in _MOVES}
+
+
 class Altered:
     """Other colours and erased parts, image by image, by torch's own random numbers: x (B, C, h, w) of `p` → the same.
 
@@ -94,7 +107,7 @@ class Altered:
     """
 
     def __init__(self, how: Training, p: Preprocessing) -> None:
-        policies = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
+        policies: dict[str, Any] = {"randaugment": _RandAugment, "trivialaugment": _TrivialAugment}
         self.colours = policies[how.augment]() if how.augment else None
         self.erase = v2.RandomErasing(how.erasing) if how.erasing else None
         if self.colours and (len(p.mean) != 3 or p.scale != 1 / 255):

@@ -37,6 +37,8 @@ def pruned(model: nn.Module, keep: float, size: tuple[int, ...]) -> tuple[nn.Mod
             import torch_pruning as tp
     except ImportError:
         raise DownresError("Structured pruning is done by torch-pruning: pip install 'downres[pruning]'.") from None
+    training = [m.training for m in modules(model)]
+    model = copied(model).eval()
     own = _macs(model, size)
     shapes = _shapes(model, size)
     why: list[str] = []
@@ -54,6 +56,8 @@ def pruned(model: nn.Module, keep: float, size: tuple[int, ...]) -> tuple[nn.Mod
             why.append(first_line(error)[:200])
             continue
         if left <= keep * own:
+            for module, flag in zip(modules(network), training, strict=True):
+                module.training = flag
             what = "hidden units" if hidden else "channels"
             return network, f"{what} of least norm out, {channels[0]} of {channels[1]} left; MACs ×{left / own:.3g}"
         why.append(f"at most ×{left / own:.3g} of its MACs can be reached by what can be taken out")

@@ -28,6 +28,7 @@ from ..recovery.ladder import RUNGS, TAUGHT, Reference, chosen_rungs, climb, hel
 from ..recovery.state import State
 from ..recovery.team import Team
 from ..recovery.training import Training
+from ..recovery.views import Altered
 from ..reports import words
 from ..tasks import Question, Task
 from ..techniques import RUNTIME
@@ -130,7 +131,7 @@ def search(
     wanted, rungs = rungs, rungs_for(subject, planned, rungs)
     minimize = minimize or ("latency" if any(c.network != c for c in planned) else "macs")
     if wanted and not rungs:
-        have = f"has {', '.join(subject.rungs)} alone" if subject.rungs else "has no rung"
+        have = f"has {', '.join(rungs_for(subject, planned, RUNGS))} alone"
         notes.append(f"of the recovery ladder a {subject.name} network {have}: nothing is recovered")
     notes += fused_notes(subject.model)
     check_planned(subject, planned)
@@ -158,6 +159,7 @@ def search(
     }
     if any(rung in TAUGHT for rung in rungs):
         settings["training"] = training.to_json()
+        Altered(training, subject.model.preprocessing)  # for its errors
     team = Team()
     if not team.first:  # of `accelerate launch`: it trains where the first does
         open_data(subject, data, measuring, question)

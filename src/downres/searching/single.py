@@ -68,6 +68,8 @@ def recover(
     """
     if (candidate is None) == (resolution is None):
         raise DownresError("Give recover either a candidate or a resolution: for example resolution=128.")
+    if Team().count > 1:
+        raise DownresError("`recover` trains in one process: `search` with that candidate trains in several.")
     groups = gather({"question": question, "measuring": measuring, "training": training}, flat)
     question, measuring, training = groups["question"], groups["measuring"], groups["training"]
     subject = prepare_task(model, data, question, task, preprocessing)
@@ -81,9 +83,7 @@ def recover(
         )
     rungs = rungs_for(subject, [candidate], chosen_rungs(rungs, recover))
     with bank_for_now(subject, measuring, progress) as bank:
-        bank.training, bank.team = training, Team()
-        if not bank.team.first:
-            raise DownresError("`recover` trains in one process: `search` with that candidate trains in several.")
+        bank.training = training
         reference = subject.reference(bank, 0, subject.data.folds[0], rungs)
         state, recovery = climb(subject, bank, candidate, reference, Budget(max_drop), rungs)
         return bank.network(state), bank.preprocessing_of(state), recovery

@@ -68,7 +68,8 @@ class Task(ABC):
     `quality` and `predict`; docs/tasks.md has a whole one. One object serves one model; `open` gives it data.
 
     rungs: of the recovery ladder, those that make sense. glance: images that a recalibration is first tried on, 0 for none.
-    labelled: whether its targets can be learned, see `learned`; mixes: whether these can be mixed with one another, (B, K).
+    labelled: whether its targets can be learned, see `learned`; mixes: whether these can be mixed with one another, (B, K);
+    mirrors: whether a mirrored image has the same.
     evidence_type: what `judge` returns. writes: whether `predict` writes files named after the pictures.
     """
 
@@ -83,6 +84,7 @@ class Task(ABC):
     writes: ClassVar[bool] = False
     labelled: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    mirrors: ClassVar[bool] = True
 
     def __init_subclass__(cls, register: bool = True, **options: Any) -> None:
         super().__init_subclass__(**options)

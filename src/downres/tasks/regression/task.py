@@ -98,7 +98,7 @@ class Regression(VectorTask):
     score = RegressionQuality
     strengths = (1.0, 10.0, 100.0, 1000.0, 10000.0)
     fitted = "ridge regression, alpha"
-    labelled, mixes = True, True
+    labelled, mixes, mirrors = True, True, False
 
     @classmethod
     def names_in(cls, data: Any, question: Question, outputs: int | None) -> tuple[str, ...]:

@@ -220,18 +220,19 @@ class Segmentation(Task):
         return mirror(torch.from_numpy(made), views.mirrored)
 
     def loss_of(self, ours: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        """Cross-entropy of the logits at the size of the input, a pixel."""
+        """Cross-entropy of the logits at the size of the input, a pixel, those without a class counted as 0."""
         d = self.dense
         if d.left_out is not None:
             ours = torch.cat([ours[:, : d.left_out], ours[:, d.left_out + 1 :]], dim=1)
         ours = F.interpolate(ours, targets.shape[-2:], mode=d.interpolation, align_corners=d.align_corners)
         if d.threshold is None:
-            return F.cross_entropy(ours, targets, ignore_index=IGNORED, label_smoothing=smoothing)
+            lost = F.cross_entropy(ours, targets, ignore_index=IGNORED, label_smoothing=smoothing, reduction="sum")
+            return lost / targets.numel()
         known = targets != IGNORED
         ours, wanted = ours[:, 0][known], targets[known].to(ours) * (1 - smoothing) + smoothing / 2
         if d.threshold == 0.5:  # it returns probabilities
-            return F.binary_cross_entropy(ours.clamp(1e-6, 1 - 1e-6), wanted)
-        return F.binary_cross_entropy_with_logits(ours, wanted)
+            return F.binary_cross_entropy(ours.clamp(1e-6, 1 - 1e-6), wanted, reduction="sum") / targets.numel()
+        return F.binary_cross_entropy_with_logits(ours, wanted, reduction="sum") / targets.numel()
 
     def quality(self, evidence: Tallies) -> SegmentationQuality:
         return segmentation_quality(evidence)
