@@ -577,11 +577,12 @@ def test_two_processes_train_what_one_does(cells, tiny_file, tmp_path, cli):
         "1",
     ]
     command += ["--native-resolution", "48", "--resolution", "24", "--max-drop", "0", "--epochs", "3", "--runtime", "torch"]
-    command += ["--rungs", "distill,finetune", "--stem-scale", "none", "--out"]
+    command += ["--rungs", "distill,finetune", "--stem-scale", "none", "--train", "log=tensorboard", "--out"]
     assert cli(*command, tmp_path / "one").code == 0
     done = in_two_processes([*command, str(tmp_path / "two")])
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["finished"]  # one document, though two ran
+    assert len(list((tmp_path / "two" / "logs").rglob("events*"))) == 2  # a training each
     found = []
     for name in ("one", "two"):
         (result,) = load_run(tmp_path / name).results
