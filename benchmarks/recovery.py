@@ -96,9 +96,16 @@ def rows_of(part: str, data: Any, model: Any, fit_head: bool, seed: int, sizes: 
 
 
 def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each part, resolution and rung: means over the seeds, and the least and the most of the drop."""
+    """A row for each part, resolution and rung: means over the seeds of which every rung is there, the drop's least and most."""
+    wanted: dict[str, set[str]] = {}
+    there: dict[tuple[str, str, int], set[str]] = {}
+    for row in rows:
+        wanted.setdefault(row["part"], set()).add(row["rung"])
+        there.setdefault((row["part"], row["resolution"], row["seed"]), set()).add(row["rung"])
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
+        if there[row["part"], row["resolution"], row["seed"]] < wanted[row["part"]]:
+            continue  # the others of that division are not there yet
         groups.setdefault((row["part"], row["resolution"], row["rung"]), []).append(row)
     return [
         {
@@ -118,10 +125,12 @@ def table(rows: list[dict[str, Any]], training: dict[str, dict[str, Any]]) -> st
         own = [row for row in found if row["part"] == part]
         rungs = [rung for rung in RUNGS if any(row["rung"] == rung for row in own)]
         how, one = training[part], next(row for row in rows if row["part"] == part)
-        seeds = max(row["seeds"] for row in own)
+        fewest, most = min(row["seeds"] for row in own), max(row["seeds"] for row in own)
+        seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
         lines += [
-            f"**{SAID[part]}**: {one['fit']} images to fit on, {one['proof']} for the proof, {seeds} divisions; each training "
-            f"{how['epochs']} epochs. Points lost against the original, mean, and least to most over the divisions.",
+            f"**{SAID[part]}**: {one['fit']} images to fit on, {one['proof']} for the proof, {seeds} divisions; "
+            f"each training {how['epochs']} epochs. Points lost against the original, mean, and least to most over the "
+            "divisions.",
             "",
             "| px | " + " | ".join(WORDS[rung] for rung in rungs) + " |",
             "|--:|" + "--:|" * len(rungs),
