@@ -96,7 +96,7 @@ def rows_of(part: str, data: Any, model: Any, fit_head: bool, seed: int, sizes: 
 
 
 def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each part, resolution and rung: means over the seeds of which every rung is there; the drop's least and most."""
+    """A row for each part, resolution and rung: means over seeds of which every rung is there, least and most of the drop."""
     wanted: dict[str, set[str]] = {}
     there: dict[tuple[str, str, int], set[str]] = {}
     for row in rows:
