@@ -388,10 +388,12 @@ def alone_onnx(
     layer = by.get(both.input[0]) if both is not None and both.op_type == "Concat" else None
     if layer is None or layer.op_type != "Gemm" or {a.name: a.i for a in layer.attribute}.get("transB") != 1:
         return False  # something comes behind that layer
+    if not layer.input[1].endswith(".linear.weight"):
+        return False
     last = [node for node in graph.node if both is not None and (node is both or both.output[0] in node.input)]
     for node in last:
         graph.node.remove(node)
-    own = [f"{name}.weight", f"{name}.bias"]
+    own = [layer.input[1].removesuffix("linear.weight") + kind for kind in ("weight", "bias")]  # as an export names them
     layer.input[1:] = own
     layer.output[0] = name
     graph.initializer.extend(onnx.numpy_helper.from_array(value, of) for value, of in zip((weight, bias), own, strict=True))
