@@ -158,7 +158,7 @@ class _Run:
         self._refuse_other_answers()
         self.file = None if bank.folder is None or not self.team.first else bank.folder / "training" / f"{name}.pt"
         self.foretold = 0.0
-        self.began, self.shown = time.perf_counter(), 0
+        self.began, self.shown, self.text = time.perf_counter(), 0, ""
 
     def go(self) -> str:
         done = 0
@@ -185,7 +185,7 @@ class _Run:
                         schedule.step_update(epoch * per_epoch + i)
                         total += self._step(x, targets, whole)
                         self.shown += whole
-                        self._say(epoch * per_epoch + i + 1, steps, total / (i + 1))
+                        self._say(epoch * per_epoch + i + 1, steps, total / (i + 1), i + 1 == per_epoch)
                 log({"loss": total / per_epoch}, epoch + 1)
                 self.team.averaged(self.network)
                 self._keep(epoch + 1, epochs)
@@ -373,12 +373,14 @@ class _Run:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.file, content.getvalue())
 
-    def _say(self, done: int, steps: int, loss: float) -> None:
+    def _say(self, done: int, steps: int, loss: float, epoch: bool) -> None:
+        """Where the output is no terminal every other text is another line: the numbers in it are of the last epoch."""
         if self.bank.progress and self.team.first:
-            about = f", about {self.foretold:.0f} min in all" if self.foretold >= 1 else ""
-            rate = f", {self.shown / max(time.perf_counter() - self.began, 1e-9):.0f} images/s"
-            said = f"{self.bank.stage}{self.state.candidate}: {self.lesson.doing}{about}{rate}, loss {loss:.3g}"
-            self.bank.progress(said, done, steps)
+            if epoch or not self.text:
+                about = f", about {self.foretold:.0f} min in all" if self.foretold >= 1 else ""
+                rate = f", {self.shown / max(time.perf_counter() - self.began, 1e-9):.0f} images/s"
+                self.text = f"{self.state.candidate}: {self.lesson.doing}{about}{rate}, loss {loss:.3g}"
+            self.bank.progress(f"{self.bank.stage}{self.text}", done, steps)
 
 
 def _optimizer(parameters: Sequence[nn.Parameter], how: Training) -> torch.optim.Optimizer:
