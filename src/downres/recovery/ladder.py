@@ -209,11 +209,12 @@ def _train(ladder: "_Ladder", task: Climber, bank: Bank, reference: Reference, r
         return False
 
 
-def lesson_of(rung: str, task: Climber, bank: Bank, begun: State, original: State, fit: np.ndarray) -> Lesson:
-    """What that rung teaches the network of a state on training images `fit`; original: what it is compared with."""
+def lesson_of(rung: str, task: Climber, bank: Bank, begun: State, original: State | None, fit: np.ndarray) -> Lesson:
+    """What that rung teaches the network of a state on training images `fit`; original: who teaches without labels."""
     if rung in OF_LABELS:
         labelled = FixRes if rung == FixRes.rung else Finetuning
         return labelled(task, bank, bank.preprocessing_of(begun).hw, bank.training)
+    assert original is not None
     unlabelled = Rounding if rung == Rounding.rung else Distillation
     return unlabelled(task, bank, begun, original, fit)
 

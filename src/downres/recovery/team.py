@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DownresError
+from .state import State
 from .training import Training, TrainingFailed
 
 Log = Callable[[dict[str, float], int], None]
@@ -27,8 +28,8 @@ class Job:
     """A training that all take part in. tensors: what the state's steps put in place."""
 
     rung: str
-    state: Any
-    original: Any
+    state: State
+    original: State | None
     fold: int
     images: np.ndarray
     how: Training

@@ -8,7 +8,7 @@ import io
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -114,8 +114,8 @@ def trained(
         return State(state.candidate, state.crop_ratio, (step,)), told
     job = Job(lesson.rung, begun, lesson.original, fold, images, how, bank.weights.of(begun, lesson.original))
     with bank.team.working(job), threads_of(check_threads(bank.threads)):
-        run = _Run(bank, begun, fold, images, how, lesson, seed, name, watch)
         try:
+            run = _Run(bank, begun, fold, images, how, lesson, seed, name, watch)
             told, tensors = run.go(), run.tensors()
         except TrainingFailed as error:  # so it will for another file of the same network
             bank.trained[name] = None, str(error)
@@ -153,7 +153,9 @@ class _Run:
         self.optimizer = _optimizer(self.parameters, how)
         self.altered = Altered(how, bank.preprocessing_of(begun))
         self.average = [p.detach().clone() for p in self.parameters] if how.ema else []
-        self.part = max(self._sizes(len(self._views(0))))  # images at once
+        self.count = len(self._views(0))  # of images in an epoch
+        self.sizes = self._sizes()
+        self.part = max(self.sizes)  # images at once
         self.taken = 0  # steps
         self._refuse_other_answers()
         self.file = None if bank.folder is None or not self.team.first else bank.folder / "training" / f"{name}.pt"
@@ -171,8 +173,7 @@ class _Run:
             self._consult(done, epochs)
         else:
             epochs = self._affordable()
-        count = len(self._views(0))
-        per_epoch = len(self._sizes(count))
+        per_epoch = len(self.sizes)
         steps = epochs * per_epoch
         schedule = _schedule(self.optimizer, steps, self.how)
         self.began = time.perf_counter()
@@ -190,7 +191,7 @@ class _Run:
                 self.team.averaged(self.network)
                 self._keep(epoch + 1, epochs)
                 self._consult(epoch + 1, epochs)
-        self.bank.passes += epochs * count + self.lesson.looked([self._views(epoch) for epoch in range(epochs)])
+        self.bank.passes += epochs * self.count + self.lesson.looked([self._views(epoch) for epoch in range(epochs)])
         if self.file is not None:
             self.file.unlink(missing_ok=True)
         fewer = f" of {self.how.epochs} asked for" if epochs < self.how.epochs else ""
@@ -222,18 +223,17 @@ class _Run:
         how = dataclasses.replace(self.how, mirror=self.how.mirror and self.lesson.task.mirrors)
         return drawn(self.pictures, self.images, how, np.random.default_rng([self.seed, 4, self.fold, epoch]))
 
-    def _sizes(self, count: int) -> list[int]:
-        """Of the batches of so many images; a rest that has not two for each process goes with the one before."""
+    def _sizes(self) -> list[int]:
+        """Of an epoch's batches; a rest that has not two for each process goes with the one before."""
         size = self.how.training_batch
-        sizes = [min(size, count - start) for start in range(0, count, size)]
+        sizes = [min(size, self.count - start) for start in range(0, self.count, size)]
         if len(sizes) > 1 and sizes[-1] < 2 * self.team.count:
             sizes[-2:] = [sizes[-2] + sizes[-1]]
         return sizes
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
         """(pixels, targets, images in the whole batch): of several processes each has its share of every batch."""
-        views = self._views(epoch)
-        sizes = self._sizes(len(views))
+        views, sizes = self._views(epoch), self.sizes
         shares = [self.team.share(start, n) for start, n in zip(np.cumsum([0, *sizes]), sizes, strict=False)]
         own = _joined([views[share] for share in shares])
         most = max(share.stop - share.start for share in shares)
@@ -244,7 +244,7 @@ class _Run:
 
     def _step(self, x: Tensor, targets: Tensor, whole: int) -> float:
         """One step of the optimizer; of the whole batch this process has x."""
-        self._turn_on(whole)
+        _to_train(self.network, self.how.batchnorm and whole > 1)  # there are no statistics of one image
         while True:
             error = None
             try:
@@ -283,9 +283,6 @@ class _Run:
             total += float(loss.detach())
         return total
 
-    def _turn_on(self, whole: int) -> None:
-        _to_train(self.network, self.how.batchnorm and whole > 1)  # there are no statistics of one image
-
     def _refuse_other_answers(self) -> None:
         """A network that answers otherwise while it is trained would be taught what nobody asks of it."""
         p, made = self.bank.preprocessing_of(self.state), []
@@ -314,14 +311,13 @@ class _Run:
     def _affordable(self) -> int:
         """Epochs that there is time for, by that of a few steps whose weights are thrown away."""
         before = {name: value.clone() for name, value in self.network.state_dict().items()}
-        fresh = _copied_state(self.optimizer.state_dict())
-        count, per_image = len(self._views(0)), []
+        per_image = []
         source = self._batches(0)
         self._thaw(1.0)
         for group in self.optimizer.param_groups:  # not yet warmed up
             group["lr"] = self.how.learning_rate / 100
         with self._chance(0):
-            for _ in range(min(PREVIEWED, len(self._sizes(count)))):
+            for _ in range(min(PREVIEWED, len(self.sizes))):
                 start = time.perf_counter()
                 x, targets, whole = next(source)
                 self._step(x, targets, whole)
@@ -329,15 +325,16 @@ class _Run:
         source.close()  # type: ignore[attr-defined]
         self.network.load_state_dict(before)
         self.optimizer.state.clear()
-        self.optimizer.load_state_dict(fresh)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.how.learning_rate
         self.taken, self.average = 0, [p.detach().clone() for p in self.parameters] if self.average else []
-        an_epoch = self.team.shared(min(per_image)) * count / 60
+        an_epoch = self.team.shared(min(per_image)) * self.count / 60
         found = self.how.epochs
         if self.how.max_minutes is not None:
             found = min(found, int(self.how.max_minutes / an_epoch))
         if found < 1:
             raise TrainingFailed(
-                f"an epoch of {count} images takes about {an_epoch:.1f} minutes here, {self.how.max_minutes:g} are "
+                f"an epoch of {self.count} images takes about {an_epoch:.1f} minutes here, {self.how.max_minutes:g} are "
                 f"allowed: give more, or leave {self.lesson.rung} out."
             )
         self.foretold = found * an_epoch
@@ -420,11 +417,6 @@ def _to_train(network: nn.Module, statistics: bool) -> None:
 def _is_of_memory(error: Exception) -> bool:
     said = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
-
-
-def _copied_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a fresh optimizer: its groups alone."""
-    return {"state": {}, "param_groups": [dict(group) for group in state["param_groups"]]}
 
 
 def _joined(views: Sequence[Views]) -> Views:

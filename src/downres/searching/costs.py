@@ -191,7 +191,7 @@ class _Measuring:
     def __call__(self, candidate: Candidate) -> Cost:
         size = self.batch_size, self.channels, *(candidate.hw or self.native)
         if candidate == Candidate(self.model.preprocessing.resolution):
-            return measure_cost(self.answering(made_for(self.model.module, self.native)), size, fuse=self.fuse)
+            return measure_cost(self._reduced(self.model.module, candidate), size, fuse=self.fuse)
         if self.fuse:  # what the network's own code makes of its weights
             return measure_cost(self._reduced(self.model.module, candidate), size)
         try:
@@ -205,11 +205,7 @@ class _Measuring:
     def training(self, candidate: Candidate, optimizer: str) -> TrainingCost:
         """Of a network that is fed the candidate's pixels; its answer is that of the network itself, at its own size."""
         size = self.batch_size, self.channels, *(candidate.hw or self.native)
-        if candidate == Candidate(self.model.preprocessing.resolution):
-            network = made_for(self.model.module, self.native)
-        else:
-            network = reduce(self.model.module, candidate, input_size=(self.channels, *self.native), resize_input=False)
-        return measure_training_cost(network, size, optimizer=optimizer)
+        return measure_training_cost(self._made(self.model.module, candidate), size, optimizer=optimizer)
 
     @cached_property
     def convnet(self) -> bool:
@@ -224,7 +220,13 @@ class _Measuring:
         return _hollow(self.model.module, "meta")
 
     def _reduced(self, network: nn.Module, candidate: Candidate) -> nn.Module:
-        return self.answering(reduce(network, candidate, input_size=(self.channels, *self.native), resize_input=False))
+        return self.answering(self._made(network, candidate))
+
+    def _made(self, network: nn.Module, candidate: Candidate) -> nn.Module:
+        """The network that is fed the candidate's pixels."""
+        if candidate == Candidate(self.model.preprocessing.resolution):
+            return made_for(network, self.native)
+        return reduce(network, candidate, input_size=(self.channels, *self.native), resize_input=False)
 
 
 def _hollow(network: nn.Module, device: str) -> nn.Module:

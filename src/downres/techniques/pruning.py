@@ -1,22 +1,21 @@
 """Fewer channels of a trained network: structured pruning, whole channels taken out with all that depends on them."""
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DownresError
-from ..parse import floats
-from .technique import DECIMAL, Style, Technique, number
+from .technique import Factor, Style
 
 if TYPE_CHECKING:
     from ..records import Candidate
     from ..reduction import Work
 
 
-class Pruning(Technique):
+class Pruning(Factor):
     """pruning: so much of the network's MACs is left; 1: all. The channels of least norm go, in every layer the same part, and
     what remains has the original's weights: the ladder wins back what that costs.
     """
 
+    prefix = "channels"
     name, neutral, keyword, option = "pruning", 1.0, "prunings", "--pruning"
     metavar, help = "0.7,0.5", "Structured pruning: take channels out until so much of the MACs is left."
     order, seldom = 12, True
@@ -29,24 +28,11 @@ class Pruning(Technique):
             )
         return float(value)
 
-    def word(self, c: "Candidate") -> str:
-        return f"channels×{number(c.pruning)}"
-
-    def read(self, word: str) -> dict[str, Any]:
-        match = re.fullmatch(rf"channels[×*]({DECIMAL})", word)
-        return {self.name: float(match[1])} if match else {}
-
-    def parse_option(self, text: str) -> tuple[float, ...]:
-        return tuple(floats(text, self.option))
-
     def detail(self, c: "Candidate") -> str:
         return f"channels pruned to ×{c.pruning:g} MACs"
 
     def short(self, c: "Candidate") -> str:
         return f"pruned ×{c.pruning:g}"
-
-    def mark(self, c: "Candidate") -> str:
-        return f"×{c.pruning:.3g}"
 
     def prepare(self, work: "Work") -> None:
         from ..reductions.pruning import pruned

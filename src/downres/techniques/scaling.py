@@ -4,8 +4,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DownresError
-from ..parse import Resolution, floats, integers
-from .technique import DECIMAL, Design, Style, Technique, number, whole
+from ..parse import Resolution, integers
+from .technique import Design, Factor, Style, Technique, whole
 
 if TYPE_CHECKING:
     from ..records import Candidate
@@ -78,9 +78,10 @@ class Depth(Scaling):
         return f"{c.depth} blocks"
 
 
-class Width(Scaling):
+class Width(Scaling, Factor):
     """width: factor on the channels."""
 
+    prefix = "width"
     name, neutral, keyword, option = "width", 1.0, "widths", "--width"
     metavar, help = "0.5,0.67", "Factors on the channels: model scaling."
     styles = {"width": Style("#9a6fd0", "pentagon")}
@@ -90,24 +91,11 @@ class Width(Scaling):
             raise DownresError(f"A width is a factor above 0 and at most 4, {value} is not: give for example 0.5.")
         return value
 
-    def word(self, c: "Candidate") -> str:
-        return f"width×{number(c.width)}"
-
-    def read(self, word: str) -> dict[str, Any]:
-        match = re.fullmatch(rf"width[×*]({DECIMAL})", word)
-        return {self.name: float(match[1])} if match else {}
-
-    def parse_option(self, text: str) -> tuple[float, ...]:
-        return tuple(floats(text, self.option))
-
     def detail(self, c: "Candidate") -> str:
         return f"width ×{c.width:g}"
 
     def short(self, c: "Candidate") -> str:
         return f"width ×{c.width:g}"
-
-    def mark(self, c: "Candidate") -> str:
-        return f"×{c.width:.3g}"
 
 
 DEPTH, WIDTH = Depth(), Width()

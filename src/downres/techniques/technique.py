@@ -1,12 +1,13 @@
 """What a technique tells of itself, in one place, and the register that everything else asks. No torch here."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import DownresError
-from ..parse import Resolution
+from ..parse import Resolution, floats
 
 if TYPE_CHECKING:
     from ..records import Candidate
@@ -173,6 +174,25 @@ class Technique:
     def has_map(self, c: "Candidate") -> bool:
         """Whether `token_map` tells which patches went together."""
         return False
+
+
+class Factor(Technique):
+    """One number at most: `width×0.5`. prefix: of its word, before the ×."""
+
+    prefix: ClassVar[str]
+
+    def word(self, c: "Candidate") -> str:
+        return f"{self.prefix}×{number(self.value(c))}"
+
+    def read(self, word: str) -> dict[str, Any]:
+        match = re.fullmatch(rf"{self.prefix}[×*]({DECIMAL})", word)
+        return {self.name: float(match[1])} if match else {}
+
+    def parse_option(self, text: str) -> tuple[float, ...]:
+        return tuple(floats(text, self.option))
+
+    def mark(self, c: "Candidate") -> str:
+        return f"×{self.value(c):.3g}"
 
 
 _TECHNIQUES: list[Technique] = []
