@@ -4,12 +4,16 @@ distilled without labels, fine-tuned with labels.
     python benchmarks/recovery.py catdog --photos ../shared/data     EfficientNet-Lite0, 700 photographs of cats and dogs
     python benchmarks/recovery.py cells                              the same network, 2624 solar cells
     python benchmarks/recovery.py camvid --photos ../shared/data     a RegSeg of `--weights`, street scenes, mIoU
+    python benchmarks/recovery.py several --photos ../shared/data    one network for three sizes against one for each
     python benchmarks/recovery.py table                              what is there, into docs/recovery.md and its picture
 
 Each seed divides the photographs anew, half to be fitted on and half for the proof; the original is that with a head fitted for
 the data (camvid: as it was trained). Every rung starts from the original's weights at the small resolution and each training
-has the same epochs on the same images. Rows are appended to benchmarks/results/recovery.json as they come; what is there is not
-run again. `drop` is paired, in points, over the proof images of one seed; `drop_low` and `drop_high` are one-sided 95 % bounds.
+has the same epochs on the same images. Rows are appended to benchmarks/results/recovery.json as they come; what is there is
+not run again. `drop` is paired, in points, over the proof images of one seed; `drop_low` and `drop_high` are one-sided 95 %
+bounds. `several`, of the cats and dogs: distilled at 128, 96 and 64 px, one network for each, and one for all three that is
+trained for three times as many epochs, so that both have looked at as many images; `behind` is paired, the score of one for
+each minus that of one for all.
 """
 
 import argparse
@@ -31,6 +35,7 @@ from downres import Budget, Candidate, Training
 from downres.images import split_once
 from downres.recovery.ladder import lesson_of
 from downres.recovery.state import RECALIBRATED, Step
+from downres.recovery.switching import Switching, tensors_of
 from downres.recovery.trainer import trained
 from downres.searching.demo import demo_model
 from downres.searching.prepare import Measuring, open_data, prepare_task
@@ -93,6 +98,42 @@ def rows_of(part: str, data: Any, model: Any, fit_head: bool, seed: int, sizes: 
                     "seconds": round(seconds, 1), "images": images, "note": note,
                 }  # fmt: skip
                 bank.release()
+
+
+def several_rows(data: Any, model: Any, seed: int, sizes: Any, how: Training) -> Any:
+    """A row for each resolution: one network for all of them beside one trained for it alone."""
+    question, measuring = Question(fit_head=True), Measuring(runtime="torch", seed=seed, val_fraction=0.5)
+    task = prepare_task(model, data, question)
+    open_data(task, data, measuring, question)
+    with tempfile.TemporaryDirectory() as place:
+        bank = task.bank(Path(place), runtime="torch")
+        task.fill(bank)
+        reference = task.reference(bank, 0, task.data.folds[0], RUNGS)
+        proof, fit = task.data.folds[0].test, reference.fit
+        original = task.evidence(bank, reference.state, proof)
+        starts = [reference.start.at(Candidate(size)) for size in sizes]
+        began = time.perf_counter()
+        lesson = Switching(task, bank, starts[0], starts[1:], reference.start, fit, own_heads=False)
+        longer = dataclasses.replace(how, epochs=how.epochs * len(sizes))
+        state, _ = trained(bank, starts[0], 0, fit, longer, lesson, seed)
+        together_s, all_tensors = time.perf_counter() - began, bank.weights.get(state.trained.tensors)
+        for i, start in enumerate(starts):
+            began = time.perf_counter()
+            alone, _ = trained(bank, start, 0, fit, how, lesson_of("distill", task, bank, start, reference.start, fit), seed)
+            alone_s = time.perf_counter() - began
+            step = dataclasses.replace(state.trained, tensors=bank.weights.put(tensors_of(all_tensors, i)))
+            together = dataclasses.replace(start, history=(step,))
+            one, other = (task.evidence(bank, s, proof) for s in (alone, together))
+            behind = task.compare(one, {"it": other}, Budget(1.0))["it"]
+            lost = {name: task.compare(original, {"it": e}, Budget(1.0))["it"] for name, e in (("alone", one), ("all", other))}
+            yield {
+                "seed": seed, "resolution": str(start.candidate), "original": task.quality(original).score,
+                "alone": task.quality(one).score, "together": task.quality(other).score,
+                "alone_drop": lost["alone"].drop, "together_drop": lost["all"].drop,
+                "behind": behind.drop, "behind_low": behind.lower, "behind_high": behind.upper, "proof": len(proof),
+                "fit": len(fit), "alone_s": round(alone_s, 1), "together_s": round(together_s, 1),
+            }  # fmt: skip
+            bank.release()
 
 
 def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -187,9 +228,13 @@ def write_document() -> None:
     save_png(picture(kept["rows"]), DOCUMENT.with_suffix(".png"))
 
 
+def content(kept: dict[str, Any]) -> dict[str, Any]:
+    return {name: kept[name] for name in ("training", "rows", "several") if name in kept}
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("part", choices=[*sorted(SIZES), "table"])
+    options.add_argument("part", choices=[*sorted(SIZES), "several", "table"])
     options.add_argument("--photos", type=Path, help="the folder with catdog and camvid")
     options.add_argument("--weights", type=Path, help="of camvid's RegSeg")
     options.add_argument("--seeds", type=int, default=3)
@@ -204,9 +249,19 @@ def main() -> None:
         model = downres.load_model("regseg:camvid", weights=given.weights)
     else:
         model = demo_model()
-        if given.part == "catdog":
+        if given.part in ("catdog", "several"):
             model = dataclasses.replace(model, preprocessing=dataclasses.replace(model.preprocessing, resolution=224))
     kept = json.loads(FILE.read_text()) if FILE.is_file() else {"rows": []}
+    if given.part == "several":
+        found = kept.setdefault("several", [])
+        for seed in range(given.seeds):
+            if any(row["seed"] == seed for row in found):
+                continue
+            for row in several_rows(str(given.photos / "catdog/train"), model, seed, SIZES["catdog"], how):
+                found.append(row)
+                print(row, flush=True)
+            save("recovery", "python benchmarks/recovery.py several --photos DIR", None, content(kept))
+        return
     known = {(r["part"], r["seed"], r["resolution"], r["rung"]) for r in kept["rows"]}
     for seed in range(given.seeds):
         if given.part == "cells":
@@ -218,7 +273,7 @@ def main() -> None:
             kept["rows"].append(row)
             kept.setdefault("training", {})[given.part] = how.to_json()
             command = " ".join(["python benchmarks/recovery.py", given.part, *(["--photos DIR"] if given.photos else [])])
-            save("recovery", command, None, {"training": kept["training"], "rows": kept["rows"]})
+            save("recovery", command, None, content(kept))
             told = f"{row['score']:.2f} ({row['drop']:+.2f} lost), {row['seconds']} s"
             print(f"{row['part']} seed {seed}, {row['resolution']} {row['rung']}: {told}", flush=True)
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .searching.prepare import Measuring
     from .searching.results import Run, load_run
     from .searching.run import search
+    from .searching.several import Switchable, switchable
     from .searching.single import evaluate, recover
     from .searching.view import write_report
     from .tasks import Arrays, Question, Task
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 __all__ = [
     # the verbs
     "reduce", "token_map", "measure_cost", "measure_training_cost", "measure_latency", "evaluate", "recover", "costs", "curve",
-    "search", "demo", "doctor", "check", "embed", "predict", "write_report",
+    "search", "switchable", "demo", "doctor", "check", "embed", "predict", "write_report",
     # groups of their options
     "Axes", "Budget", "Question", "Measuring", "Training",
     # models and data
@@ -69,8 +70,8 @@ __all__ = [
     # records
     "Candidate", "Merge", "Cost", "TrainingCost", "Latency", "Score", "Quality", "SegmentationQuality", "MultilabelQuality",
     "RegressionQuality", "AgreementQuality", "EmbeddingQuality", "Dense", "Drop", "Preprocessing",
-    "Record", "Recovery", "Rung", "Result", "Run", "Curve", "Costs", "Diagnosis", "Change", "Reduction", "Finding", "Embedded",
-    "Prediction", "MaskPrediction", "load_run", "CONVENTION", "DownresError",
+    "Record", "Recovery", "Rung", "Result", "Run", "Switchable", "Curve", "Costs", "Diagnosis", "Change", "Reduction",
+    "Finding", "Embedded", "Prediction", "MaskPrediction", "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
 
 # Importing torch, timm and the runtimes takes seconds; a name is imported when it is first used, so that
@@ -99,6 +100,7 @@ _HOMES = {
     "searching.prepare": ("Measuring",),
     "searching.results": ("Run", "load_run"),
     "searching.run": ("search",),
+    "searching.several": ("Switchable", "switchable"),
     "searching.single": ("evaluate", "recover"),
     "searching.view": ("write_report",),
     "tasks": ("Arrays", "Question", "Task"),

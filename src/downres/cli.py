@@ -169,6 +169,15 @@ CacheOption = Annotated[
     float | None,
     _measure("--cache-gb", metavar="GB", help="Of decoded images kept on disk, at most; default: half of what is free there."),
 ]
+EpochsOption = Annotated[int, _try("--epochs", help="Of a training: passes over the training images.")]
+LearningRateOption = Annotated[float, _try("--learning-rate", help="Of a training, the highest.")]
+TrainOption = Annotated[
+    list[str] | None,
+    _try("--train", metavar="NAME=VALUE", help="More of how it trains, see `Training`: optimizer=sgd, mixup=0.2. Repeat it."),
+]
+MaxMinutesOption = Annotated[float | None, _allowed("--max-minutes", help="Of one training, which then has fewer epochs.")]
+FitHeadOption = Annotated[bool, _try("--fit-head", help="Replace the classifier by one fitted for the data's classes.")]
+ConfidenceOption = Annotated[float, _measure("--confidence", help="Of the proof, for all candidates together.")]
 SeedOption = Annotated[int, _measure("--seed", help="Of splits and folds.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
 
@@ -298,18 +307,10 @@ def search(
             "ranges,layers,qat; 'none' only lowers.",
         ),
     ] = None,
-    epochs: Annotated[int, _try("--epochs", help="Of a training: passes over the training images.")] = 20,
-    learning_rate: Annotated[float, _try("--learning-rate", help="Of a training, the highest.")] = 1e-3,
-    train: Annotated[
-        list[str] | None,
-        _try(
-            "--train", metavar="NAME=VALUE", help="More of how it trains, see `Training`: optimizer=sgd, mixup=0.2. Repeat it."
-        ),
-    ] = None,
-    max_minutes: Annotated[
-        float | None,
-        _allowed("--max-minutes", help="Of one training, which then has fewer epochs."),
-    ] = None,
+    epochs: EpochsOption = 20,
+    learning_rate: LearningRateOption = 1e-3,
+    train: TrainOption = None,
+    max_minutes: MaxMinutesOption = None,
     minimize: Annotated[
         str | None,
         _allowed(
@@ -323,10 +324,10 @@ def search(
     compare: CompareOption = None,
     output_index: OutputIndexOption = None,
     ignore_output: IgnoreOutputOption = None,
-    fit_head: Annotated[bool, _try("--fit-head", help="Replace the classifier by one fitted for the data's classes.")] = False,
+    fit_head: FitHeadOption = False,
     folds: Annotated[int | None, _measure("--folds", help="Cross-fit one folder: every image is a proof image once.")] = None,
     val_fraction: ValFractionOption = None,
-    confidence: Annotated[float, _measure("--confidence", help="Of the proof, for all candidates together.")] = 0.95,
+    confidence: ConfidenceOption = 0.95,
     weights: WeightsOption = None,
     native_resolution: NativeOption = None,
     mean: MeanOption = None,
@@ -379,6 +380,80 @@ def search(
             command=_command(), progress=progress,
         )  # fmt: skip
     _print_run(run, as_json)
+
+
+@app.command()
+def switchable(
+    model: ModelArgument,
+    data: DataOption,
+    resolutions: Annotated[
+        str, _try("--resolution", metavar="N,N,…", help="Two or more that one model shall run at: 224,160,128, or 96:224:32.")
+    ],
+    folder: Annotated[
+        Path, typer.Option("--out", metavar="RUN", help="Folder of the run; the same command goes on where it was.")
+    ] = Path("run"),
+    max_drop: Annotated[
+        float, _allowed("--max-drop", help="For the verdicts: points of top-1 or mIoU, or in the unit of a regression.")
+    ] = 1.0,
+    own_heads: Annotated[bool, _try("--own-heads", help="Give each resolution a last layer of its own.")] = False,
+    epochs: EpochsOption = 20,
+    learning_rate: LearningRateOption = 1e-3,
+    train: TrainOption = None,
+    max_minutes: MaxMinutesOption = None,
+    task: TaskOption = None,
+    labels: LabelsOption = None,
+    compare: CompareOption = None,
+    output_index: OutputIndexOption = None,
+    ignore_output: IgnoreOutputOption = None,
+    fit_head: FitHeadOption = False,
+    val_fraction: ValFractionOption = None,
+    confidence: ConfidenceOption = 0.95,
+    weights: WeightsOption = None,
+    native_resolution: NativeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    crop_ratio: CropOption = None,
+    classes: ClassesOption = None,
+    label_size: LabelSizeOption = None,
+    output: OutputOption = "logits",
+    upsampling: UpsamplingOption = "bilinear",
+    fit: FitOption = None,
+    channel_order: OrderOption = None,
+    scale: ScaleOption = None,
+    antialias: AntialiasOption = None,
+    threads: ThreadsOption = None,
+    cache_gb: CacheOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one model for several resolutions, without labels, and ship them in one folder that has its weights once."""
+    from .searching.several import switchable as run_switchable
+
+    loaded = _load(
+        model, weights, native_resolution, mean, std, scale, interpolation=interpolation, crop_ratio=crop_ratio, fit=fit,
+        channel_order=channel_order, antialias=antialias, data=_checkable(data, task),
+    )  # fmt: skip
+    with _progress() as progress:
+        found = run_switchable(
+            loaded, data, parse_resolutions(resolutions), max_drop=max_drop, confidence=confidence, own_heads=own_heads,
+            training=_training(train or [], epochs=epochs, learning_rate=learning_rate, max_minutes=max_minutes),
+            fit_head=fit_head, val_fraction=val_fraction, threads=threads, out=folder, seed=seed, cache_gb=cache_gb,
+            task=_task(task), labels=_text(labels), compare=compare, classes=_text(classes),
+            output_index=output_index, ignore_output=ignore_output,
+            label_size=_size(label_size), output=output, upsampling=upsampling,
+            command=_command(), progress=progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from .reports import terminal
+
+    _say(out, found.data)
+    out.print(terminal.candidates([found.original, *found.results], found.original, None, out.width))
+    many, one = (format_quantity(size, "B") for size in (found.file_bytes, found.single_bytes))
+    _say(out, f"{found.artifact}: {many} for all resolutions, the original's file is {one}", soft_wrap=True)
+    _print_notes(found.notes)
 
 
 @app.command()
@@ -629,12 +704,24 @@ def predict(
     ] = Path("predictions"),
     task: TaskOption = None,
     limit_s: Annotated[float, typer.Option("--limit-s", help="Seconds that the model may take for one picture.")] = 60.0,
+    resolution: Annotated[
+        str | None,
+        typer.Option("--resolution", metavar="N|HxW", help="Of a model for several; default: the largest."),
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None,
+        typer.Option("--max-latency-ms", help="Instead: the largest that takes no longer, timed here before the pictures."),
+    ] = None,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Classes of pictures, their masks, or whatever the shipped model answers, by it alone."""
     from .artifacts import predict as run_predict
 
-    predictions = run_predict(artifact, images, top=top, out=folder, task=_task(task), limit_s=limit_s)
+    predictions = run_predict(
+        artifact, images, top=top, out=folder, task=_task(task), limit_s=limit_s, threads=threads,
+        resolution=_size(resolution, "--resolution"), max_latency_ms=max_latency_ms,
+    )  # fmt: skip
     if as_json:
         _print_json({"predictions": [p.to_json() for p in predictions]})
         return
@@ -782,11 +869,11 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _size(text: str | None) -> Any:
-    """`--label-size`: one resolution, or None."""
+def _size(text: str | None, option: str = "--label-size") -> Any:
+    """One resolution, or None."""
     sizes = [None] if text is None else parse_resolutions(text)
     if len(sizes) > 1:
-        raise DownresError(f"--label-size is one size, {text!r} are {len(sizes)}: give for example 360x480.")
+        raise DownresError(f"{option} is one size, {text!r} are {len(sizes)}: give for example 360x480.")
     return sizes[0]
 
 

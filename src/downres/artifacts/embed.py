@@ -16,7 +16,17 @@ from ..images.preprocess import cover_of, divisor, fill_of
 from ..record import sha256, write_whole
 from ..records import BGR, Preprocessing
 from ..tasks import Task, known_task, restored
-from .manifest import PICTURE, PREPROCESSED, Embedded, embedded_in, read_manifest, refuse_changed, served_by, write_manifest
+from .manifest import (
+    PICTURE,
+    PREPROCESSED,
+    Embedded,
+    embedded_in,
+    read_manifest,
+    refuse_changed,
+    resolutions_of,
+    served_by,
+    write_manifest,
+)
 from .proof import PIXEL_TOLERANCE, embedded_apart, opened_data
 from .serving import takes_numbers
 
@@ -36,6 +46,8 @@ def embed(
     folder = Path(folder)
     manifest = read_manifest(folder)
     refuse_changed(folder, manifest)
+    if len(resolutions_of(manifest)) > 1:
+        raise DownresError("Preprocessing is embedded into a model of one resolution, this one has several: serve.py has it.")
     refuse_channels(Preprocessing.from_json(manifest["preprocessing"]))
     own = restored(manifest["task"], manifest)
     dataset, why = opened_data(own, folder, manifest, data)

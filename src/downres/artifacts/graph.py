@@ -11,7 +11,7 @@ from .manifest import Port, served_by
 
 class Graph:
     """The graph of an artifact, in its own runtime; call it as a `Runtime`. spread: see `OnnxRuntime`. stem: of its file's
-    name. taken: what goes in, None: what the manifest says of the model.
+    name, None: as the manifest says of its resolution. taken: what goes in, None: what the manifest says of the model.
 
     Raises DownresError where its inputs or outputs are not those of the manifest, where a run fails or takes longer than
     `limit_s` seconds an image, and for an answer of another shape, or with NaN or infinity in it: of a class map, which has
@@ -26,11 +26,11 @@ class Graph:
         limit_s: float | None = None,
         *,
         spread: bool = False,
-        stem: str = "model",
+        stem: str | None = None,
         taken: Port | None = None,
     ) -> None:
         engine, precision = served_by(manifest)
-        self.file = (folder / stem).with_suffix(Path(engine.file).suffix)
+        self.file = (folder / (stem or manifest.get("stem", "model"))).with_suffix(Path(engine.file).suffix)
         self.taken, self.given = taken or Port.from_json(manifest["input"]), Port.from_json(manifest["output"])
         self._runtime = engine.load(self.file, threads, limit_s, precision=precision, spread=spread)
         self.name, self.versions, self.threads = self._runtime.name, self._runtime.versions, self._runtime.threads

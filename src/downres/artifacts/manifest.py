@@ -7,7 +7,7 @@ from typing import Any
 
 from ..engines.engine import Engine, Layers, engine_of
 from ..errors import DownresError, first_line
-from ..parse import FP32
+from ..parse import FP32, Resolution, name_of
 from ..record import Misfit, read_json, sha256, write_json, write_whole
 from ..records import Candidate, Cost, Drop, Latency, Preprocessing, Record, Recovery
 from ..recovery.state import State
@@ -18,6 +18,8 @@ MOST_BYTES = 2**28
 """Of a manifest; a larger one is none of ours."""
 SERVE, PROOF = "serve.py", "proof.json"
 """Beside the model: what serves it without downres, and the names and checksums of the images that it was proven on."""
+WEIGHTS = "weights.bin"
+"""What graphs of several resolutions share."""
 EMBEDDED, PICTURE, PREPROCESSED = "model_uint8", "image", "preprocessing/input"
 """Of the file that has its preprocessing inside: its name without the ending, its input, and what the model gets in there."""
 
@@ -131,6 +133,32 @@ class FoldPart(Record):
 
 
 @dataclass(frozen=True)
+class Part(Record):
+    """What is other at one more resolution of the same weights. stem: name of its graph's file, without the ending; tensors of
+    its own are in a file of that name, too. What stands here stands in the place of the manifest's own, see `at_resolution`.
+    """
+
+    stem: str
+    candidate: Candidate
+    input: Port
+    output: Port
+    steps: dict[str, Any]
+    preprocessing: Preprocessing
+    state: State
+    result: Outcome
+
+    def __post_init__(self) -> None:
+        if self.stem != part_stem(self.candidate):
+            raise DownresError(f"The file of {self.candidate} is {part_stem(self.candidate)}, {self.stem[:40]!r} is not.")
+
+
+def part_stem(candidate: Candidate) -> str:
+    """Name of the graph's file of one more resolution, without the ending."""
+    assert candidate.resolution is not None
+    return f"model-{name_of(candidate.resolution)}"
+
+
+@dataclass(frozen=True)
 class Manifest(Record):
     """All that is read of a manifest, with its types: whoever holds one need not ask again. Others may stand in it."""
 
@@ -149,6 +177,7 @@ class Manifest(Record):
     runtime: Served = Served("onnxruntime")
     embedded: Embedded | None = None
     folds: tuple[FoldPart, ...] = ()
+    resolutions: tuple[Part, ...] = ()
     classes: tuple[str, ...] = ()
     colours: tuple[tuple[int, int, int], ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -176,6 +205,25 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except DownresError as error:
         raise DownresError(f"{file} is broken ({str(error).rstrip('.')}): export the model again.") from None
     return manifest
+
+
+def resolutions_of(manifest: dict[str, Any]) -> list[Resolution]:
+    """All that the model may be used at, the manifest's own first."""
+    read = Manifest.from_json(manifest)
+    both = [(read.candidate, read.preprocessing), *((part.candidate, part.preprocessing) for part in read.resolutions)]
+    return [candidate.resolution or p.resolution for candidate, p in both]
+
+
+def at_resolution(manifest: dict[str, Any], resolution: Resolution | None) -> dict[str, Any]:
+    """The manifest of the model as it is used at one of its resolutions, None: the one that it says first; `stem` names its
+    graph. DownresError for another resolution.
+    """
+    known = resolutions_of(manifest)
+    which = 0 if resolution is None else known.index(resolution) if resolution in known else None
+    if which is None:
+        have, asked = ", ".join(map(name_of, known)), name_of(resolution) if resolution else "none"
+        raise DownresError(f"The model runs at {have} px, {asked} is none of these: name one of them.")
+    return {**manifest, **({"stem": "model"} if which == 0 else manifest["resolutions"][which - 1])}
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -215,7 +263,10 @@ def needed(manifest: dict[str, Any]) -> list[str]:
     """What every artifact of its runtime has, and every one that says that its preprocessing is embedded."""
     engine, _ = served_by(manifest)
     named = [Path(engine.file), *([embedded_in(engine)] if manifest.get("embedded") else [])]
-    return [*(file.name for one in named for file in engine.files(one)), "model.safetensors"]
+    stems = [part.stem for part in Manifest.from_json(manifest).resolutions]
+    named += [Path(engine.file).with_stem(stem) for stem in stems]
+    of_torch = [f"{stem}.safetensors" for stem in ("model", *stems)]
+    return [*(file.name for one in named for file in engine.files(one)), *of_torch, *([WEIGHTS] if stems else [])]
 
 
 def embedded_in(engine: Engine) -> Path:

@@ -1,5 +1,6 @@
 """Proving an artifact: its files, its pixels, its graph against torch, its quality."""
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ from ..errors import DownresError, first_line
 from ..families import Model, load_model
 from ..images import Images, batches, preprocess, resize_and_crop
 from ..images.preprocess import divisor, shown_size
-from ..parse import INT8
+from ..parse import INT8, name_of
 from ..probe import find_answer
 from ..record import read_json
 from ..records import Candidate, Preprocessing, Record
@@ -39,9 +40,11 @@ from .manifest import (
     Embedded,
     FoldPart,
     Port,
+    at_resolution,
     changed_files,
     embedded_in,
     read_manifest,
+    resolutions_of,
     served_by,
     served_of,
 )
@@ -93,30 +96,40 @@ def check(
     ]
     if changed:
         return findings
+    sizes = resolutions_of(manifest)
     try:
-        return [*findings, *_looked_at(folder, manifest, model, data, threads)]
+        own = restored(manifest["task"], manifest)
+        _, why_no_data = opened_data(own, folder, manifest, data)
+        for size in sizes:
+            found = _looked_at(own, folder, at_resolution(manifest, size), model, why_no_data, threads)
+            at = f"{name_of(size)} px: " if len(sizes) > 1 else ""
+            findings += [dataclasses.replace(one, what=at + one.what) for one in found]
+        return findings
     except (TypeError, ValueError, LookupError, EOFError, SafetensorError, BadZipFile) as error:
         why = first_line(error)[:100]
         raise DownresError(f"The files in {folder} do not fit their manifest ({why}): export the model again.") from error
 
 
 def _looked_at(
-    folder: Path, manifest: dict[str, Any], model: Model | nn.Module | str | None, data: Any, threads: int | None
+    own: Task,
+    folder: Path,
+    manifest: dict[str, Any],
+    model: Model | nn.Module | str | None,
+    why_no_data: str,
+    threads: int | None,
 ) -> list[Finding]:
-    """All but the files."""
+    """All but the files, at the resolution that the manifest is of. why_no_data: '' where the task has its images."""
     preprocessing = Preprocessing.from_json(manifest["preprocessing"])
-    own = restored(manifest["task"], manifest)
     runtime = Graph(folder, manifest, threads, LIMIT_S, spread=True)
     served = served_of(manifest)
     equal = f"torch = {served.name}" if served.distance is None else f"torch and {served.name} {served.precision}"
     network, why_no_network = _network(folder, manifest, model)
-    dataset, why_no_data = opened_data(own, folder, manifest, data)
-    if dataset is None:
+    if why_no_data:
         inside = (INSIDE,) if manifest.get("embedded") else ()
         unseen = ("preprocessing = PIL", equal, "quality", *inside, "serve.py = predict")
         return [*(Finding(what, None, why_no_data) for what in unseen)]
     chosen = parity_images(own)
-    findings = [_pixels(dataset, chosen, preprocessing)]
+    findings = [_pixels(own.data, chosen, preprocessing)]
     if network is None:
         findings.append(Finding(equal, None, why_no_network))
     elif served.distance is None:
@@ -300,15 +313,16 @@ def _quality(
                 if ready is None:
                     return Finding("quality", None, "the weights of the folds need the torch network: name it with `model`")
                 one = ready
-        parts.append(task.judge(_in_batches(one, task, fold.test, how), fold.test, how))
+        parts.append(judged(task, one, fold.test, how))
     found = task.quality(task.evidence_type.concatenate(parts))
     return Finding("quality", *task.as_stated(found, task.score.from_json(manifest["result"]["quality"])))
 
 
-def _in_batches(runtime: Runtime, task: Task, indices: np.ndarray, p: Preprocessing) -> Iterator[np.ndarray]:
-    """The answers, in batches as large as the task's are."""
-    for batch in batches(task.data.images, indices, p, task.batch_size):
-        yield from runtime(batch.numpy())[0]
+def judged(task: Task, runtime: Runtime, indices: np.ndarray, p: Preprocessing) -> Any:
+    """Evidence of a shipped graph on those images, in batches as large as the task's are."""
+    with contextlib.closing(batches(task.data.images, indices, p, task.batch_size)) as source:
+        answers = (answer for batch in source for answer in runtime(batch.numpy())[0])
+        return task.judge(answers, indices, p)
 
 
 def _with_weights(
@@ -358,8 +372,11 @@ def _network(folder: Path, manifest: dict[str, Any], model: Model | nn.Module | 
     if answer.outputs != source["outputs"] and answer.head is not None:
         module.set_submodule(answer.head, nn.Linear(answer.width, source["outputs"]))
     module = reduce(module, candidate.network, input_size=(len(native.mean), *native.hw), resize_input=False)
+    weights = load((folder / "model.safetensors").read_bytes())
+    if (stem := manifest.get("stem", "model")) != "model":  # which has the tensors of that name, but those of its own
+        weights |= load((folder / f"{stem}.safetensors").read_bytes())
     try:
-        module.load_state_dict(load((folder / "model.safetensors").read_bytes()))
+        module.load_state_dict(weights)
     except (RuntimeError, SafetensorError):
         raise DownresError(
             f"The network given is not the one in {folder}: its weights do not fit; give the one that was searched."

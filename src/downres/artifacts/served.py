@@ -15,7 +15,7 @@ from ..errors import DownresError, first_line
 from ..records import Preprocessing
 from ..tasks import Task
 from .graph import Graph
-from .manifest import SERVE, served_by
+from .manifest import SERVE, resolutions_of, served_by
 from .serving import output_of, program, steps, takes_numbers
 from .use import answered
 
@@ -31,7 +31,9 @@ def served_alike(task: Task, folder: Path, manifest: dict[str, Any], graph: Grap
         return None, f"there is no {SERVE}: the model was exported before there was one"
     numbers = takes_numbers(task, p)
     described = manifest.get("steps") == steps(p, numbers) and manifest["output"] == output_of(task, p)
-    if (folder / SERVE).read_bytes() != program(task, p, numbers, *served_by(manifest)).encode() or not described:
+    several = len(resolutions_of(manifest)) > 1
+    written = program(task, p, numbers, *served_by(manifest), several=several)
+    if (folder / SERVE).read_bytes() != written.encode() or not described:
         theirs, ours = manifest.get("versions", {}).get("downres"), versions()["downres"]
         which = "what the manifest says of serving is" if described is False else f"{SERVE} is"
         other = f" ({theirs} wrote it, this is {ours})" if theirs != ours else ""
@@ -43,7 +45,8 @@ def served_alike(task: Task, folder: Path, manifest: dict[str, Any], graph: Grap
             both = [answered(task, graph, file, p, 5, Path(place) / "predicted") for file in files]
         except DownresError as error:
             return None, f"predict does not answer: {error}"
-        served, why = _served(folder, files)
+        height, width = p.hw
+        served, why = _served(folder, files, ["--resolution", f"{height}x{width}"] if several else [])
         if served is None:
             return False, why
         predicted = [record.to_json() for _, record in both]
@@ -60,9 +63,9 @@ def _written(pixels: np.ndarray, stem: Path) -> Path:
     return file
 
 
-def _served(folder: Path, files: list[Path]) -> tuple[list[dict[str, Any]] | None, str]:
+def _served(folder: Path, files: list[Path], how: list[str]) -> tuple[list[dict[str, Any]] | None, str]:
     """What serve.py prints of the pictures, or None and why; it runs where they are, without what lies beside it as modules."""
-    command = [sys.executable, "-P", str((folder / SERVE).resolve()), *map(str, files)]
+    command = [sys.executable, "-P", str((folder / SERVE).resolve()), *how, *map(str, files)]
     try:
         done = subprocess.run(command, cwd=files[0].parent, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     except subprocess.TimeoutExpired:

@@ -122,10 +122,19 @@ _FITTED = {
 }
 
 
-def program(task: Task, p: Preprocessing, numbers: bool = False, engine: Engine | None = None, precision: str = FP32) -> str:
+def program(
+    task: Task,
+    p: Preprocessing,
+    numbers: bool = False,
+    engine: Engine | None = None,
+    precision: str = FP32,
+    *,
+    several: bool = False,
+) -> str:
     """The text of serve.py: under 60 lines (of numbers 70), of what is needed; it reads its values from the manifest.
 
-    numbers: see `takes_numbers`. engine: that of the graph, None: onnxruntime's on the CPU.
+    numbers: see `takes_numbers`. engine: that of the graph, None: onnxruntime's on the CPU. several: of a model for several
+    resolutions, of ONNX Runtime: 25 lines more.
     """
     answer, channels = task.serving(p).strip(), len(p.mean)
     cubic = "bicubic(" in answer or (not p.antialias and p.interpolation == "bicubic")
@@ -158,6 +167,13 @@ def program(task: Task, p: Preprocessing, numbers: bool = False, engine: Engine 
             head, run = _in_openvino(_HEAD, run, *name)
         else:
             run = run.replace("CPUExecutionProvider", name[0])
+    if several:
+        head = head.replace("import json\n", "import argparse\nimport json\n").replace(
+            "import sys\n", "import sys\nimport time\n"
+        )
+        head = head.replace("photo.jpg …`", "[--resolution N | --max-latency-ms MS] photo.jpg …`")
+        loop = run[run.index("for name in ") :].replace("sys.argv[1:]", "given.images")
+        run = _SEVERAL.replace("PROVIDER", _provider(run)) + loop
     parts[-1] = run
     text = head + "".join(f"\n{part.strip()}\n" for part in parts)
     return text if text.count("\n") < MOST_LINES else text.replace("\n\ndef", "\ndef").replace("\n\nsession", "\nsession")
@@ -172,6 +188,10 @@ def _in_openvino(head: str, run: str, device: str, hint: str) -> tuple[str, str]
         for line in run.split("\n")
     ]
     return head.replace("import onnxruntime", "import openvino"), "\n".join(lines)
+
+
+def _provider(run: str) -> str:
+    return run.partition('providers=["')[2].partition('"')[0]
 
 
 _OPENVINO = 'session = openvino.Core().compile_model(HERE / "model.xml", "DEVICE", {"INFERENCE_PRECISION_HINT": "HINT"})'
@@ -293,4 +313,29 @@ for name in sys.argv[1:]:
     picture = opened(name)
     (output,) = session.run(None, {MANIFEST["input"]["name"]: network_input(picture)})
     print(json.dumps({"image": name, **answer(output[0], picture, name)}, allow_nan=False))
+"""
+_SEVERAL = """
+def milliseconds(session, shape):  # of one pass here and now: the median of 15, after 3 that are not counted
+    seen, noise = [], np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    for _ in range(18):
+        start = time.perf_counter()
+        session.run(None, {MANIFEST["input"]["name"]: noise})
+        seen.append(1000 * (time.perf_counter() - start))
+    return np.median(seen[3:])
+
+options = argparse.ArgumentParser()
+options.add_argument("--resolution", help="of the input in pixels; default: the largest")
+options.add_argument("--max-latency-ms", type=float, help="the largest that takes no longer here")
+options.add_argument("images", nargs="*")
+given, session = options.parse_args(), None
+for MANIFEST in [{**MANIFEST, **part} for part in ({"stem": "model"}, *MANIFEST["resolutions"])]:  # the most pixels first
+    shape = 1, *MANIFEST["input"]["shape"][1:]
+    if given.resolution in (None, str(shape[2]), f"{shape[2]}x{shape[3]}"):
+        file = str(HERE / f"{MANIFEST['stem']}.onnx")  # beside weights.bin
+        session = onnxruntime.InferenceSession(file, providers=["PROVIDER"])
+        if given.max_latency_ms is None or milliseconds(session, shape) <= given.max_latency_ms:
+            break
+else:
+    sys.exit("the model has no such resolution" if session is None else "no resolution is that fast here")
+STEPS, OUTPUT = MANIFEST["steps"], MANIFEST["output"]
 """

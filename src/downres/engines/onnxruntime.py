@@ -304,12 +304,18 @@ class NotExported(DownresError):
 
 
 def export_onnx(
-    model: nn.Module, input_size: tuple[int, int, int], path: str | Path, output_names: Sequence[str] = ("logits",)
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    path: str | Path,
+    output_names: Sequence[str] = ("logits",),
+    *,
+    own_batchnorm: bool = False,
 ) -> Path:
     """Writes one ONNX file (weights inside) with a free batch dimension and an input named `input`; returns its path.
 
     input_size: (channels, height, width). The model is copied, put in eval mode on the CPU and not changed; branches
-    that are for training alone are put together in the copy (`fused`).
+    that are for training alone are put together in the copy (`fused`). own_batchnorm: BatchNorms stay operators of their own,
+    which ONNX Runtime puts into the convolutions before them when it loads the file; else they are in there already.
     Raises NotExported when the model cannot be exported, or not with a free batch.
     """
     path = Path(path)
@@ -317,7 +323,8 @@ def export_onnx(
     example = torch.zeros(2, channels, height, width)  # two: torch.export takes a dimension of one for a constant
     try:
         plain = single(copied(model)).requires_grad_(False)
-        with quiet(), plain_attention(), uncompiled(), _one_table(), no_collector():
+        apart = _batchnorm_apart() if own_batchnorm else contextlib.nullcontext()
+        with quiet(), plain_attention(), uncompiled(), _one_table(), no_collector(), apart:
             plain = fused(plain, noise((1, *input_size), example))
             free_batch = ({0: torch.export.Dim.DYNAMIC},)
             program = torch.export.export(plain, (example,), dynamic_shapes=free_batch, strict=False)
@@ -463,6 +470,27 @@ def _one_table() -> Iterator[None]:
 
 
 _TABLES: dict[tuple[int, ...], Any] = {}
+
+
+@contextlib.contextmanager
+def _batchnorm_apart() -> Iterator[None]:
+    """The exporter's optimizer without its rules that put a BatchNorm into the convolution before it, which would make that
+    another tensor wherever the BatchNorm is another. Of another onnxscript, which has them elsewhere, they stay: the file is
+    right, and larger where it shares its tensors.
+    """
+    from onnxscript import rewriter
+
+    rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)
+    folding = getattr(getattr(rewriter, "_fuse_batchnorm", None), "rules", ())
+    if rules is None:
+        yield
+        return
+    out = {id(rule) for rule in folding}
+    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if id(rule) not in out)
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = rules
 
 
 def _chain(error: BaseException) -> list[BaseException]:

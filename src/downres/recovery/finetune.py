@@ -17,7 +17,7 @@ from .views import Views
 
 HEAD_FIRST = 1 / 3
 """Of the epochs, in which FixRes trains the head and the last normalisation alone."""
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class Finetuning(Lesson):
@@ -93,5 +93,5 @@ def last_layers(network: nn.Module, answer: Any) -> list[nn.Module]:
     ran = [m for m in ran if any(p.grad is not None for p in m.parameters(recurse=False))]
     for parameter in network.parameters():
         parameter.grad = None
-    heads = [m for m in ran if not isinstance(m, _NORMS) and any(p.ndim > 1 for p in m.parameters(recurse=False))]
-    return heads[-1:] + [m for m in ran if isinstance(m, _NORMS)][-1:]
+    heads = [m for m in ran if not isinstance(m, NORMS) and any(p.ndim > 1 for p in m.parameters(recurse=False))]
+    return heads[-1:] + [m for m in ran if isinstance(m, NORMS)][-1:]

@@ -14,11 +14,11 @@ RECALIBRATED, REFITTED, QUANTIZED = "recalibrated", "refitted", "quantized"
 """BatchNorm statistics averaged anew on training images; the last linear layer fitted anew on its features; the file brought to
 8 bits, with ranges from training images, all but that last layer.
 """
-DISTILLED, FIXRES, FINETUNED, ROUNDED = "distilled", "fixres", "finetuned", "rounded"
+DISTILLED, FIXRES, FINETUNED, ROUNDED, SWITCHED = "distilled", "fixres", "finetuned", "rounded", "switched"
 """All weights trained: to answer as the original's; on labels, the head and the last normalisation first; on labels; to answer
-as the original's while they are rounded to 8 bits.
+as the original's while they are rounded to 8 bits; to answer as the original's at several resolutions with the same weights.
 """
-TRAINED = (DISTILLED, FIXRES, FINETUNED, ROUNDED)
+TRAINED = (DISTILLED, FIXRES, FINETUNED, ROUNDED, SWITCHED)
 
 
 @dataclass(frozen=True)

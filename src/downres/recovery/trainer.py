@@ -9,6 +9,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from statistics import mean
 from typing import Any, ClassVar
 
 import numpy as np
@@ -51,6 +52,14 @@ class Lesson(ABC):
     @abstractmethod
     def asked(self) -> Any:
         """What else than state, images and `Training` the weights depend on: JSON values."""
+
+    def student(self, bank: Bank, state: State) -> nn.Module:
+        """A network of its own, to be trained."""
+        return copied(bank.network(state))
+
+    def shown(self, state: State) -> Sequence[State]:
+        """Whose pixels the batches have, in turn."""
+        return (state,)
 
     def begin(self, network: nn.Module) -> None:  # noqa: B027
         """Changes the network in place to what is trained."""
@@ -144,7 +153,8 @@ class _Run:
         self.images, self.fold, self.seed, self.team = images, fold, seed, bank.team
         assert bank.images is not None
         self.pictures = bank.images
-        self.network = copied(bank.network(begun))
+        self.network = lesson.student(bank, begun)
+        self.shown_as = [bank.preprocessing_of(one) for one in lesson.shown(begun)]
         for parameter in self.network.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         lesson.begin(self.network)
@@ -237,10 +247,19 @@ class _Run:
         shares = [self.team.share(start, n) for start, n in zip(np.cumsum([0, *sizes]), sizes, strict=False)]
         own = _joined([views[share] for share in shares])
         most = max(share.stop - share.start for share in shares)
-        p = self.bank.preprocessing_of(self.state)
-        source = _cut(pixels_of(self.pictures, own, p, most), [share.stop - share.start for share in shares])
+        if len(self.shown_as) == 1:
+            rows = pixels_of(self.pictures, own, self.shown_as[0], most)
+            source = _cut(rows, [share.stop - share.start for share in shares])
+        else:
+            source = self._in_turn(views, shares, epoch)
         for x, share, n in zip(source, shares, sizes, strict=True):
             yield self.altered(x), self.lesson.targets(views[share]), n
+
+    def _in_turn(self, views: Views, shares: Sequence[slice], epoch: int) -> Iterator[Tensor]:
+        """Pixels of another size a batch; the next epoch begins with the next size, so that no image has the same for ever."""
+        for i, share in enumerate(shares):
+            p = self.shown_as[(epoch + i) % len(self.shown_as)]
+            yield from pixels_of(self.pictures, views[share], p, share.stop - share.start)
 
     def _step(self, x: Tensor, targets: Tensor, whole: int) -> float:
         """One step of the optimizer; of the whole batch this process has x."""
@@ -311,24 +330,24 @@ class _Run:
     def _affordable(self) -> int:
         """Epochs that there is time for, by that of a few steps whose weights are thrown away."""
         before = {name: value.clone() for name, value in self.network.state_dict().items()}
-        per_image = []
+        per_image: list[list[float]] = [[] for _ in self.shown_as]
         source = self._batches(0)
         self._thaw(1.0)
         for group in self.optimizer.param_groups:  # not yet warmed up
             group["lr"] = self.how.learning_rate / 100
         with self._chance(0):
-            for _ in range(min(PREVIEWED, len(self.sizes))):
+            for i in range(min(max(PREVIEWED, len(self.shown_as)), len(self.sizes))):
                 start = time.perf_counter()
                 x, targets, whole = next(source)
                 self._step(x, targets, whole)
-                per_image.append((time.perf_counter() - start) / whole)
+                per_image[i % len(self.shown_as)].append((time.perf_counter() - start) / whole)
         source.close()  # type: ignore[attr-defined]
         self.network.load_state_dict(before)
         self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
             group["lr"] = self.how.learning_rate
         self.taken, self.average = 0, [p.detach().clone() for p in self.parameters] if self.average else []
-        an_epoch = self.team.shared(min(per_image)) * self.count / 60
+        an_epoch = self.team.shared(mean(min(seen) for seen in per_image if seen)) * self.count / 60
         found = self.how.epochs
         if self.how.max_minutes is not None:
             found = min(found, int(self.how.max_minutes / an_epoch))

@@ -209,6 +209,12 @@ def place_of(data: Source) -> str:
     return str(root) if str(root).startswith("demo:") else str(user_path(root).resolve())
 
 
+def resolved(question: Question) -> Question:
+    """The same from any folder: `check` asks again from where it is called."""
+    files = {name: str(user_path(value).resolve()) for name in ("labels", "classes") if (value := getattr(question, name))}
+    return dataclasses.replace(question, **files)  # type: ignore[arg-type]
+
+
 def gather(kinds: dict[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
     """Groups of options with the flat ones put in: {'measuring': Measuring(), …} and {'seed': 3} → … Measuring(seed=3).
 

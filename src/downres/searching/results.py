@@ -116,6 +116,10 @@ def load_run(folder: str | Path, store: Store | None = None) -> Run:
     Raises DownresError where it is none, or what is in it is not as it was written.
     """
     store = store or Store.read(folder)
+    if "own_heads" in store.settings:
+        raise DownresError(
+            f"{folder} holds a model for several resolutions and no search: `check` and `predict` take its folder `best`."
+        )
     with readable(store.folder):
         Settings.from_json(store.settings)
         if store.get("data") is not None:

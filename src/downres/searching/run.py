@@ -21,7 +21,6 @@ from ..errors import DownresError
 from ..families import Model
 from ..measuring.cost import measure_cost
 from ..measuring.latency import interleaved, random_batch
-from ..parse import user_path
 from ..records import Budget, Candidate, Cost, Footprint, Latency, Preprocessing, Recovery
 from ..recovery.bank import Bank
 from ..recovery.ladder import RUNGS, TAUGHT, Reference, chosen_rungs, climb, help_out, rungs_for, together
@@ -46,6 +45,7 @@ from .prepare import (
     open_data,
     place_of,
     prepare_task,
+    resolved,
 )
 from .results import Run, load_run, predictions_of
 from .select import MINIMIZE, over_budget, slower_twin
@@ -208,12 +208,6 @@ def search(
             except DownresError as error:  # the model itself is proven and shipped
                 warnings.warn(f"the model is shipped alone: {str(error).rstrip('.')}", stacklevel=2)
         return run
-
-
-def resolved(question: Question) -> Question:
-    """The same from any folder: `check` asks again from where it is called."""
-    files = {name: str(user_path(value).resolve()) for name in ("labels", "classes") if (value := getattr(question, name))}
-    return dataclasses.replace(question, **files)  # type: ignore[arg-type]
 
 
 def _measure_all(

@@ -13,7 +13,7 @@ from ..environment import versions
 from ..errors import DownresError
 from ..parse import FP32, INT8, format_quantity
 from ..recovery.bank import Bank
-from ..recovery.state import DISTILLED, FINETUNED, FIXRES, QUANTIZED, RECALIBRATED, REFITTED, ROUNDED, State
+from ..recovery.state import DISTILLED, FINETUNED, FIXRES, QUANTIZED, RECALIBRATED, REFITTED, ROUNDED, SWITCHED, State
 from ..tasks import Task
 from .results import Run
 from .store import Store
@@ -25,6 +25,7 @@ STEPS = {
     FIXRES: "all weights trained on labels, the head and the last normalisation first",
     FINETUNED: "all weights trained on labels",
     ROUNDED: "all weights trained to answer as the original's while they are rounded to 8 bits",
+    SWITCHED: "all weights trained to answer as the original's at several resolutions",
     QUANTIZED: "brought to 8 bits",
 }
 
@@ -55,17 +56,7 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
         result=best,
         recovery=recovery,
         original=run.original,
-        source={
-            "model": {
-                "spec": task.model.spec,
-                "weights": task.model.weights,
-                "outputs": task.outputs,
-                "num_classes": task.model.num_classes,
-                "preprocessing": task.model.preprocessing.to_json(),
-                "changed": changed(task, state),
-            },
-            "data": {**store.settings["data_source"], **store.get("data")},
-        },
+        source=source_of(task, store, state),
         folds=[
             {"crop_ratio": s.crop_ratio, "recalibrated": r, **({"stem": stem} if (stem := stems.get(_file(s))) else {})}
             for s, r in zip(states, recalibrated, strict=True)
@@ -75,6 +66,19 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
         fold_tensors=_fold_tensors(bank, state, states) if crossed else None,
         versions=versions(),
     )
+
+
+def source_of(task: Task, store: Store, state: State) -> dict[str, Any]:
+    """Where what is shipped came from, as its manifest says it."""
+    model = {
+        "spec": task.model.spec,
+        "weights": task.model.weights,
+        "outputs": task.outputs,
+        "num_classes": task.model.num_classes,
+        "preprocessing": task.model.preprocessing.to_json(),
+        "changed": changed(task, state),
+    }
+    return {"model": model, "data": {**store.settings["data_source"], **store.get("data")}}
 
 
 def _file(state: State) -> State:
