@@ -328,6 +328,13 @@ def search(
     folds: Annotated[int | None, _measure("--folds", help="Cross-fit one folder: every image is a proof image once.")] = None,
     val_fraction: ValFractionOption = None,
     confidence: ConfidenceOption = 0.95,
+    sequential: Annotated[
+        bool | None,
+        _measure(
+            "--sequential/--exhaustive",
+            help="Show each candidate only as many proof images as its verdict needs, or all; default: all of fewer than 2000.",
+        ),
+    ] = None,
     weights: WeightsOption = None,
     native_resolution: NativeOption = None,
     mean: MeanOption = None,
@@ -373,9 +380,9 @@ def search(
             rungs=None if rungs is None else tuple(r for r in rungs.split(",") if r != "none"), recover=recover,
             training=_training(train or [], epochs=epochs, learning_rate=learning_rate, max_minutes=max_minutes),
             minimize=minimize, fit_head=fit_head, folds=folds,
-            val_fraction=val_fraction, confidence=confidence, runtime=runtime, threads=threads, out=folder, seed=seed,
-            cache_gb=cache_gb, task=_task(task), labels=_text(labels), compare=compare, classes=_text(classes),
-            output_index=output_index, ignore_output=ignore_output,
+            val_fraction=val_fraction, confidence=confidence, sequential=sequential, runtime=runtime, threads=threads,
+            out=folder, seed=seed, cache_gb=cache_gb, task=_task(task), labels=_text(labels), compare=compare,
+            classes=_text(classes), output_index=output_index, ignore_output=ignore_output,
             label_size=_size(label_size), output=output, upsampling=upsampling, embed_preprocessing=embed_preprocessing,
             command=_command(), progress=progress,
         )  # fmt: skip

@@ -105,7 +105,9 @@ class ModelSource(Record):
 
 @dataclass(frozen=True)
 class DataSource(Record):
-    """How to open the proof images again; sha256: that of names, pixels, labels and split."""
+    """How to open the proof images again; sha256: that of names, pixels, labels and split. proof: how many of them it was
+    proven on, in an order drawn from the seed, where that was in rounds.
+    """
 
     path: str
     val_fraction: float
@@ -113,6 +115,7 @@ class DataSource(Record):
     question: Question
     sha256: str
     folds: int | None = None
+    proof: int | None = None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from ..record import read_json
 from ..records import Candidate, Preprocessing, Record
 from ..reduction import made_for, reduce
 from ..tasks import Data, Question, Task, known_task, restored
+from ..tasks.dealt import can_deal, dealt, first
 from .graph import Graph
 from .manifest import (
     EMBEDDED,
@@ -407,12 +408,18 @@ def opened_data(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -
                     f"the file {file} is not there any more: put it beside the images and name their folder with `data`",
                 )
             question = dataclasses.replace(question, **{name: str(moved)})  # type: ignore[arg-type]
-    task.begin(task.open(where, question, **how), source["seed"])
+    in_rounds = source.get("proof")
+    opened = task.open(where, question, **how)
+    if in_rounds and not can_deal(opened):
+        raise DownresError("The images are divided into folds, those that the quality was measured on were not: name the same.")
+    task.begin(dealt(opened, source["seed"]) if in_rounds else opened, source["seed"])
     if task.data.fingerprint() != source["sha256"]:
         raise DownresError(
             "The images are not those that the quality was measured on (names, pixels, labels or split differ): "
             "name the same folder with `data`."
         )
+    if in_rounds:
+        task.begin(first(task.data, in_rounds), source["seed"])
     if (listed := folder / PROOF).exists() and read_json(listed, MOST_BYTES) != proof_of(task):
         raise DownresError(f"{listed} does not list the images that the quality was measured on: export the model again.")
     if (kept := folder / "targets.npz").exists():

@@ -107,7 +107,7 @@ def _tiles(original: Result, shown: Result | None, files: bool) -> list[Tile]:
                 p.title or p.metric,
                 p.text(p.score),
                 q.text(q.score),
-                words.change(q.score - p.score, p.unit),
+                words.change(after.drop.drop if after.drop else q.score - p.score, p.unit),  # on the same images
                 f"{bound}95\u00a0% interval {words.interval(p)}, was {words.interval(q)}",
                 p.against(q),
             )

@@ -23,6 +23,7 @@ STYLES = {"within": "green", "outside": "red", "few": "yellow"}
 def candidates(results: Sequence[Result], original: Result, chosen: Candidate | None, width: int) -> Group:
     """A search or a curve, a row a candidate, for a terminal of so many columns."""
     beside = original.quality.beside() if original.quality else {}
+    rounds = len({r.quality.images for r in results if r.quality}) > 1
     files = any(r.candidate.network != r.candidate or (r.flips and r.flips.verdict) for r in results)
 
     def cells(r: Result) -> dict[str, str | Text]:
@@ -35,6 +36,7 @@ def candidates(results: Sequence[Result], original: Result, chosen: Candidate | 
             **({"file": format_quantity(r.footprint.file_bytes, "B") if r.footprint else ""} if files else {}),
             words.RUNGS["none"]: r.naive.text(r.naive.score) if r.naive else "",
             getattr(original.quality, "metric", "quality"): r.quality.text(r.quality.score) if r.quality else "",
+            **({"images": f"{r.quality.images}" if r.quality else ""} if rounds else {}),
             "95 % interval": words.interval(r.quality) if r.quality else "",
             **{name: r.quality.beside().get(name, "") if r.quality else "" for name in beside},
             "drop, bound": words.compared(r.drop) if r.drop else "",

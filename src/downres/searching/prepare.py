@@ -41,7 +41,9 @@ class Measuring(Record):
     undivided folder that is kept for the proof; None: half of it, and all of it where nothing is fitted (`curve`, `evaluate`).
     seed: of splits and folds. batch_size: images in one pass over the data, None: as is quickest. latency_batch: images in the
     pass that is timed. cache_gb: of
-    decoded pixels kept on disk at most, of which no number depends; None: half of what is free there.
+    decoded pixels kept on disk at most, of which no number depends; None: half of what is free there. sequential: of `search`,
+    look at proof images in rounds, at each candidate only until its verdict, which keeps the promised error over all looks;
+    False looks at all images of all candidates; None: in rounds from 2000 proof images on.
     """
 
     runtime: str | tuple[str, ...] | None = None
@@ -52,6 +54,7 @@ class Measuring(Record):
     batch_size: int | None = None
     latency_batch: int = 1
     cache_gb: float | None = None
+    sequential: bool | None = None
 
     def __post_init__(self) -> None:
         if self.runtime is not None:

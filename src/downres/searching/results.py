@@ -32,7 +32,7 @@ from ..reports.interactions import interactions
 from ..tasks import Task, restored
 from .joint import JOINT, Joint
 from .select import is_measured_alone, over_budget, select, slower_twin
-from .store import IN_TORCH, STOPPED, UNEXPORTED, UNSHIPPED, Store
+from .store import IN_TORCH, ROUNDS, STOPPED, UNEXPORTED, UNNEEDED, UNSHIPPED, Store
 
 if TYPE_CHECKING:
     from ..artifacts import Embedded
@@ -236,6 +236,8 @@ def _judge(
 ) -> list[Result]:
     """The drops of what is measured, all at once. least: comparisons that the proof is corrected for at least."""
     done = [r for r in results if r.status == "measured"]
+    if store.get(ROUNDS):
+        return results
     if not done or store.get(f"quality/{native}") is None or not store.has_arrays(_predictions(store, native)):
         return results
     found = {str(c): _evidence(store, task, c) for c in (native, *(r.candidate for r in done))}
@@ -302,6 +304,7 @@ def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> R
     latency = None if (found := _timed(store, "latency", candidate)) is None else Latency.from_json(found)
     taken = None if (found := _timed(store, "footprint", candidate)) is None else Footprint.from_json(found)
     unexported = (store.get(UNEXPORTED) or {}).get(str(candidate), "") or store.get(f"{STOPPED}/{candidate}") or ""
+    unexported = unexported or store.get(f"{UNNEEDED}/{candidate}") or ""
     reason = counted.get("failed", "") or unexported or over_budget(cost, latency, budget, taken)
     if not reason and latency is not None and (twin := (store.get("latency") or {}).get(str(candidate.network))) is not None:
         both = {str(candidate.network): Latency.from_json(twin), str(candidate): latency}
@@ -318,9 +321,15 @@ def _result(store: Store, task: Task, candidate: Candidate, budget: Budget) -> R
     kind = task.score
     return Result(
         candidate, "measured", "", cost, latency,
-        kind.from_json(measured["naive"]), kind.from_json(measured["quality"]), None,
-        Recovery.from_json(measured["recovery"]), taken,
+        kind.from_json(measured["naive"]) if measured["naive"] else None, kind.from_json(measured["quality"]),
+        _proven_in_rounds(measured), Recovery.from_json(measured["recovery"]), taken,
     )  # fmt: skip
+
+
+def _proven_in_rounds(measured: dict[str, Any]) -> Drop | None:
+    """The drop with its verdict where that was found in rounds, of images and levels that only they know."""
+    found = measured.get("proof", {}).get("drop")
+    return Drop.from_json(found) if found else None
 
 
 def _timed(store: Store, kind: str, candidate: Candidate) -> dict[str, Any] | None:

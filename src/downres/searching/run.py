@@ -19,9 +19,7 @@ from ..engines.onnxruntime import NotExported
 from ..environment import versions
 from ..errors import DownresError
 from ..families import Model
-from ..measuring.cost import measure_cost
-from ..measuring.latency import interleaved, random_batch
-from ..records import Budget, Candidate, Cost, Footprint, Latency, Preprocessing, Recovery
+from ..records import Budget, Candidate, Preprocessing, Recovery
 from ..recovery.bank import Bank
 from ..recovery.ladder import RUNGS, TAUGHT, Reference, chosen_rungs, climb, help_out, rungs_for, together
 from ..recovery.state import State
@@ -30,8 +28,11 @@ from ..recovery.training import Training
 from ..recovery.views import Altered
 from ..reports import words
 from ..tasks import Question, Task
+from ..tasks.dealt import dealt, first
 from ..techniques import RUNTIME
 from .design import design_of, fused_notes
+from .gates import cost_gate, latency_gate, time_again
+from .in_rounds import in_rounds, measure_in_rounds
 from .joint import JOINT, choose, decide
 from .plan import plan
 from .prepare import (
@@ -48,9 +49,9 @@ from .prepare import (
     resolved,
 )
 from .results import Run, load_run, predictions_of
-from .select import MINIMIZE, over_budget, slower_twin
+from .select import MINIMIZE
 from .ship import Unshipped, ship
-from .store import FORMAT, IN_TORCH, STOPPED, UNEXPORTED, UNSHIPPED, Store
+from .store import FORMAT, ROUNDS, STOPPED, UNNEEDED, UNSHIPPED, Store
 from .view import write_report
 
 
@@ -171,6 +172,8 @@ def search(
 
     def opened() -> None:
         open_data(subject, data, measuring, question, progress=progress)
+        if in_rounds(subject, store, measuring, budget, tries.joint):
+            subject.begin(dealt(subject.data, measuring.seed), measuring.seed)
         store.same("data", describe_data(subject), "sha256")
         if embed_preprocessing:
             refuse_numbers(subject, subject.model.preprocessing)
@@ -181,7 +184,7 @@ def search(
             store.put("started", {"when": when, "versions": versions()})
         bank = subject.bank(folder, progress=progress, **measuring.options())
         bank.training, bank.team = training, team
-        alive = _cost_gate(subject, store, budget, [subject.native, *planned], bank, progress)
+        alive = cost_gate(subject, store, budget, [subject.native, *planned], bank, progress)
         made: list[Reference] = []
         most = len(alive) - 1 if tries.joint is None else tries.joint
         if sampled := len(alive) - 1 > most:  # the first is the original
@@ -191,11 +194,11 @@ def search(
                 made.clear()  # what is only lowered is measured without tuning images
         elif store.get(JOINT) is not None:  # all of what some were chosen of before
             decide(store, alive[1:], alive[1:], alive[1:])
-        alive = _latency_gate(subject, store, budget, alive, bank, measuring, progress)
+        alive = latency_gate(subject, store, budget, alive, bank, measuring, progress)
         if len(alive) > 1:
             if not sampled:
                 opened()
-            _measure_all(subject, store, budget, alive, rungs, bank, made, progress)
+            _measure_all(subject, store, budget, alive, rungs, bank, made, minimize, progress)
         if store.get("finished") is None:
             store.put("finished", True)
         bank.forget()
@@ -218,6 +221,7 @@ def _measure_all(
     rungs: tuple[str, ...],
     bank: Bank,
     made: list[Reference],
+    minimize: str,
     progress: Progress | None,
 ) -> None:
     """Everything that needs proof images: quality of each candidate, what the report shows of them, the shipped model. made:
@@ -227,7 +231,13 @@ def _measure_all(
     if not store.has_arrays("split"):
         sides = {f"{part}{i}": getattr(f, part) for i, f in enumerate(task.data.folds) for part in ("train", "test")}
         store.put_arrays("split", **sides)
-    for i, candidate in enumerate(candidates):
+    rounds = store.get(ROUNDS)
+    done = (store.get(f"{STOPPED}/{c}") or store.get(f"{UNNEEDED}/{c}") or _is_kept(task, store, bank, c) for c in candidates)
+    if rounds and not all(done):
+        reference = task.reference(bank, 0, task.data.folds[0], rungs)
+        bank.release()
+        measure_in_rounds(task, store, bank, candidates, reference, budget, rungs, minimize)
+    for i, candidate in enumerate(candidates if not rounds else ()):
         key = f"quality/{candidate}"
         if store.get(f"{STOPPED}/{candidate}") is None and not _is_kept(task, store, bank, candidate):
             bank.stage = f"{i + 1} of {len(candidates)}, "
@@ -251,6 +261,9 @@ def _measure_all(
         if not store.has_arrays("photos"):
             store.put("photos", "none")  # this task shows none
     if run.best is not None and store.get(UNSHIPPED) is None and not is_whole(store.folder / "best"):
+        if rounds:  # what it was proven on is what its artifact is of
+            task.begin(first(task.data, store.get(f"quality/{run.best.candidate}")["proof"]["images"]), task.seed)
+            task.fill(bank)
         if progress:
             progress(f"{run.best.candidate}: shipping", 0, 1)
         try:
@@ -290,7 +303,7 @@ def _sample(
             f"Of {len(candidates) - 1} combinations {count} are chosen on tuning images, a part of the training images, and "
             f"there are none of those: give more images, or try all with joint={len(candidates) - 1}."
         )
-    _latency_gate(task, store, budget, candidates[:1], bank, measuring, progress)  # where it runs at all
+    latency_gate(task, store, budget, candidates[:1], bank, measuring, progress)  # where it runs at all
     task.fill(bank)
 
     def reference() -> Reference:
@@ -335,7 +348,7 @@ def _measure(
         states.append(state)
         recoveries.append(recovery)
     if kept := [s for s in states if any(step.how and step.how.kept for step in s.history)]:
-        _time_again(task, store, bank, kept[0])
+        time_again(task, store, bank, kept[0])
     before, after = (task.evidence_type.concatenate(parts) for parts in (lowered, recovered))
     store.put_arrays(predictions_of(task.native_state.at(candidate)), **after.to_arrays())
     return {
@@ -344,116 +357,6 @@ def _measure(
         "recovery": together(recoveries).to_json(),
         "states": [state.to_json() for state in states],
     }
-
-
-def _time_again(task: Task, store: Store, bank: Bank, state: State) -> None:
-    """A file with layers in float is another one than what was timed before: it is timed once more, beside the original."""
-    batch = store.settings["latency_batch"]
-    states = {str(task.native): task.native_state, str(state.candidate): state}
-    inputs = {name: random_batch((batch, task.channels, *bank.preprocessing_of(s).hw)) for name, s in states.items()}
-    found = interleaved({name: bank.timed(s) for name, s in states.items()}, inputs)[str(state.candidate)]
-    store.put(f"latency/{state.candidate}", found.to_json())
-    if (size := bank.footprint(state, inputs[str(state.candidate)].shape)) is not None:
-        store.put(f"footprint/{state.candidate}", size.to_json())
-
-
-def _cost_gate(
-    subject: Task, store: Store, budget: Budget, candidates: list[Candidate], bank: Bank, progress: Progress | None
-) -> list[Candidate]:
-    """Candidates within the ceilings by cost; the first (the original) always stays. Touches no data."""
-    alive: list[Candidate] = []
-    known: dict[Candidate, dict[str, Any]] = {}
-    for i, candidate in enumerate(candidates):
-        state = State(candidate, 1.0)
-        if (same := known.get(candidate.network)) is not None and store.get(f"cost/{candidate}") is None:
-            store.put(f"cost/{candidate}", same)  # another file of the same network
-        if store.get(f"cost/{candidate}") is None:
-            size = (subject.channels, *bank.preprocessing_of(state).hw)
-            value: dict[str, Any]
-            try:
-                value = {"cost": measure_cost(subject.counted(bank.network(state)), size).to_json()}
-            except DownresError as error:
-                if i == 0:
-                    raise
-                value = {"failed": str(error)}
-            store.put(f"cost/{candidate}", value)
-        known[candidate.network] = found = store.get(f"cost/{candidate}")
-        cost = Cost.from_json(found["cost"]) if "cost" in found else None
-        if i == 0 or (cost is not None and not over_budget(cost, None, budget)):
-            alive.append(candidate)
-        if progress:
-            progress("counting costs", i + 1, len(candidates))
-    return alive
-
-
-def _latency_gate(
-    subject: Task,
-    store: Store,
-    budget: Budget,
-    candidates: list[Candidate],
-    bank: Bank,
-    measuring: Measuring,
-    progress: Progress | None,
-) -> list[Candidate]:
-    """Measures all together, interleaved; stops those over the latency ceiling, and those that cannot be exported. Touches no
-    data: noise has no shortcuts.
-
-    Where nobody chose the runtime and the original cannot be exported all are measured in torch.
-    """
-    may_change = measuring.runtime is None
-    if (why := store.get(IN_TORCH)) is not None:
-        if not may_change:
-            raise NotExported(why)
-        bank.runtime_name = "torch"
-    if not _all_timed(store, candidates, bank.runtime_name):
-        runtimes, inputs, unexported, sizes = {}, {}, {}, {}
-        for i, candidate in enumerate(candidates):
-            state = State(candidate, subject.model.preprocessing.crop_ratio)
-            shape = (measuring.latency_batch, subject.channels, *bank.preprocessing_of(state).hw)
-            batch = inputs[str(candidate)] = random_batch(shape)
-            try:
-                runtimes[str(candidate)] = ready = bank.timed(state)
-                ready(batch)  # whether it runs at all
-            except DownresError as error:
-                runtimes.pop(str(candidate), None)
-                why = (
-                    f"could not be exported to ONNX: {error.why}" if isinstance(error, NotExported) else str(error).rstrip(".")
-                )
-                if i > 0:
-                    unexported[str(candidate)] = why
-                    continue
-                if not isinstance(error, NotExported) or not may_change:
-                    raise
-                store.put(IN_TORCH, error.why)
-                bank.runtime_name = "torch"
-                runtimes[str(candidate)] = bank.timed(state)
-            if (found := bank.footprint(state, shape)) is not None:
-                sizes[str(candidate)] = found.to_json()
-            if progress:
-                progress("making runnable models", i + 1, len(candidates))
-        measured = interleaved(runtimes, inputs, progress=progress)
-        store.put(UNEXPORTED, unexported)
-        store.put("footprint", sizes)
-        store.put("latency", {name: latency.to_json() for name, latency in measured.items()})
-        bank.release()
-    latencies = {name: Latency.from_json(value) for name, value in store.get("latency").items()}
-    timed = [c for c in candidates if str(c) in latencies]
-    taken = {name: Footprint.from_json(value) for name, value in (store.get("footprint") or {}).items()}
-    return [
-        c
-        for i, c in enumerate(timed)
-        if i == 0
-        or not over_budget(None, latencies[str(c)], budget, taken.get(str(c)))
-        and not slower_twin(c, latencies, store.settings["minimize"])
-    ]
-
-
-def _all_timed(store: Store, candidates: list[Candidate], runtime: str) -> bool:
-    """Whether it is known of each how long it takes in that runtime, or why it does not run there."""
-    timed, unexported = store.get("latency") or {}, store.get(UNEXPORTED) or {}
-    if any(timed[str(c)]["runtime"] != (c.runtime or runtime) for c in candidates if str(c) in timed):
-        return False
-    return bool(timed) and all(str(c) in timed or str(c) in unexported for c in candidates)
 
 
 def _check_choices(rungs: tuple[str, ...], minimize: str | None) -> None:

@@ -56,7 +56,7 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
         result=best,
         recovery=recovery,
         original=run.original,
-        source=source_of(task, store, state),
+        source=source_of(task, store, state, store.get(f"quality/{best.candidate}").get("proof")),
         folds=[
             {"crop_ratio": s.crop_ratio, "recalibrated": r, **({"stem": stem} if (stem := stems.get(_file(s))) else {})}
             for s, r in zip(states, recalibrated, strict=True)
@@ -68,8 +68,8 @@ def ship(task: Task, store: Store, bank: Bank, run: Run, rungs: tuple[str, ...])
     )
 
 
-def source_of(task: Task, store: Store, state: State) -> dict[str, Any]:
-    """Where what is shipped came from, as its manifest says it."""
+def source_of(task: Task, store: Store, state: State, proof: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Where what is shipped came from, as its manifest says it. proof: of rounds, on how many images."""
     model = {
         "spec": task.model.spec,
         "weights": task.model.weights,
@@ -78,7 +78,8 @@ def source_of(task: Task, store: Store, state: State) -> dict[str, Any]:
         "preprocessing": task.model.preprocessing.to_json(),
         "changed": changed(task, state),
     }
-    return {"model": model, "data": {**store.settings["data_source"], **store.get("data")}}
+    shown = {"proof": proof["images"]} if proof else {}
+    return {"model": model, "data": {**store.settings["data_source"], **store.get("data"), **shown}}
 
 
 def _file(state: State) -> State:

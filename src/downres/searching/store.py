@@ -17,10 +17,13 @@ FORMAT = 4
 """Of run.json and measurements.jsonl; a run of another format is refused."""
 
 
-IN_TORCH, UNEXPORTED, UNSHIPPED, STOPPED = "in_torch", "unexported", "unshipped", "stopped"
+IN_TORCH, UNEXPORTED, UNSHIPPED, STOPPED, UNNEEDED = "in_torch", "unexported", "unshipped", "stopped", "unneeded"
 """Measurements that say why ONNX is not there: of the original, so that all is measured in torch; of each candidate that was
-stopped for it, by name; of the one that was chosen. STOPPED, before a candidate's name, says why it could not be measured.
+stopped for it, by name; of the one that was chosen. Before a candidate's name: STOPPED says why it could not be measured,
+UNNEEDED why it need not be.
 """
+ROUNDS = "rounds"
+"""The measurement that says whether the proof is looked at in rounds."""
 MOST_BYTES = 2**28
 """Of run.json; a larger one is none of ours."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..artifacts import read_manifest
 from ..measuring.cost import CONVENTION
+from ..measuring.sequential import looks
 from ..parse import INT8
 from ..records import Preprocessing
 from ..recovery.bank import RANGE_IMAGES
@@ -12,7 +13,7 @@ from ..reports import ReportView, words
 from ..reports import write_report as write_page
 from .results import Run, load_run, readable
 from .select import expense
-from .store import Store
+from .store import ROUNDS, Store
 
 
 def write_report(run: Run | str | Path) -> Path:
@@ -54,7 +55,7 @@ def _view_of(run: Run, store: Store) -> ReportView:
         preprocessing=preprocessing,
         score=run.task.score,
         section=run.task.section(store, dataclasses.replace(run, results=tuple(ordered)), best or words.nearest(ordered)),
-        made=_made(run),
+        made=_made(run, store),
         command=settings["command"],
         created=started["when"],
         versions=started["versions"],
@@ -63,7 +64,7 @@ def _view_of(run: Run, store: Store) -> ReportView:
     )
 
 
-def _made(run: Run) -> dict[str, str]:
+def _made(run: Run, store: Store) -> dict[str, str]:
     """How every number was made, one sentence each."""
     folds = run.data["fold_count"]
     compared = max((r.drop.comparisons for r in run.results if r.drop), default=1)
@@ -74,8 +75,17 @@ def _made(run: Run) -> dict[str, str]:
         else "Fitted and chosen on training images (a part of them, the tuning images, decides crop ratio and rung), "
         "judged on the validation images, which nothing was chosen on."
     )
+    rounds = store.get(ROUNDS)
+    if rounds:
+        proof += (
+            f" They are looked at in rounds, after {', '.join(map(str, looks(1000)[:3]))}, … images in an order that the seed "
+            "draws, each candidate until its verdict: once one is proven, dearer ones are not needed."
+        )
     many = (
-        f" {compared} candidates were judged on the same images; Holm's procedure makes their bounds hold together, "
+        f" The error allowed is spent over all looks (Kim and DeMets' power family) and in each over all {compared} "
+        "candidates (Holm), so that neither looking early nor picking the cheapest makes a wrong proof likelier."
+        if rounds
+        else f" {compared} candidates were judged on the same images; Holm's procedure makes their bounds hold together, "
         "so that picking the cheapest proven one is honest."
         if compared > 1 and run.budget.max_flips is None
         else f" Drop and other answers of {compared} candidates are each judged at Bonferroni's level."

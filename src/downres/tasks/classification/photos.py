@@ -46,7 +46,9 @@ def keep_photos(task: Any, store: Any, bank: FeatureBank, results: Sequence[Resu
     """
     all_of = [task.native, *(r.candidate for r in results)]
     found = [store.arrays(f"predictions/{task.native_state.at(c).key()}") for c in all_of]
-    labels = task.labels[task.proof]
+    shown = min(len(f["correct"]) for f in found)  # by all of them, where each was shown as many as its verdict needed
+    found = [{name: values[:shown] for name, values in f.items()} for f in found]
+    labels = task.labels[task.proof[:shown]]
     original_right = found[0]["correct"]
     always = np.logical_and.reduce([f["correct"] for f in found])
     rng = np.random.default_rng([task.seed, 3])

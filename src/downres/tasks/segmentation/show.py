@@ -31,6 +31,8 @@ def keep_scenes(store: Any, task: Any, candidates: list[Candidate], best: Candid
     data, native = task.data, task.native_state
     all_of = [task.native, *candidates]
     found = {c: Tallies.from_arrays(store.arrays(f"predictions/{native.at(c).key()}")) for c in all_of}
+    common = np.arange(min(map(len, found.values())))  # of rounds, which show each as many as its verdict needs
+    found = {c: tallies.select(common) for c, tallies in found.items()}
     shown = best or all_of[-1]
     lost = image_miou(found[all_of[0]]) - image_miou(found[shown])
     order = np.argsort(np.where(np.isnan(lost), np.inf, -lost), kind="stable")

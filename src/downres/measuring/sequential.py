@@ -1,0 +1,115 @@
+"""A proof in rounds: each candidate is shown only as many images as its verdict needs.
+
+Group-sequential testing. After 64, 96, 144, … images, and after all, each candidate that is undecided is tested; the error that
+is allowed is spent over these looks by the power family, alpha t^1.5 up to the part t of all images (Kim and DeMets 1987,
+Biometrika 74:149-154), so that most is left for the last ones. Within a look Holm's procedure is
+that over all candidates that were planned, those proven at an earlier look counting as rejected (Maurer and Bretz 2013,
+Statistics in Biopharmaceutical Research 5:311-320). A first wrong proof at a look is then at most as likely as what is spent
+there, whatever was seen before, by the union bound over the true hypotheses; over all looks that is the error allowed. No
+normality and no independence is assumed beyond what the test of one look assumes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..records import OUTSIDE, TOO_FEW, WITHIN, Budget, Drop
+
+FIRST = 64
+"""Images of the first look."""
+GROWTH = 1.5
+"""From one look to the next."""
+POWER = 1.5
+
+Compare = Callable[[Any, dict[str, Any], Budget], dict[str, Drop]]
+"""`Task.compare`."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a candidate. images: that it was shown; drop: None where it was not needed; dearer_than: what made it so."""
+
+    images: int
+    drop: Drop | None
+    dearer_than: str = ""
+
+
+def looks(n: int) -> list[int]:
+    """After how many of n images candidates are tested."""
+    found: list[int] = []
+    count = float(FIRST)
+    while count * GROWTH**0.5 < n:
+        found.append(round(count))
+        count *= GROWTH
+    return [*found, n]
+
+
+def spent(counts: Sequence[int], alpha: float) -> list[float]:
+    """The error that each look may make; their sum is alpha."""
+    parts = [(count / counts[-1]) ** POWER for count in counts]
+    return [alpha * (now - before) for before, now in zip([0.0, *parts], parts, strict=False)]
+
+
+def prove(
+    names: Sequence[str],
+    n: int,
+    budget: Budget,
+    original: Callable[[int], Any],
+    shown: Callable[[str, int], Any],
+    compare: Compare,
+) -> dict[str, Verdict]:
+    """A verdict on each candidate, all of which hold together at the budget's confidence.
+
+    names: from the cheapest to the dearest. n: images there are. original, shown: evidence of the original, of a candidate, on
+    the first so many of them. Once a candidate is proven within, dearer ones that are undecided are not needed.
+    """
+    found: dict[str, Verdict] = {}
+    alive, proven = list(names), 0
+    counts = looks(n)
+    for count, level in zip(counts, spent(counts, 1.0 - budget.confidence), strict=True):
+        before = original(count)
+        evidence: dict[str, Any] = {}
+
+        def tested(name: str, comparisons: int, level: float = level, before: Any = before, of: Any = evidence) -> Drop:
+            at = dataclasses.replace(budget, confidence=1.0 - level / comparisons)
+            drop = compare(before, {name: of[name]}, at)[name]
+            return dataclasses.replace(drop, confidence=budget.confidence, comparisons=len(names))
+
+        for name in [*alive]:
+            evidence[name] = shown(name, count)
+            drop = tested(name, len(names) - proven)
+            if drop.verdict == WITHIN:
+                found[name], proven = Verdict(count, drop), proven + 1
+                break  # what is dearer is not needed
+        more = True
+        while more:  # Holm: each proof leaves more error to the others
+            more = False
+            for name in [one for one in alive if one in evidence and one not in found]:
+                drop = tested(name, len(names) - proven)
+                if drop.verdict == WITHIN:
+                    found[name], proven, more = Verdict(count, drop), proven + 1, True
+        cheapest = next((name for name in names if name in found and _is_within(found[name])), None)
+        last = count == n
+        for name in [one for one in alive if one not in found]:
+            if cheapest is not None and names.index(name) > names.index(cheapest):
+                seen = count if name in evidence else (counts[counts.index(count) - 1] if count != counts[0] else 0)
+                found[name] = Verdict(seen, None, cheapest)
+                continue
+            drop = tested(name, len(names))
+            if drop.verdict == OUTSIDE or last:
+                verdict = drop if drop.verdict == OUTSIDE else tested(name, len(names) - proven)
+                found[name] = Verdict(count, verdict)
+        alive = [name for name in alive if name not in found]
+        if not alive:
+            break
+    return found
+
+
+def _is_within(verdict: Verdict) -> bool:
+    return verdict.drop is not None and verdict.drop.verdict == WITHIN
+
+
+def undecided(verdict: Verdict) -> bool:
+    """Whether all images were too few."""
+    return verdict.drop is not None and verdict.drop.verdict == TOO_FEW

@@ -1,0 +1,158 @@
+"""The proof in rounds: every candidate is recovered, then shown only as many proof images as its verdict needs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import DownresError
+from ..measuring.sequential import Verdict, prove
+from ..records import OUTSIDE, Budget, Candidate, Recovery
+from ..recovery.bank import Bank
+from ..recovery.ladder import Reference, climb
+from ..recovery.state import State
+from ..tasks import Task
+from ..tasks.dealt import can_deal
+from .gates import time_again
+from .joint import JOINT
+from .prepare import Measuring
+from .results import load_run, predictions_of
+from .select import expense
+from .store import ROUNDS, STOPPED, UNNEEDED, Store
+
+MANY = 2000
+"""Proof images from which on a search looks at them in rounds unless it is told otherwise: of fewer, the last round is soon
+reached.
+"""
+
+
+def in_rounds(task: Task, store: Store, measuring: Measuring, budget: Budget, joint: int | None) -> bool:
+    """Whether this run is proven in rounds, as it was begun; decided once its data are open. DownresError where it is asked for
+    and cannot be, or was begun otherwise.
+    """
+    why = ""
+    if not can_deal(task.data):
+        why = "needs one set of proof images, there are folds of them"
+    elif budget.max_flips is not None:
+        why = "judges the drop alone: leave `max_flips` out"
+    elif joint is not None or store.get(JOINT) is not None:
+        why = "is of candidates that are planned, not of combinations that are chosen on the way"
+    if measuring.sequential and why:
+        raise DownresError(f"A proof in rounds {why}; or measure with all images, sequential=False.")
+    begun = store.get(ROUNDS)
+    if begun is None and store.get(f"quality/{task.native}") is not None:
+        begun = False
+    wanted = measuring.sequential if measuring.sequential is not None else begun
+    if wanted is None:
+        wanted = not why and len(task.proof) >= MANY
+    if begun is not None and wanted != begun:
+        how = "in rounds" if begun else "on all images"
+        raise DownresError(f"{store.folder} holds a run that is proven {how}: give another folder with `out`.")
+    if begun is None:
+        store.put(ROUNDS, wanted)
+    return bool(wanted)
+
+
+def measure_in_rounds(
+    task: Task,
+    store: Store,
+    bank: Bank,
+    candidates: Sequence[Candidate],
+    reference: Reference,
+    budget: Budget,
+    rungs: tuple[str, ...],
+    minimize: str,
+) -> None:
+    """A verdict on every candidate, of which the first is the original, into the store.
+
+    Answers are kept as they come: the same call goes on, and comes to the same verdicts.
+    """
+    native, *planned = candidates
+    states: dict[str, State] = {str(native): reference.state}
+    recoveries = {str(native): Recovery("none", reference.state.crop_ratio, 0.0)}
+    for i, candidate in enumerate(planned):
+        if store.get(f"{STOPPED}/{candidate}") is None:
+            bank.stage = f"{i + 1} of {len(planned)}, "
+            try:
+                states[str(candidate)], recoveries[str(candidate)] = _recovered(
+                    task, store, bank, candidate, reference, budget, rungs
+                )
+            except DownresError as error:
+                if candidate == candidate.network:
+                    raise
+                store.put(f"{STOPPED}/{candidate}", str(error).rstrip("."))  # of this file; others may be sound
+            bank.release()
+    bank.stage = ""
+    for name, recovery in recoveries.items():
+        if (tuning := recovery.tuning) is not None and tuning.verdict == OUTSIDE:
+            unit = task.score.unit
+            ruled = f"ruled out on {tuning.n} tuning images (drop at least {tuning.lower:.1f} {unit})"
+            store.put(f"{STOPPED}/{name}", ruled)
+    costs = {str(r.candidate): r for r in load_run(store.folder, store).results}
+    names = [str(c) for c in planned if str(c) in states and store.get(f"{STOPPED}/{c}") is None]
+    names.sort(key=lambda name: expense(costs[name], minimize))
+    of = {str(c): c for c in candidates}
+    looked: dict[str, Any] = {}
+
+    def shown(name: str, count: int) -> Any:
+        """Evidence on the first so many proof images."""
+        place = predictions_of(task.native_state.at(of[name]))
+        if name not in looked and store.has_arrays(place):
+            looked[name] = task.evidence_type.from_arrays(store.arrays(place))
+        known = len(looked[name]) if name in looked else 0
+        if known < count:
+            bank.stage = f"{count} of {len(task.proof)} images, "
+            more = task.evidence(bank, states[name], task.proof[known:count])
+            looked[name] = task.evidence_type.concatenate([looked[name], more]) if known else more
+            store.put_arrays(place, **looked[name].to_arrays())
+            bank.release()
+        return looked[name].select(np.arange(count))
+
+    verdicts = prove(names, len(task.proof), budget, lambda count: shown(str(native), count), shown, task.compare)
+    bank.stage = ""
+    if not names:
+        shown(str(native), len(task.proof))
+    for name in names:
+        _put(task, store, name, verdicts[name], looked, states[name], recoveries[name])
+    whole = Verdict(len(looked[str(native)]), None)
+    _put(task, store, str(native), whole, looked, reference.state, recoveries[str(native)])
+
+
+def _recovered(
+    task: Task, store: Store, bank: Bank, candidate: Candidate, reference: Reference, budget: Budget, rungs: tuple[str, ...]
+) -> tuple[State, Recovery]:
+    """By the ladder, once."""
+    key = f"recovered/{candidate}"
+    known = store.get(key)
+    if known is not None:
+        state = State.from_json(known["state"])
+        if all(bank.weights.has(step.tensors) for step in state.history if step.tensors):
+            return state, Recovery.from_json(known["recovery"])
+    before = store.get(f"recovered/{candidate.network}") if candidate != candidate.network else None
+    like = State.from_json(before["state"]) if before else None
+    state, recovery = climb(task, bank, candidate, reference, budget, rungs, like)
+    if any(step.how and step.how.kept for step in state.history):
+        time_again(task, store, bank, state)
+    store.put(f"arrays/{predictions_of(task.native_state.at(candidate))}", None)  # of whatever was there before
+    store.put(key, {"state": state.to_json(), "recovery": recovery.to_json()})
+    return state, recovery
+
+
+def _put(
+    task: Task, store: Store, name: str, verdict: Verdict, looked: dict[str, Any], state: State, recovery: Recovery
+) -> None:
+    if verdict.dearer_than:
+        seen = f" after {verdict.images} images" if verdict.images else ""
+        store.put(f"{UNNEEDED}/{name}", f"not needed{seen}: {verdict.dearer_than} is proven and cheaper")
+        return
+    if store.get(f"{UNNEEDED}/{name}"):
+        store.put(f"{UNNEEDED}/{name}", None)
+    found = {
+        "quality": task.quality(looked[name].select(np.arange(verdict.images))).to_json(),
+        "naive": None,
+        "recovery": recovery.to_json(),
+        "states": [state.to_json()],
+        "proof": {"images": verdict.images, "drop": verdict.drop.to_json() if verdict.drop else None},
+    }
+    if store.get(f"quality/{name}") != found:
+        store.put(f"quality/{name}", found)

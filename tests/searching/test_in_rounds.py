@@ -1,0 +1,210 @@
+"""A search whose proof is looked at in rounds: numbers by hand, interruptions, its artifact, and what it is not for."""
+
+import dataclasses
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+
+from downres import check, load_model, load_run, search, write_report
+from downres.errors import DownresError
+from downres.measuring.sequential import looks
+from downres.records import TOO_FEW, WITHIN, Candidate
+from downres.searching import in_rounds
+from downres.searching.store import Store
+from downres.tasks.classification.task import Classification
+from downres.tasks.dealt import dealt
+
+SIZES = [40, 32, 16]
+HOW = {"fit_head": True, "max_drop": 12.0, "resolutions": SIZES, "stem_scales": (), "threads": 1, "recover": "none"}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_file, tiny_preprocessing):
+    return dataclasses.replace(load_model(f"{tiny_file}:make"), preprocessing=tiny_preprocessing)
+
+
+@pytest.fixture(scope="module")
+def folder(cells, tmp_path_factory):
+    """20 photographs to fit on and 140 for the proof."""
+    root = tmp_path_factory.mktemp("cells")
+    half = dataclasses.replace(cells, pictures=cells.pictures[:20], labels=cells.labels[:20])
+    rest = dataclasses.replace(cells, pictures=cells.pictures[20:], labels=cells.labels[20:])
+    half.write(root, ("train",))
+    return rest.write(root, ("val",))
+
+
+@pytest.fixture(scope="module")
+def run(model, folder, tmp_path_factory):
+    return search(model, str(folder), sequential=True, out=tmp_path_factory.mktemp("rounds") / "run", **HOW)
+
+
+def right(store, task_native, candidate):
+    return store.arrays(in_rounds.predictions_of(task_native.at(candidate)))["correct"]
+
+
+def native_of(model):
+    task = Classification(model, 2, None, 16, True)
+    return task.native_state
+
+
+def test_each_drop_is_that_of_the_first_images_by_hand(run, model):
+    store, native = Store.read(run.folder), native_of(model)
+    original = right(store, native, Candidate(48))
+    assert run.original.quality.n == len(original) <= 140
+    assert run.original.quality.score == pytest.approx(100 * original.mean())
+    measured = [r for r in run.results if r.status == "measured"]
+    assert measured and {r.quality.n for r in measured} <= set(looks(140))
+    for r in measured:
+        answers = right(store, native, r.candidate)[: r.quality.n]
+        assert r.quality.score == pytest.approx(100 * answers.mean())
+        before = original[: r.quality.n]
+        assert (r.drop.lost, r.drop.won) == (int((before & ~answers).sum()), int((answers & ~before).sum()))
+        assert r.drop.n == r.quality.n and r.drop.comparisons == 3 and r.naive is None
+        assert r.quality.n == 140 or r.drop.verdict != TOO_FEW
+    assert run.best.drop.verdict == WITHIN
+    cheaper = [r for r in run.results if r.cost.macs < run.best.cost.macs]
+    assert all(r.drop.verdict != WITHIN for r in cheaper if r.drop)
+    for r in run.results:
+        if r.cost.macs > run.best.cost.macs and r.status != "measured":
+            assert f"{run.best.candidate} is proven and cheaper" in r.reason
+
+
+def test_no_more_images_are_looked_at_than_the_verdicts_tell(run, model):
+    """140 for each of four networks would be 560."""
+    store, native = Store.read(run.folder), native_of(model)
+    for r in (run.original, *run.results):
+        name = in_rounds.predictions_of(native.at(r.candidate))
+        shown = len(store.arrays(name)["correct"]) if store.has_arrays(name) else 0
+        asked = int(r.reason.partition("after ")[2].partition(" ")[0] or 0) if r.reason else r.quality.n
+        assert shown == asked, r
+
+
+def test_the_order_is_drawn_from_the_seed(cells):
+    data = cells.dataset()
+    one, again, other = (dealt(data, seed).folds[0].test for seed in (0, 0, 1))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+    assert sorted(one) == sorted(other) == sorted(data.folds[0].test)
+
+
+def test_the_artifact_is_proven_on_the_images_that_it_was_shown(run, folder, tiny_file):
+    manifest = json.loads((run.artifact / "manifest.json").read_text())
+    assert manifest["source"]["data"]["proof"] == run.best.quality.n
+    assert len(json.loads((run.artifact / "proof.json").read_text())["images"]) == run.best.quality.n
+    findings = check(run.artifact, model=f"{tiny_file}:make", data=str(folder), threads=1)
+    assert all(finding.ok for finding in findings), findings
+    assert f"/{run.best.quality.n})" in next(f.detail for f in findings if f.what == "quality")
+
+
+def test_the_page_says_how_many(run):
+    page = write_report(run.folder).read_text()
+    assert "in rounds, after 64, 96, 144, …" in page and "Kim and DeMets" in page
+    for r in run.results:
+        if r.quality and r.quality.n != run.original.quality.n:
+            assert f"on {r.quality.n} images" in page
+
+
+def test_a_finished_run_is_read_and_one_that_was_killed_comes_to_the_same(run, model, folder, tmp_path, monkeypatch):
+    asked = []
+    real = Classification.evidence
+
+    def counted(self, bank, state, indices, **how):
+        asked.append((str(state.candidate), int(np.isin(indices, self.proof).sum())))
+        return real(self, bank, state, indices, **how)
+
+    monkeypatch.setattr(Classification, "evidence", counted)
+    again = search(model, str(folder), sequential=True, out=run.folder, **HOW)
+    assert asked == [] and again.results == run.results
+
+    out = tmp_path / "run"
+    stop = 3
+
+    def killed(self, bank, state, indices, **how):
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        return counted(self, bank, state, indices, **how)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Classification, "evidence", killed)
+        search(model, str(folder), sequential=True, out=out, **HOW)
+    before = load_run(out)
+    assert not before.finished and any(r.status == "waiting" for r in before.results)
+    assert "not finished" in repr(before)
+    seen = [*asked]
+    asked.clear()
+    found = search(model, str(folder), out=out, **HOW)  # as it was begun
+    for one, other in zip((found.original, *found.results), (run.original, *run.results), strict=True):
+        assert (one.status, one.reason, one.quality, one.drop) == (other.status, other.reason, other.quality, other.drop)
+    shown = {r.candidate: r.quality.n for r in (run.original, *run.results) if r.quality}
+    for candidate, count in shown.items():  # nobody twice
+        assert sum(n for name, n in (*seen, *asked) if name == str(candidate)) <= count
+
+
+def test_lost_answers_are_looked_at_again(run, model, folder, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run.folder, out)
+    for file in (out / "predictions").iterdir():
+        file.unlink()
+    found = search(model, str(folder), out=out, **HOW)
+    assert [r.drop for r in found.results] == [r.drop for r in run.results]
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"folds": 2}, "needs one set of proof images"),
+        ({"max_flips": 5.0}, "leave `max_flips` out"),
+        ({"joint": 2}, "not of combinations"),
+    ],
+)
+def test_what_it_is_not_for(model, cells, folder, tmp_path, options, why):
+    data = str(folder / "val") if "folds" in options else str(folder)
+    with pytest.raises(DownresError, match=why):
+        search(model, data, sequential=True, out=tmp_path / "run", **{**HOW, **options})
+
+
+def test_it_is_chosen_for_many_images_and_a_run_stays_what_it_is(run, model, folder, tmp_path, monkeypatch):
+    with pytest.raises(DownresError, match="proven in rounds: give another folder"):
+        search(model, str(folder), sequential=False, out=run.folder, **HOW)
+    monkeypatch.setattr(in_rounds, "MANY", 140)
+    assert Store.read(search(model, str(folder), out=tmp_path / "many", **HOW).folder).get("rounds") is True
+    monkeypatch.setattr(in_rounds, "MANY", 141)
+    few = search(model, str(folder), out=tmp_path / "few", **HOW)
+    assert Store.read(few.folder).get("rounds") is False and all(r.quality.n == 140 for r in few.results)
+    assert search(model, str(folder), out=tmp_path / "few", **HOW).results == few.results
+    with pytest.raises(DownresError, match="proven on all images"):
+        search(model, str(folder), sequential=True, out=tmp_path / "few", **HOW)
+
+
+def test_recovered_and_ruled_out_before_the_proof(model, folder, tmp_path):
+    """What tuning images rule out is never shown proof images."""
+    found = search(
+        model,
+        str(folder),
+        sequential=True,
+        out=tmp_path / "run",
+        **{**HOW, "recover": "refit", "max_drop": 5.0, "resolutions": [40, 8]},
+    )
+    for r in found.results:
+        if r.reason.startswith("ruled out"):
+            assert r.quality is None
+        elif r.quality is not None:
+            assert r.recovery.tried
+
+
+def test_masks_too(segmenter, scenes, tmp_path, shapes, monkeypatch):
+    from downres.measuring import sequential
+
+    monkeypatch.setattr(sequential, "FIRST", 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = search(
+            segmenter(), str(scenes), sequential=True, out=tmp_path / "run", threads=1, max_drop=30.0, recover="none",
+            resolutions=[(36, 48), (12, 16)], stem_scales=(),
+        )  # fmt: skip
+    assert any(r.quality for r in found.results) and (found.folder / "report.html").is_file()
+    if found.artifact:
+        findings = check(found.artifact, model=f"{shapes.__file__}:make", data=str(scenes), threads=1)
+        assert all(finding.ok for finding in findings), findings
