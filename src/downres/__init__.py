@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .searching.curve import Curve, curve
     from .searching.demo import demo
     from .searching.doctor import Diagnosis, doctor
+    from .searching.live import Watch, watch
     from .searching.prepare import Measuring
     from .searching.results import Run, load_run
     from .searching.run import search
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 __all__ = [
     # the verbs
     "reduce", "token_map", "measure_cost", "measure_training_cost", "measure_latency", "evaluate", "recover", "costs", "curve",
-    "search", "switchable", "demo", "doctor", "check", "embed", "predict", "write_report",
+    "search", "switchable", "demo", "doctor", "check", "embed", "predict", "write_report", "watch",
     # groups of their options
     "Axes", "Budget", "Question", "Measuring", "Training",
     # models and data
@@ -71,7 +72,7 @@ __all__ = [
     "Candidate", "Merge", "Cost", "TrainingCost", "Latency", "Score", "Quality", "SegmentationQuality", "MultilabelQuality",
     "RegressionQuality", "AgreementQuality", "EmbeddingQuality", "Dense", "Drop", "Preprocessing",
     "Record", "Recovery", "Rung", "Result", "Run", "Switchable", "Curve", "Costs", "Diagnosis", "Change", "Reduction",
-    "Finding", "Embedded", "Prediction", "MaskPrediction", "load_run", "CONVENTION", "DownresError",
+    "Watch", "Finding", "Embedded", "Prediction", "MaskPrediction", "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
 
 # Importing torch, timm and the runtimes takes seconds; a name is imported when it is first used, so that
@@ -97,6 +98,7 @@ _HOMES = {
     "searching.demo": ("demo",),
     "searching.doctor": ("Diagnosis", "doctor"),
     "recovery.training": ("Training",),
+    "searching.live": ("Watch", "watch"),
     "searching.prepare": ("Measuring",),
     "searching.results": ("Run", "load_run"),
     "searching.run": ("search",),

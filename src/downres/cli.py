@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -351,6 +352,9 @@ def search(
     antialias: AntialiasOption = None,
     snap: SnapOption = False,
     joint: JointOption = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Serve a page of the run as it goes while it searches, see downres watch.")
+    ] = False,
     embed_preprocessing: Annotated[
         bool, _model("--embed-preprocessing", help="Ship also a file that takes pictures of any size, see downres embed.")
     ] = False,
@@ -372,7 +376,7 @@ def search(
         model, weights, native_resolution, mean, std, scale, interpolation=interpolation, crop_ratio=crop_ratio, fit=fit,
         channel_order=channel_order, antialias=antialias, data=_checkable(data, task),
     )  # fmt: skip
-    with _progress() as progress:
+    with _live(folder) if live else contextlib.nullcontext(), _progress() as progress:
         run = run_search(
             loaded, data, max_drop=max_drop, max_macs=macs, max_memory_bytes=memory, max_latency_ms=max_latency_ms,
             max_size_bytes=parse_quantity(max_size, "--max-size") if max_size else None, max_flips=max_flips,
@@ -653,6 +657,21 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN")], task: TaskOption
 
 
 @app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    port: Annotated[int, typer.Option("--port", help="Of the page, on this machine alone; 0: any that is free.")] = 0,
+) -> None:
+    """A page that redraws as a run's measurements come: what it does now, what was decided and why, the picture, time left."""
+    from .searching.live import watch as watch_run
+
+    page = watch_run(run, port=port)
+    _say(out, f"Watching {run} at {page.address} (Ctrl-C ends it)", soft_wrap=True)
+    out.file.flush()
+    with contextlib.suppress(KeyboardInterrupt):
+        page.serve()
+
+
+@app.command()
 def check(
     artifact: Annotated[Path, typer.Argument(metavar="RUN/best")],
     model: Annotated[
@@ -911,6 +930,17 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(task, description=shown(stage), completed=done, total=total)
 
         yield progress
+
+
+@contextlib.contextmanager
+def _live(run: Path) -> Iterator[None]:
+    """`downres watch` in a process of its own, so that it takes nothing of what is timed but what it needs to be looked at."""
+    page = subprocess.Popen([sys.executable, "-m", "downres", "watch", str(run)], stdout=2)  # standard error
+    try:
+        yield
+    finally:
+        page.terminate()
+        page.wait()
 
 
 def _print_json(document: dict[str, Any]) -> None:

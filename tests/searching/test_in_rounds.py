@@ -104,6 +104,9 @@ def test_the_page_says_how_many(run):
     for r in run.results:
         if r.quality and r.quality.n != run.original.quality.n:
             assert f"on {r.quality.n} images" in page
+    if run.best.quality.n != run.original.quality.n:  # the key number is of the same images, too
+        before = run.best.quality.score + run.best.drop.drop
+        assert f"from {before:.1f}" in page and f", both on {run.best.quality.n} images" in page
 
 
 def test_a_finished_run_is_read_and_one_that_was_killed_comes_to_the_same(run, model, folder, tmp_path, monkeypatch):

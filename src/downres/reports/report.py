@@ -102,13 +102,17 @@ def _tiles(original: Result, shown: Result | None, files: bool) -> list[Tile]:
     tiles = []
     if (q := original.quality) and (p := after.quality):
         bound = f"drop {words.bound(after.drop)} {p.unit}; " if after.drop else ""
+        before, was = q.score, f", was {words.interval(q)}"
+        if after.drop and p.images != q.images:  # of a proof in rounds: on the same images
+            before = p.score - after.drop.drop if p.lower_is_better else p.score + after.drop.drop
+            was = f", both on {words.count(p.images, 'image')}"
         tiles.append(
             Tile(
                 p.title or p.metric,
                 p.text(p.score),
-                q.text(q.score),
-                words.change(after.drop.drop if after.drop else q.score - p.score, p.unit),  # on the same images
-                f"{bound}95\u00a0% interval {words.interval(p)}, was {words.interval(q)}",
+                q.text(before),
+                words.change(after.drop.drop if after.drop else q.score - p.score, p.unit),
+                f"{bound}95\u00a0% interval {words.interval(p)}{was}",
                 p.against(q),
             )
         )

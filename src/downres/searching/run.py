@@ -34,6 +34,7 @@ from .design import design_of, fused_notes
 from .gates import cost_gate, latency_gate, time_again
 from .in_rounds import in_rounds, measure_in_rounds
 from .joint import JOINT, choose, decide
+from .live import told
 from .plan import plan
 from .prepare import (
     Measuring,
@@ -178,7 +179,11 @@ def search(
         if embed_preprocessing:
             refuse_numbers(subject, subject.model.preprocessing)
 
-    with team.leading(str(folder)), contextlib.closing(Store.open(folder, settings)) as store:
+    with (
+        team.leading(str(folder)),
+        contextlib.closing(Store.open(folder, settings)) as store,
+        told(folder, progress) as progress,
+    ):
         if store.get("started") is None:
             when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             store.put("started", {"when": when, "versions": versions()})

@@ -40,6 +40,7 @@ from ..recovery.training import Training
 from ..recovery.views import Altered
 from ..tasks import Question, Task
 from .design import fused_notes
+from .live import told
 from .prepare import (
     Measuring,
     Progress,
@@ -151,7 +152,7 @@ def switchable(
         },
     }
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="downres-"))
-    with contextlib.closing(Store.open(folder, settings)) as store:
+    with contextlib.closing(Store.open(folder, settings)) as store, told(folder, progress) as progress:
         if store.get("started") is None:
             when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             store.put("started", {"when": when, "versions": versions()})
