@@ -43,7 +43,7 @@ HEADS = {
     "attribute": (lambda: Wrapped(lambda out, aux, features: SimpleNamespace(logits=out)), SMALL, ("out", 6, 4)),
     "tuple": (lambda: Wrapped(lambda out, aux, features: (out, aux)), SMALL, ("out", 6, 4)),
     "two heads": (lambda: Wrapped(lambda out, aux, features: (out + aux) / 2), SMALL, (None, 4, 4)),
-    "after the head": (lambda: Wrapped(lambda out, aux, features: out.softmax(1)), SMALL, (None, 4, 4)),
+    "after the head": (lambda: Wrapped(lambda out, aux, features: out.softmax(1)), SMALL, (None, 4, 4, None, False, True)),
     "no linear layer": (lambda: Wrapped(lambda out, aux, features: features), SMALL, (None, 6, 6)),
     "the model itself": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), (3, 2, 2), ("1", 12, 2)),
 }

@@ -10,7 +10,7 @@ import sys
 import traceback
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -482,9 +482,9 @@ class Answer:
 
     head: name of the linear layer whose output the logits are, or None; width: number of its inputs (without a head, of
     logits); outputs: number of logits. Of a segmentation network size: (h, w) of its logits, None for a classifier;
-    align_corners: as in the last bilinear or bicubic upsampling that it does itself. probability: the logits went through a
-    sigmoid already. which: index or name of this one among several outputs, None where the network has one, or says itself
-    which is its answer.
+    align_corners: as in the last bilinear or bicubic upsampling that it does itself. probability: they are no logits, they went
+    through a sigmoid, or of several outputs a softmax over them. which: index or name of this one among several outputs, None
+    where the network has one, or says itself which is its answer.
     """
 
     head: str | None
@@ -512,13 +512,21 @@ _AFTER_SIGMOID = (
 """Beginnings of the names of operators, an underscore in front left out, that leave a probability what it is."""
 
 
+def _over_outputs(name: str, args: Sequence[Any]) -> bool:
+    """Whether an operator is a softmax over the outputs of a batch."""
+    return name in ("softmax", "safe_softmax") and len(args) > 1 and args[0].ndim > 1 and args[1] % args[0].ndim == 1
+
+
 class _Operators(TorchDispatchMode):
-    """Sees the `align_corners` of every upsampling, and which tensors come out of a sigmoid."""
+    """Sees the `align_corners` of every upsampling, and which tensors are probabilities: what comes out of a sigmoid, or of a
+    softmax over the outputs.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.align_corners = False
         self.probabilities: dict[int, Tensor] = {}  # kept alive, so that no id is used twice
+        self.shares: set[int] = set()  # of those from a softmax; of one output that is always 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func._schema.name in ("aten::upsample_bilinear2d", "aten::upsample_bicubic2d"):
@@ -529,9 +537,12 @@ class _Operators(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::").removeprefix("_")
         if isinstance(out, Tensor) and (
             name in ("sigmoid", "hardsigmoid")
+            or _over_outputs(name, args)
             or (args and id(args[0]) in self.probabilities and name.startswith(_AFTER_SIGMOID))
         ):
             self.probabilities[id(out)] = out
+            if _over_outputs(name, args) or (args and id(args[0]) in self.shares):
+                self.shares.add(id(out))
         return out
 
 
@@ -708,7 +719,7 @@ def _look_at_answer(model: nn.Module, input_size: tuple[int, ...], several: bool
 def _answer(model: nn.Module, seen: dict[str, Any], which: int | str | None = None) -> Answer:
     logits = logits_of(seen["output"], which)
     outputs, operators = logits.shape[1], seen["operators"]
-    probability = id(logits) in operators.probabilities
+    probability = id(logits) in operators.probabilities and not (outputs == 1 and id(logits) in operators.shares)
     several = (
         seen["output"] if which is None and isinstance(seen["output"], list) else ()
     )  # a tuple is logits first, then what else there is

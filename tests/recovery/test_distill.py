@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import downres
-from downres import Candidate, Training, check, load_model, recover, search
+from downres import Candidate, Dense, Training, check, load_model, recover, search
 from downres.errors import DownresError
 from downres.images import preprocess
 from downres.recovery import distill, trainer
@@ -99,14 +99,14 @@ def test_other_answers_have_other_losses():
     p, q = theirs.sigmoid(), ours.sigmoid()
     expected = -(p * q.log() + (1 - p) * (1 - q).log()).mean()
     assert float(of_classes(ours, theirs)) == pytest.approx(float(expected))
-    assert float(Multilabel.mismatch(None, ours, theirs)) == pytest.approx(float(expected))
+    assert float(Multilabel(None, 1).mismatch(ours, theirs)) == pytest.approx(float(expected))
     assert float(Task.mismatch(None, ours, theirs)) == pytest.approx(float((ours - theirs).square().mean()))
     a, b = torch.randn(2, 6, 5, dtype=torch.double)
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
     assert float(OfEmbeddings.mismatch(None, a, b)) == pytest.approx(1 - float(cosine.mean()))
     maps = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 16, 16)
     smaller = F.interpolate(maps[1], (8, 8), mode="bilinear", antialias=True)
-    assert torch.equal(Segmentation.mismatch(None, *maps), of_classes(maps[0], smaller))
+    assert torch.equal(Segmentation(None, 3, Dense((16, 16))).mismatch(*maps), of_classes(maps[0], smaller))
     yes = Classification(None, 1, None, 1, False)
     yes.probability = True
     assert float(yes.mismatch(q, p)) == pytest.approx(float(expected))
@@ -394,3 +394,15 @@ def test_other_settings_are_another_run(loaded, cells, tmp_path):
     search(loaded, cells.dataset(), out=tmp_path, **options)
     with pytest.raises(DownresError, match="another training epochs"):
         search(loaded, cells.dataset(), out=tmp_path, **{**options, "epochs": 4})
+
+
+def test_pictures_of_sixteen_bits_keep_them(prepared):
+    task, bank, fit = prepared
+
+    class Sixteen:
+        def __getitem__(self, i):
+            return task.data.images[i].astype(np.uint16) * 257
+
+    bank.images = Sixteen()
+    with pytest.raises(TrainingFailed, match="`augment` changes colours of 8 bits, the images are uint16"):
+        distilled(task, bank, State(Candidate(24), 1.0), task.native_state, 0, fit, Training(epochs=1, augment="randaugment"))

@@ -162,6 +162,8 @@ class _Run:
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.parameters, how)
         self.altered = Altered(how, bank.preprocessing_of(begun))
+        if how.augment and (kind := self.pictures[int(images[0])].dtype) != np.uint8:
+            raise TrainingFailed(f"`augment` changes colours of 8 bits, the images are {kind}: leave it out.")
         self.average = [p.detach().clone() for p in self.parameters] if how.ema else []
         self.count = len(self._views(0))  # of images in an epoch
         self.sizes = self._sizes()

@@ -436,6 +436,11 @@ def of_classes(ours: torch.Tensor, theirs: torch.Tensor, temperature: float = 2.
     return F.kl_div(soft, target, reduction="none", log_target=True).sum(1).mean() * temperature**2
 
 
+def log_of(probabilities: torch.Tensor) -> torch.Tensor:
+    """Logits of probabilities whose softmax they are, where none is 0."""
+    return probabilities.float().clamp_min(1e-12).log()
+
+
 class Logits(nn.Module):
     """A network that returns the bare logits, whatever the model wraps them in; which: of several outputs."""
 

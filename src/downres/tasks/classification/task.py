@@ -18,7 +18,7 @@ from ...recovery.features import FeatureBank, Head
 from ...recovery.ladder import GLANCE
 from ...recovery.views import Views
 from ..evidence import Arrays
-from ..task import TOLERANCE, Question, Section, of_classes
+from ..task import TOLERANCE, Question, Section, log_of, of_classes
 from ..vectors import VectorTask, ranked_alike, stacked
 from .elpv import CLASSES, DEMO_DATA, open_elpv
 from .folders import Dataset, class_names, open_folder
@@ -27,6 +27,8 @@ from .labels import Labels, from_dataset, is_dataset, names_of, open_labelled
 from .photos import keep_photos, photos_section
 from .quality import Quality, compare_all, count_correct, quality
 
+LEAST = 1e-45
+"""The smallest number above 0 that float32 holds: the logarithm of 0 is none."""
 SERVING = """
 def answer(output, picture, name):  # the likeliest classes, in percent
     SHARE
@@ -50,7 +52,7 @@ class Prediction(Record):
 
 class Classification(VectorTask):
     """One class an image, judged by top-1. A network with one logit tells two classes apart, by its sigmoid: the second is that
-    above one half. probability: what it returns went through the sigmoid already.
+    above one half. probability: what it returns went through the sigmoid already, or of several outputs through a softmax.
     """
 
     name = "classification"
@@ -82,9 +84,11 @@ class Classification(VectorTask):
         return max(2, self.outputs)
 
     def logits(self, answers: np.ndarray) -> np.ndarray:
-        """(n, K) of what the network returns: of a single logit, or a probability, two whose softmax is its sigmoid."""
+        """(n, K) of what the network returns: of a single logit, or a probability, two whose softmax is its sigmoid; of
+        probabilities of several classes their logarithms.
+        """
         if answers.shape[1] > 1:
-            return answers
+            return np.log(np.maximum(answers.astype(np.float64), LEAST)) if self.probability else answers
         single = answers.astype(np.float64)
         if self.probability:
             single = np.log(np.clip(single, 1e-12, 1)) - np.log(np.clip(1 - single, 1e-12, 1))
@@ -174,6 +178,8 @@ class Classification(VectorTask):
         return original["predicted"] != one["predicted"]
 
     def mismatch(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        if self.probability and self.outputs > 1:
+            return of_classes(log_of(ours), log_of(theirs))
         if self.probability:
             return F.binary_cross_entropy(ours.clamp(1e-6, 1 - 1e-6), theirs)
         return of_classes(ours, theirs)
@@ -184,7 +190,7 @@ class Classification(VectorTask):
 
     def loss_of(self, ours: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
         if self.outputs > 1:
-            return F.cross_entropy(ours, targets, label_smoothing=smoothing)
+            return F.cross_entropy(log_of(ours) if self.probability else ours, targets, label_smoothing=smoothing)
         targets = targets * (1 - smoothing) + smoothing / 2
         if self.probability:
             return F.binary_cross_entropy(ours.clamp(1e-6, 1 - 1e-6), targets)
@@ -239,10 +245,9 @@ class Classification(VectorTask):
 
     def meaning(self, preprocessing: Preprocessing) -> dict[str, Any]:
         if self.outputs > 1:
-            values, said = (
-                "logits",
-                f"one for each of {self.outputs} classes, in the order of `classes`; softmax makes probabilities",
-            )
+            values = "probabilities" if self.probability else "logits"
+            said = f"one for each of {self.outputs} classes, in the order of `classes`"
+            said += "" if self.probability else "; softmax makes probabilities"
         else:
             values = "probability" if self.probability else "logit"
             said = "of the second of `classes`" + ("" if self.probability else ": its sigmoid is the probability")
@@ -251,7 +256,8 @@ class Classification(VectorTask):
 
     def serving(self, preprocessing: Preprocessing) -> str:
         if self.outputs > 1:
-            share = "share = np.exp(output - output.max())\n    share = share / share.sum()"
+            share = "share = " + ("np.float64(output)" if self.probability else "np.exp(output - output.max())")
+            share += "\n    share = share / share.sum()"
         else:
             second = "output[0]" if self.probability else "1 / (1 + np.exp(-np.float64(output[0])))"
             share = f"second = {second}\n    share = np.array([1 - second, second])"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,8 +13,10 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from ...errors import DownresError
+from ...families import Model
 from ...images import Fold
 from ...images.parts import listed_names
+from ...probe import Answer
 from ...records import Budget, Drop, Preprocessing, Record, Result
 from ...recovery.features import FeatureBank, Head
 from ...recovery.ladder import Option, best_of
@@ -31,7 +33,7 @@ _TRUTHS = {"false": "0", "true": "1"}
 """As pandas writes them."""
 SERVING = """
 def answer(output, picture, name):  # every label by itself, in percent, the likeliest first
-    share = 1 / (1 + np.exp(-output.astype(np.float64)))
+    share = SHARE
     order = np.argsort(-share, kind="stable")[:5]
     return {"classes": [MANIFEST["classes"][i] for i in order], "probabilities": (100 * share[order]).tolist()}
 """
@@ -76,13 +78,31 @@ def targets_of(table: Table) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 class Multilabel(VectorTask):
-    """Any number of classes an image, judged by mean average precision. Labels: a CSV or JSON file beside the pictures."""
+    """Any number of classes an image, judged by mean average precision. Labels: a CSV or JSON file beside the pictures.
+    probability: what the network returns went through the sigmoid already.
+    """
 
     name = "multilabel"
     score = MultilabelQuality
     strengths = (0.001, 0.003, 0.01, 0.03, 0.1)
     fitted = "logistic regression for each class, C"
     labelled, mixes = True, True
+    probability = False
+
+    @classmethod
+    def make(cls, model: Model, answer: Answer, data: Any, question: Question) -> Self:
+        task = super().make(model, answer, data, question)
+        task.probability = answer.probability
+        return task
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), **({"probability": True} if self.probability else {})}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], facts: Mapping[str, Any]) -> Self:
+        task = super().restore(described, facts)
+        task.probability = described.get("probability", False)
+        return task
 
     @classmethod
     def names_in(cls, data: Any, question: Question, outputs: int | None) -> tuple[str, ...]:
@@ -108,13 +128,18 @@ class Multilabel(VectorTask):
         return TableData(images, truth[rows].astype(float), classes, folds, tuple(skipped), description, found_in=Path(data))
 
     def mismatch(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        if self.probability:
+            return F.binary_cross_entropy(ours.clamp(1e-6, 1 - 1e-6), theirs)
         return F.binary_cross_entropy_with_logits(ours, theirs.sigmoid())
 
     def learned(self, bank: Any, views: Views, size: tuple[int, int]) -> torch.Tensor:
         return torch.from_numpy(self.data.targets[views.images]).float()
 
     def loss_of(self, ours: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
-        return F.binary_cross_entropy_with_logits(ours, targets * (1 - smoothing) + smoothing / 2)
+        targets = targets * (1 - smoothing) + smoothing / 2
+        if self.probability:
+            return F.binary_cross_entropy(ours.clamp(1e-6, 1 - 1e-6), targets)
+        return F.binary_cross_entropy_with_logits(ours, targets)
 
     def begin(self, data: TableData, seed: int) -> None:  # type: ignore[override]
         super().begin(data, seed)
@@ -210,14 +235,20 @@ class Multilabel(VectorTask):
         return Section(body=Markup(body))
 
     def meaning(self, preprocessing: Preprocessing) -> dict[str, Any]:
+        what = "it is" if self.probability else "its sigmoid is"
         said = (
-            f"one for each of {self.outputs} labels, in the order of `classes`; its sigmoid is the label's probability; "
+            f"one for each of {self.outputs} labels, in the order of `classes`; {what} the label's probability; "
             "`thresholds` of it are an even chance: the search judged the order of the images and chose none"
         )
-        return {"values": "logits", "meaning": said, "thresholds": [0.5] * self.outputs}
+        return {
+            "values": "probabilities" if self.probability else "logits",
+            "meaning": said,
+            "thresholds": [0.5] * self.outputs,
+        }
 
     def serving(self, preprocessing: Preprocessing) -> str:
-        return SERVING
+        share = "np.float64(output)" if self.probability else "1 / (1 + np.exp(-output.astype(np.float64)))"
+        return SERVING.replace("SHARE", share)
 
     def alike(
         self, served: Sequence[dict[str, Any]], predicted: Sequence[dict[str, Any]], answers: Sequence[np.ndarray]
@@ -227,6 +258,6 @@ class Multilabel(VectorTask):
     def predict(
         self, answer: np.ndarray, picture: np.ndarray, image: str, preprocessing: Preprocessing, top: int, out: Path
     ) -> MultilabelPrediction:
-        share = 1 / (1 + np.exp(-answer.astype(np.float64)))
+        share = answer.astype(np.float64) if self.probability else 1 / (1 + np.exp(-answer.astype(np.float64)))
         order = np.argsort(-share, kind="stable")[:top]
         return MultilabelPrediction(image, tuple(self.classes[i] for i in order), tuple(100 * float(share[i]) for i in order))

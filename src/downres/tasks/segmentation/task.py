@@ -29,7 +29,7 @@ from ...recovery.views import Views, cut, mirror
 from ...reduction import made_for, takes_any_size
 from ...reductions.dense import Segmenter, check_size
 from ...reports.pictures import overlay
-from ..task import TOLERANCE, Question, Section, Task, of_classes
+from ..task import TOLERANCE, Question, Section, Task, log_of, of_classes
 from .bank import MaskBank, chosen_of, largest, picture_classes, shapes_of
 from .counted import classes_of, dense_of
 from .mask_layouts import locate
@@ -79,6 +79,9 @@ class Segmentation(Task):
     batch_size = 1
     writes = True
     tuning_images = 100  # masks say more than labels, and looking at them takes longer
+
+    probability = False
+    """Whether what it answers went through a softmax."""
 
     def __init__(self, model: Model | None, outputs: int, dense: Dense) -> None:
         super().__init__(model, outputs)
@@ -137,7 +140,9 @@ class Segmentation(Task):
         else:
             wanted = masks or p.hw  # smaller than the logits: each image's are resized to its own mask
             size = wanted if wanted[0] >= answer.size[0] and wanted[1] >= answer.size[1] else answer.size
-        return cls(model, classes_of(answer, question), dense_of(size, answer, question))
+        found = cls(model, classes_of(answer, question), dense_of(size, answer, question))
+        found.probability = answer.probability and answer.outputs > 1
+        return found
 
     def describe(self) -> dict[str, Any]:
         return {"outputs": self.outputs, "dense": self.dense.to_json()}
@@ -205,7 +210,7 @@ class Segmentation(Task):
     def mismatch(self, ours: Tensor, theirs: Tensor) -> Tensor:
         """Kullback-Leibler divergence of the classes, a pixel of the student's own map; of one class binary cross-entropy."""
         theirs = F.interpolate(theirs, ours.shape[-2:], mode="bilinear", antialias=True)
-        return of_classes(ours, theirs)
+        return of_classes(log_of(ours), log_of(theirs)) if self.probability else of_classes(ours, theirs)
 
     def learned(self, bank: MaskBank, views: Views, size: tuple[int, int]) -> Tensor:
         """Each mask as the network sees its picture, by nearest pixels; 255 where there is no class, or padding."""
@@ -226,6 +231,7 @@ class Segmentation(Task):
             ours = torch.cat([ours[:, : d.left_out], ours[:, d.left_out + 1 :]], dim=1)
         ours = F.interpolate(ours, targets.shape[-2:], mode=d.interpolation, align_corners=d.align_corners)
         if d.threshold is None:
+            ours = log_of(ours) if self.probability else ours
             lost = F.cross_entropy(ours, targets, ignore_index=IGNORED, label_smoothing=smoothing, reduction="sum")
             return lost / targets.numel()
         known = targets != IGNORED
