@@ -194,6 +194,8 @@ class _Output(Console):
         return ConsoleDimensions(*shutil.get_terminal_size(unknown))
 
 
+PARENT = "DOWNRES_WATCHED_BY"
+"""Of the environment of a page that belongs to a search: that one's process."""
 out = _Output(highlight=False)
 err = _Output(stderr=True, highlight=False)
 
@@ -376,7 +378,7 @@ def search(
         model, weights, native_resolution, mean, std, scale, interpolation=interpolation, crop_ratio=crop_ratio, fit=fit,
         channel_order=channel_order, antialias=antialias, data=_checkable(data, task),
     )  # fmt: skip
-    with _live(folder) if live else contextlib.nullcontext(), _progress() as progress:
+    with _live(folder, task) if live else contextlib.nullcontext(), _progress() as progress:
         run = run_search(
             loaded, data, max_drop=max_drop, max_macs=macs, max_memory_bytes=memory, max_latency_ms=max_latency_ms,
             max_size_bytes=parse_quantity(max_size, "--max-size") if max_size else None, max_flips=max_flips,
@@ -660,11 +662,14 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN")], task: TaskOption
 def watch(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
     port: Annotated[int, typer.Option("--port", help="Of the page, on this machine alone; 0: any that is free.")] = 0,
+    task: TaskOption = None,
 ) -> None:
     """A page that redraws as a run's measurements come: what it does now, what was decided and why, the picture, time left."""
     from .searching.live import watch as watch_run
 
-    page = watch_run(run, port=port)
+    page = watch_run(run, port=port, task=_task(task))
+    if (parent := os.environ.get(PARENT)) is not None:  # of a search, however it ends
+        page.end_with(int(parent))
     _say(out, f"Watching {run} at {page.address} (Ctrl-C ends it)", soft_wrap=True)
     out.file.flush()
     with contextlib.suppress(KeyboardInterrupt):
@@ -933,9 +938,13 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextlib.contextmanager
-def _live(run: Path) -> Iterator[None]:
+def _live(run: Path, task: str | None) -> Iterator[None]:
     """`downres watch` in a process of its own, so that it takes nothing of what is timed but what it needs to be looked at."""
-    page = subprocess.Popen([sys.executable, "-m", "downres", "watch", str(run)], stdout=2)  # standard error
+    if os.environ.get("RANK", "0") != "0":  # of several processes that train together the first has a page
+        yield
+        return
+    command = [sys.executable, "-m", "downres", "watch", str(run), *(["--task", task] if task else [])]
+    page = subprocess.Popen(command, stdout=2, env={**os.environ, PARENT: str(os.getpid())})  # on standard error
     try:
         yield
     finally:

@@ -1,5 +1,7 @@
 """The proof in rounds: what is spent, who is shown how much, and that it is wrong no oftener than it may be."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -121,6 +123,47 @@ def test_a_wrong_proof_is_no_likelier_than_allowed(monkeypatch):
             if name != "original"
         )
     assert wrong <= 32 < 80 < naive
+
+
+def test_outside_is_always_at_the_level_of_all():
+    """At the last look, too: a proof leaves its error to what may be proven within, and to nothing else."""
+    levels = []
+
+    def compare(original, candidates, budget):
+        ((name, _),) = candidates.items()
+        levels.append((name, round(1 - budget.confidence, 9)))
+        found = compare_all(original, candidates, budget)
+        if name == "cheap" and 1 - budget.confidence > 0.03:  # only at the laxer level
+            found = {name: dataclasses.replace(found[name], verdict=OUTSIDE, lower=1.1)}
+        return found
+
+    original = np.ones(40, bool)
+    cheap = original.copy()
+    cheap[:8] = False
+    found = Shown(original, cheap=cheap, dear=original.copy()).prove(Budget(12.0), compare)
+    assert found["dear"].drop.verdict == WITHIN and ("cheap", 0.05) in levels
+    assert found["cheap"].drop.verdict == TOO_FEW and found["cheap"].drop.lower < 12
+
+
+def test_what_cannot_be_shown_has_no_verdict_and_counts():
+    original = np.ones(64, bool)
+    shown = Shown(original, broken=original.copy(), good=original.copy())
+
+    def of_some(name, count):
+        if name == "broken":
+            raise sequential.Unshown("it cannot run")
+        return shown(name, count)
+
+    found = prove(["broken", "good"], 64, Budget(20.0), lambda count: original[:count], of_some, compare_all)
+    assert found["broken"] == sequential.Verdict(0, None, failed="it cannot run")
+    assert found["good"].drop.verdict == WITHIN and found["good"].drop.comparisons == 2
+
+
+def test_only_what_may_ship_ends_others():
+    original = np.ones(500, bool)
+    shown = Shown(original, alone=original.copy(), files=original.copy())
+    found = prove(["alone", "files"], 500, Budget(5.0), lambda count: original[:count], shown, compare_all, ["files"])
+    assert [found[name].drop.verdict for name in ("alone", "files")] == [WITHIN, WITHIN]
 
 
 def test_few_images_are_one_look():

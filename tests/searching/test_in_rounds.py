@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import warnings
 
 import numpy as np
 import pytest
@@ -197,17 +196,47 @@ def test_recovered_and_ruled_out_before_the_proof(model, folder, tmp_path):
             assert r.recovery.tried
 
 
-def test_masks_too(segmenter, scenes, tmp_path, shapes, monkeypatch):
-    from downres.measuring import sequential
+def test_what_a_bootstrap_judges_is_not_for_it(segmenter, scenes, tmp_path, monkeypatch):
+    """Few images know nothing of rare classes."""
+    monkeypatch.setattr(in_rounds, "MANY", 1)
+    how = {"threads": 1, "max_drop": 30.0, "recover": "none", "resolutions": [(36, 48)], "stem_scales": ()}
+    with pytest.raises(DownresError, match="few images say nothing of what is rare in a mIoU"):
+        search(segmenter(), str(scenes), sequential=True, out=tmp_path / "asked", **how)
+    found = search(segmenter(), str(scenes), out=tmp_path / "run", **how)
+    assert Store.read(found.folder).get("rounds") is False and found.results[0].quality.n == 16
 
-    monkeypatch.setattr(sequential, "FIRST", 10)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = search(
-            segmenter(), str(scenes), sequential=True, out=tmp_path / "run", threads=1, max_drop=30.0, recover="none",
-            resolutions=[(36, 48), (12, 16)], stem_scales=(),
-        )  # fmt: skip
-    assert any(r.quality for r in found.results) and (found.folder / "report.html").is_file()
-    if found.artifact:
-        findings = check(found.artifact, model=f"{shapes.__file__}:make", data=str(scenes), threads=1)
-        assert all(finding.ok for finding in findings), findings
+
+def test_a_file_that_fails_on_proof_images_is_stopped_alone(model, folder, tmp_path, monkeypatch):
+    """And counts among the candidates all the same, also when the run goes on."""
+    real = Classification.evidence
+
+    def failing(self, bank, state, indices, **how):
+        if state.candidate.precision == "int8" and state.candidate.resolution == 16:
+            raise DownresError("This file cannot run.")
+        return real(self, bank, state, indices, **how)
+
+    monkeypatch.setattr(Classification, "evidence", failing)
+    how = {**HOW, "resolutions": (), "candidates": ("16 int8", "40"), "minimize": "macs"}
+    found = search(model, str(folder), sequential=True, out=tmp_path / "run", **how)
+    (failed,) = [r for r in found.results if r.reason == "This file cannot run"]
+    assert failed.status == "stopped" and str(failed.candidate) == "16 int8"
+    judged = [r for r in found.results if r.drop]
+    assert judged and {r.drop.comparisons for r in judged} == {len(found.results)}
+    for file in (tmp_path / "run" / "predictions").iterdir():
+        file.unlink()
+    again = search(model, str(folder), out=tmp_path / "run", **how)
+    assert [r.drop for r in again.results] == [r.drop for r in found.results]
+
+
+def test_what_cannot_ship_ends_nothing(model, folder, tmp_path, monkeypatch):
+    """In torch a network is measured and no file is shipped: that it is proven makes no other unneeded."""
+    from downres.searching import select
+
+    real = select.expense
+    monkeypatch.setattr(
+        in_rounds, "expense", lambda r, minimize: (0.0, 0.0) if r.candidate.runtime == "torch" else real(r, minimize)
+    )
+    how = {**HOW, "resolutions": [40], "runtime": ("onnxruntime", "torch"), "minimize": "macs"}
+    found = search(model, str(folder), sequential=True, out=tmp_path / "run", **how)
+    assert not any("torch is proven" in r.reason for r in found.results)
+    assert found.best is not None and found.best.candidate.runtime is None and found.artifact is not None

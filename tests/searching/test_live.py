@@ -112,7 +112,9 @@ def test_every_state_of_a_run(begun, model, folder, tmp_path):
     now = page.state()["now"]
     assert (now["what"], now["done"], now["total"], now["silent"]) == ("32: looking at images", 8, 80, True)
     assert now["seconds_ago"] > 390
-    for broken in ("", "[]", '{"what": 1}', '{"what": "x", "done": "y", "total": 1, "at": 0}'):
+    texts = ["", "[]", '{"what": 1}', '{"what": "x", "done": "y", "total": 1, "at": 0}']
+    texts += ['{"what": "x", "done": 1e999, "total": 2, "at": 0}']
+    for broken in texts:
         (begun / STATUS).write_text(broken)
         assert page.state()["now"] is None
 
@@ -135,8 +137,9 @@ def test_it_is_not_read_again_while_it_times(begun, monkeypatch):
         patch.setattr(live, "load_run", lambda folder: pytest.fail("read"))
         page.state()
     (begun / STATUS).unlink()
-    monkeypatch.setattr(live, "load_run", lambda folder: (_ for _ in ()).throw(DownresError("read.")))
-    assert page.state()["error"] == "read."
+    for error in (DownresError("read."), OSError("read.")):  # a shared folder that goes away
+        monkeypatch.setattr(live, "load_run", lambda folder, error=error: (_ for _ in ()).throw(error))
+        assert page.state()["error"] == "read."
 
 
 def test_only_this_machine_is_answered(begun, served):
@@ -178,6 +181,22 @@ def test_the_command_ends_with_ctrl_c(begun):
         process.send_signal(signal.SIGINT)
         assert process.wait(30) in (0, 130)
         assert "Traceback" not in process.stderr.read()
+
+
+def test_the_page_of_a_search_ends_with_it(begun, monkeypatch):
+    page = watch(begun)
+    serving = threading.Thread(target=page.serve)
+    serving.start()
+    parents = iter([7, 7])
+    monkeypatch.setattr(live.os, "getppid", lambda: next(parents, 1))
+    page.end_with(7)
+    serving.join(20)
+    assert not serving.is_alive()
+
+
+def test_a_task_of_ones_own_is_named(tmp_path):
+    with pytest.raises(DownresError, match="There is no task 'mine'"):
+        watch(tmp_path, task="mine")
 
 
 def test_a_live_search_serves_its_page(model, folder, tmp_path, cli, tiny_file, monkeypatch):

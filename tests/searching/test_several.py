@@ -261,6 +261,7 @@ def test_pictures_at_a_resolution_or_in_time(made, folder):
         ({"resolution": 24}, "The model runs at 48, 32, 16 px, 24 is none of these"),
         ({"resolution": 32, "max_latency_ms": 5}, "not both"),
         ({"max_latency_ms": 0}, "above 0"),
+        ({"max_latency_ms": "5"}, "above 0"),
         ({"max_latency_ms": float("nan")}, "above 0"),
         ({"max_latency_ms": 1e-6}, "At its smallest resolution, 16 px, the model takes .* ms a pass here, 1e-06 are allowed"),
     ):
@@ -276,6 +277,27 @@ def test_the_largest_that_is_fast_enough_is_taken(made, folder, monkeypatch):
     with pytest.warns(UserWarning, match="at 32 px, 32 ms"):
         found = predict(made.artifact, [picture], max_latency_ms=40)
     assert found[0].to_json() == predict(made.artifact, [picture], resolution=32)[0].to_json()
+
+
+def test_a_folder_whose_name_a_runtime_does_not_take(made, folder, tmp_path, monkeypatch):
+    """ONNX Runtime is given bytes then, and must not look for weights where the process happens to be."""
+    picture = sorted((folder / "val" / "intact").iterdir())[0]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "weights.bin").write_bytes(bytes((made.artifact / "weights.bin").stat().st_size))
+    expected = predict(made.artifact, [picture], resolution=16)[0].to_json()
+    for name in ("a\u200eb", "tab\tx"):
+        copied = shutil.copytree(made.artifact, tmp_path / name)
+        monkeypatch.chdir(other)
+        assert predict(copied, [picture], resolution=16)[0].to_json() == expected
+
+
+def test_height_and_width_say_the_same_as_a_side(made, folder):
+    picture = sorted((folder / "val" / "intact").iterdir())[0]
+    expected = predict(made.artifact, [picture], resolution=16)[0].to_json()
+    assert predict(made.artifact, [picture], resolution=(16, 16))[0].to_json() == expected
+    with pytest.raises(DownresError, match="16x32 is none of these"):
+        predict(made.artifact, [picture], resolution=(16, 32))
 
 
 def test_serve_takes_the_same_options(made, folder):
@@ -318,6 +340,11 @@ def test_a_finished_run_is_only_read_and_an_unfinished_one_goes_on(made, model, 
         ({"resolutions": [32, (32, 32)]}, "has two or more, 1 is given|same height and width"),
         ({"resolutions": [64, 32]}, "The original is used at 48 px, 64 is more"),
         ({"folds": 2}, "give `val_fraction`, and no folds"),
+        ({"resolutions": 160}, "Resolutions are a list of two or more, 160 is none"),
+        ({"resolutions": [True, 32]}, "whole number of pixels"),
+        ({"own_heads": "no"}, "`own_heads` is true or false"),
+        ({"max_drop": "1"}, "`max_drop` is a number"),
+        ({"epochs": 1, "training_batch": 128}, "1 batches cannot show 3 resolutions"),
         ({"runtime": "torch"}, "Weights are shared by ONNX files"),
         ({"epochs": 0}, "`epochs` is a whole number"),
         ({"nonsense": 1}, "There is no option 'nonsense'"),
@@ -327,6 +354,24 @@ def test_what_is_refused(model, folder, tmp_path, options, why):
     with pytest.raises(DownresError, match=why):
         switchable(model, str(folder), options.pop("resolutions", SIZES), out=tmp_path / "run", **{**HOW, **options})
     assert not (tmp_path / "run" / "best").exists()
+
+
+class Counting(nn.Module):
+    """Runs in torch alone: what it does depends on the values."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.conv(x).mean((2, 3))
+        return self.head(y * (1 + int((y.sum() > 1e9).item())))
+
+
+def test_what_cannot_be_exported_is_said_before_it_is_trained(folder, tiny_preprocessing, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer._Run, "go", lambda self: pytest.fail("trained"))
+    with pytest.raises(DownresError, match="could not be exported to ONNX"):
+        switchable(Counting().eval(), str(folder), SIZES, out=tmp_path / "run", preprocessing=tiny_preprocessing, **HOW)
 
 
 def test_masks_too(segmenter, scenes, tmp_path, shapes):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..engines.engine import Engine, Layers, engine_of
 from ..errors import DownresError, first_line
-from ..parse import FP32, Resolution, name_of
+from ..parse import FP32, Resolution, like, name_of
 from ..record import Misfit, read_json, sha256, write_json, write_whole
 from ..records import Candidate, Cost, Drop, Latency, Preprocessing, Record, Recovery
 from ..recovery.state import State
@@ -222,10 +222,16 @@ def at_resolution(manifest: dict[str, Any], resolution: Resolution | None) -> di
     graph. DownresError for another resolution.
     """
     known = resolutions_of(manifest)
-    which = 0 if resolution is None else known.index(resolution) if resolution in known else None
-    if which is None:
-        have, asked = ", ".join(map(name_of, known)), name_of(resolution) if resolution else "none"
-        raise DownresError(f"The model runs at {have} px, {asked} is none of these: name one of them.")
+    which = 0
+    if resolution is not None:
+        read = Manifest.from_json(manifest)
+        sizes = [p.hw for p in (read.preprocessing, *(part.preprocessing for part in read.resolutions))]
+        origin = read.source.model.preprocessing if read.source.model else read.preprocessing
+        asked = origin.at(like(origin.resolution, resolution)).hw
+        if asked not in sizes:
+            have = ", ".join(map(name_of, known))
+            raise DownresError(f"The model runs at {have} px, {name_of(resolution)} is none of these: name one of them.")
+        which = sizes.index(asked)
     return {**manifest, **({"stem": "model"} if which == 0 else manifest["resolutions"][which - 1])}
 
 

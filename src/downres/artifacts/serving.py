@@ -330,7 +330,7 @@ options.add_argument("images", nargs="*")
 given, session = options.parse_args(), None
 for MANIFEST in [{**MANIFEST, **part} for part in ({"stem": "model"}, *MANIFEST["resolutions"])]:  # the most pixels first
     shape = 1, *MANIFEST["input"]["shape"][1:]
-    if given.resolution in (None, str(shape[2]), f"{shape[2]}x{shape[3]}"):
+    if given.resolution in (None, f"{shape[2]}x{shape[3]}", str(shape[2]) if shape[2] == shape[3] else None):
         file = str(HERE / f"{MANIFEST['stem']}.onnx")  # beside weights.bin
         session = onnxruntime.InferenceSession(file, providers=["PROVIDER"])
         if given.max_latency_ms is None or milliseconds(session, shape) <= given.max_latency_ms:

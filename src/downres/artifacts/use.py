@@ -67,8 +67,8 @@ def _in_time(
     folder: Path, manifest: dict[str, Any], most_ms: float, threads: int | None, limit_s: float
 ) -> tuple[dict[str, Any], Graph]:
     """The manifest and the graph of the largest resolution that takes at most so long here."""
-    if not 0 < most_ms < math.inf:
-        raise DownresError(f"The latency allowed is a number of milliseconds above 0, {most_ms} is not: give for example 20.")
+    if isinstance(most_ms, bool) or not isinstance(most_ms, (int, float)) or not 0 < most_ms < math.inf:
+        raise DownresError(f"The latency allowed is a number of milliseconds above 0, {most_ms!r} is not: give for example 20.")
     for size in resolutions_of(manifest):
         at = at_resolution(manifest, size)
         graph = Graph(folder, at, threads, limit_s)

@@ -32,6 +32,7 @@ from ..parse import FP16, FP32, INT8
 from . import check_threads
 from .engine import BY_NNCF, LEAST_OPSET, PROFILED, RANGES, Batches, Engine, Layers, Operator, Quantization, plain_name, quiet
 from .fuse import fused, noise
+from .shared import whole
 from .torch import TorchRuntime, plain_attention, uncompiled
 
 INPUT_NAME = "input"
@@ -74,7 +75,7 @@ class OnnxRuntime:
         options = _options(1 if spread else self.threads)
         source = model if isinstance(model, bytes) else str(model)
         if isinstance(source, str) and shown(source) != source:  # it takes names in UTF-8 alone
-            source = Path(source).read_bytes()
+            source = whole(Path(source))
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=_providers(device))
             _refuse_fallback(self._session.get_providers(), device)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
-from onnx.external_data_helper import set_external_data
+from onnx.external_data_helper import ExternalDataInfo, set_external_data, uses_external_data
 
+from ..errors import DownresError
 from ..record import write_whole
 
 LEAST_BYTES = 1024
@@ -39,3 +40,25 @@ def share_tensors(files: Sequence[Path], weights: Path) -> None:
             one.doc_string = ""
         write_whole(file, model.SerializeToString())
     write_whole(weights, bytes(content))
+
+
+def whole(file: Path) -> bytes:
+    """The content of a graph with all its tensors inside, for a runtime that is given bytes: it would look for others in the
+    folder that the process happens to be in.
+    """
+    content = file.read_bytes()
+    try:
+        model = onnx.load_from_string(content)
+    except Exception:  # no graph: the runtime says so
+        return content
+    outside = [tensor for tensor in model.graph.initializer if uses_external_data(tensor)]
+    for tensor in outside:
+        info = ExternalDataInfo(tensor)
+        if info.location != Path(info.location).name:
+            raise DownresError(f"{file} has its weights in another folder ({info.location[:40]!r}): export the model again.")
+        with open(file.parent / info.location, "rb") as weights:
+            weights.seek(info.offset or 0)
+            tensor.raw_data = weights.read(info.length) if info.length is not None else weights.read()
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.DEFAULT
+    return model.SerializeToString() if outside else content

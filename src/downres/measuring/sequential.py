@@ -5,12 +5,13 @@ is allowed is spent over these looks by the power family, alpha t^1.5 up to the 
 Biometrika 74:149-154), so that most is left for the last ones. Within a look Holm's procedure is
 that over all candidates that were planned, those proven at an earlier look counting as rejected (Maurer and Bretz 2013,
 Statistics in Biopharmaceutical Research 5:311-320). A first wrong proof at a look is then at most as likely as what is spent
-there, whatever was seen before, by the union bound over the true hypotheses; over all looks that is the error allowed. No
-normality and no independence is assumed beyond what the test of one look assumes.
+there, whatever was seen before, by the union bound over the true hypotheses; over all looks that is the error allowed. So the
+test of one look must hold at its level on few images as well: Tango's score test of right and wrong does, its exact error was
+nowhere above the nominal one; a bootstrap does not, as 64 images know nothing of what is rarer.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +29,18 @@ Compare = Callable[[Any, dict[str, Any], Budget], dict[str, Drop]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a candidate. images: that it was shown; drop: None where it was not needed; dearer_than: what made it so."""
+    """What came of a candidate. images: that it was shown; drop: None where it was not needed, dearer_than says what made it
+    so, or where it failed.
+    """
 
     images: int
     drop: Drop | None
     dearer_than: str = ""
+    failed: str = ""
+
+
+class Unshown(Exception):
+    """A candidate that cannot be shown images; why in words."""
 
 
 def looks(n: int) -> list[int]:
@@ -58,30 +66,44 @@ def prove(
     original: Callable[[int], Any],
     shown: Callable[[str, int], Any],
     compare: Compare,
+    ends: Collection[str] | None = None,
 ) -> dict[str, Verdict]:
     """A verdict on each candidate, all of which hold together at the budget's confidence.
 
     names: from the cheapest to the dearest. n: images there are. original, shown: evidence of the original, of a candidate, on
-    the first so many of them. Once a candidate is proven within, dearer ones that are undecided are not needed.
+    the first so many of them; Unshown is taken for a verdict. Once one of `ends` (None: any) is proven within, dearer ones that
+    are undecided are not needed.
     """
     found: dict[str, Verdict] = {}
+    final = set(names if ends is None else ends)
     alive, proven = list(names), 0
     counts = looks(n)
     for count, level in zip(counts, spent(counts, 1.0 - budget.confidence), strict=True):
         before = original(count)
         evidence: dict[str, Any] = {}
+        known: dict[tuple[str, int], Drop] = {}  # a bootstrap of many images takes seconds
 
-        def tested(name: str, comparisons: int, level: float = level, before: Any = before, of: Any = evidence) -> Drop:
-            at = dataclasses.replace(budget, confidence=1.0 - level / comparisons)
-            drop = compare(before, {name: of[name]}, at)[name]
-            return dataclasses.replace(drop, confidence=budget.confidence, comparisons=len(names))
+        def tested(
+            name: str, comparisons: int, level: float = level, before: Any = before, of: Any = evidence, known: Any = known
+        ) -> Drop:
+            if (name, comparisons) not in known:
+                at = dataclasses.replace(budget, confidence=1.0 - level / comparisons)
+                drop = compare(before, {name: of[name]}, at)[name]
+                known[name, comparisons] = dataclasses.replace(drop, confidence=budget.confidence, comparisons=len(names))
+            found: Drop = known[name, comparisons]
+            return found
 
         for name in [*alive]:
-            evidence[name] = shown(name, count)
+            try:
+                evidence[name] = shown(name, count)
+            except Unshown as error:
+                found[name] = Verdict(0, None, failed=str(error))
+                continue
             drop = tested(name, len(names) - proven)
             if drop.verdict == WITHIN:
                 found[name], proven = Verdict(count, drop), proven + 1
-                break  # what is dearer is not needed
+                if name in final:
+                    break  # what is dearer is not needed
         more = True
         while more:  # Holm: each proof leaves more error to the others
             more = False
@@ -89,7 +111,7 @@ def prove(
                 drop = tested(name, len(names) - proven)
                 if drop.verdict == WITHIN:
                     found[name], proven, more = Verdict(count, drop), proven + 1, True
-        cheapest = next((name for name in names if name in found and _is_within(found[name])), None)
+        cheapest = next((name for name in names if name in final and name in found and _is_within(found[name])), None)
         last = count == n
         for name in [one for one in alive if one not in found]:
             if cheapest is not None and names.index(name) > names.index(cheapest):
@@ -97,9 +119,11 @@ def prove(
                 found[name] = Verdict(seen, None, cheapest)
                 continue
             drop = tested(name, len(names))
-            if drop.verdict == OUTSIDE or last:
-                verdict = drop if drop.verdict == OUTSIDE else tested(name, len(names) - proven)
-                found[name] = Verdict(count, verdict)
+            if drop.verdict == OUTSIDE:
+                found[name] = Verdict(count, drop)
+            elif last:  # the upper bound is that of Holm's level, the lower one, as ever, Bonferroni's
+                upper = tested(name, len(names) - proven)
+                found[name] = Verdict(count, dataclasses.replace(upper, lower=drop.lower, verdict=TOO_FEW))
         alive = [name for name in alive if name not in found]
         if not alive:
             break

@@ -187,6 +187,11 @@ class _Run:
             epochs = self._affordable()
         per_epoch = len(self.sizes)
         steps = epochs * per_epoch
+        if steps < len(self.shown_as):
+            raise TrainingFailed(
+                f"{steps} batches cannot show {len(self.shown_as)} resolutions: give more `epochs`, or a smaller "
+                "`training_batch`."
+            )
         schedule = _schedule(self.optimizer, steps, self.how)
         self.began = time.perf_counter()
         with self.team.logging(self.how.log, self.bank.folder, f"{self.lesson.rung} {self.state.candidate}") as log:
@@ -207,7 +212,7 @@ class _Run:
         if self.file is not None:
             self.file.unlink(missing_ok=True)
         fewer = f" of {self.how.epochs} asked for" if epochs < self.how.epochs else ""
-        parts = f", {self.part} images at a time, as more did not fit" if self.part < self.how.training_batch else ""
+        parts = f", {self.part} images at a time, as more did not fit" if self.part < max(self.sizes) else ""
         several = f", in {self.team.count} processes" if self.team.count > 1 else ""
         return f"{epochs} epochs{fewer} on {len(self.images)} images{parts}, {self.lesson.told()}{several}"
 

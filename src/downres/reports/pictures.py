@@ -188,7 +188,7 @@ def pareto_figure(axis: Axis, original: Result, drawn: Sequence[Result], chosen:
     figure.add_trace(_points_trace(axis, [original], "var(--ink)", "star", "original", chosen))
     if chosen is not None and chosen in drawn:
         _mark_chosen(figure, axis, chosen)
-    _mark_allowed(figure, original, budget)
+    _mark_allowed(figure, original, drawn, budget)
     _lay_out(figure, axis, original, drawn)
     return figure
 
@@ -326,9 +326,9 @@ def _mark_chosen(figure: go.Figure, axis: Axis, chosen: Result) -> None:
     )
 
 
-def _mark_allowed(figure: go.Figure, original: Result, budget: Budget) -> None:
-    if original.quality is None:
-        return
+def _mark_allowed(figure: go.Figure, original: Result, results: Sequence[Result], budget: Budget) -> None:
+    if original.quality is None or any(r.quality and r.quality.images != original.quality.images for r in results):
+        return  # of a proof in rounds each is compared on images of its own
     top = original.quality.score
     worse = top + budget.max_drop if original.quality.lower_is_better else top - budget.max_drop
     figure.add_hrect(y0=min(top, worse), y1=max(top, worse), fillcolor="var(--band)", line_width=0, layer="below")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DownresError
-from ..measuring.sequential import Verdict, prove
+from ..measuring.sequential import Unshown, Verdict, prove
 from ..records import OUTSIDE, Budget, Candidate, Recovery
 from ..recovery.bank import Bank
 from ..recovery.ladder import Reference, climb
@@ -17,8 +17,8 @@ from .gates import time_again
 from .joint import JOINT
 from .prepare import Measuring
 from .results import load_run, predictions_of
-from .select import expense
-from .store import ROUNDS, STOPPED, UNNEEDED, Store
+from .select import expense, is_measured_alone
+from .store import COMPARED, ROUNDS, STOPPED, UNNEEDED, Store
 
 MANY = 2000
 """Proof images from which on a search looks at them in rounds unless it is told otherwise: of fewer, the last round is soon
@@ -31,8 +31,12 @@ def in_rounds(task: Task, store: Store, measuring: Measuring, budget: Budget, jo
     and cannot be, or was begun otherwise.
     """
     why = ""
-    if not can_deal(task.data):
+    if not task.sequential:
+        why = f"is of classes that are right or wrong: few images say nothing of what is rare in a {task.score.metric}"
+    elif len(task.data.folds) > 1:
         why = "needs one set of proof images, there are folds of them"
+    elif not can_deal(task.data):
+        why = f"needs data that can be put in order, a {type(task.data).__name__} is no dataclass"
     elif budget.max_flips is not None:
         why = "judges the drop alone: leave `max_flips` out"
     elif joint is not None or store.get(JOINT) is not None:
@@ -83,36 +87,48 @@ def measure_in_rounds(
                 store.put(f"{STOPPED}/{candidate}", str(error).rstrip("."))  # of this file; others may be sound
             bank.release()
     bank.stage = ""
+    for candidate in planned:  # decided anew
+        if store.get(f"{UNNEEDED}/{candidate}"):
+            store.put(f"{UNNEEDED}/{candidate}", None)
     for name, recovery in recoveries.items():
         if (tuning := recovery.tuning) is not None and tuning.verdict == OUTSIDE:
             unit = task.score.unit
             ruled = f"ruled out on {tuning.n} tuning images (drop at least {tuning.lower:.1f} {unit})"
             store.put(f"{STOPPED}/{name}", ruled)
     costs = {str(r.candidate): r for r in load_run(store.folder, store).results}
-    names = [str(c) for c in planned if str(c) in states and store.get(f"{STOPPED}/{c}") is None]
-    names.sort(key=lambda name: expense(costs[name], minimize))
     of = {str(c): c for c in candidates}
+    if (names := store.get(COMPARED)) is None:  # how many they are is in every level: once for all
+        names = [n for n in map(str, planned) if n in states and costs[n].status != "stopped"]
+        names = store.put(COMPARED, sorted(names, key=lambda name: expense(costs[name], minimize)))
+    ends = [name for name in names if not is_measured_alone(of[name])]
     looked: dict[str, Any] = {}
 
     def shown(name: str, count: int) -> Any:
-        """Evidence on the first so many proof images."""
+        """Evidence on the first so many proof images. Unshown for a file that fails; others may be sound."""
+        if why := store.get(f"{STOPPED}/{name}"):
+            raise Unshown(why)
         place = predictions_of(task.native_state.at(of[name]))
         if name not in looked and store.has_arrays(place):
             looked[name] = task.evidence_type.from_arrays(store.arrays(place))
         known = len(looked[name]) if name in looked else 0
         if known < count:
             bank.stage = f"{count} of {len(task.proof)} images, "
-            more = task.evidence(bank, states[name], task.proof[known:count])
+            try:
+                more = task.evidence(bank, states[name], task.proof[known:count])
+            except DownresError as error:
+                if of[name] == of[name].network:
+                    raise
+                raise Unshown(store.put(f"{STOPPED}/{name}", str(error).rstrip("."))) from error
             looked[name] = task.evidence_type.concatenate([looked[name], more]) if known else more
             store.put_arrays(place, **looked[name].to_arrays())
             bank.release()
         return looked[name].select(np.arange(count))
 
-    verdicts = prove(names, len(task.proof), budget, lambda count: shown(str(native), count), shown, task.compare)
+    verdicts = prove(names, len(task.proof), budget, lambda count: shown(str(native), count), shown, task.compare, ends)
     bank.stage = ""
     if not names:
         shown(str(native), len(task.proof))
-    for name in names:
+    for name in [one for one in names if not verdicts[one].failed]:
         _put(task, store, name, verdicts[name], looked, states[name], recoveries[name])
     whole = Verdict(len(looked[str(native)]), None)
     _put(task, store, str(native), whole, looked, reference.state, recoveries[str(native)])
@@ -145,8 +161,6 @@ def _put(
         seen = f" after {verdict.images} images" if verdict.images else ""
         store.put(f"{UNNEEDED}/{name}", f"not needed{seen}: {verdict.dearer_than} is proven and cheaper")
         return
-    if store.get(f"{UNNEEDED}/{name}"):
-        store.put(f"{UNNEEDED}/{name}", None)
     found = {
         "quality": task.quality(looked[name].select(np.arange(verdict.images))).to_json(),
         "naive": None,

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from ..errors import DownresError, first_line, shown
 from ..record import plain, read_json, write_json, write_whole
 from ..reports import words
 from ..reports.report import build_report
+from ..tasks import Task, known_task
 from .prepare import Progress
 from .results import Run, load_run
 from .view import view_of
@@ -84,6 +86,16 @@ class Watch:
         """Answers until `close`, from another thread, or Ctrl-C."""
         self._server.serve_forever(poll_interval=0.2)
 
+    def end_with(self, process: int) -> None:
+        """Closes the page once that process, which started this one, is gone."""
+
+        def waiting() -> None:
+            while os.getppid() == process:
+                time.sleep(1)
+            self.close()
+
+        threading.Thread(target=waiting, daemon=True).start()
+
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
@@ -128,7 +140,7 @@ class Watch:
         try:
             said = read_json(self.folder / STATUS, 2**16)
             what, done, total, at = shown(str(said["what"])), int(said["done"]), int(said["total"]), float(said["at"])
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError):
             return None
         ago = max(0.0, time.time() - at)
         return {"what": what, "done": done, "total": total, "seconds_ago": ago, "silent": ago > SILENT_S}
@@ -142,7 +154,7 @@ class Watch:
         try:
             self._run = load_run(self.folder)
             self._page, self._error, self._seen = build_report(view_of(self._run)).encode(), "", seen
-        except DownresError as error:  # not begun, or written to in this moment: it is asked again
+        except (DownresError, OSError) as error:  # not begun, written to in this moment, or away: it is asked again
             self._error = str(error)
 
     def _left(self, done: int, of: int, finished: bool) -> float | None:
@@ -155,6 +167,10 @@ class Watch:
         return max(0.0, (of - now) * (last - began) / (now - first) - (time.monotonic() - last))
 
     def _answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        with contextlib.suppress(ConnectionError):  # a tab that was closed
+            self._answer_to(request)
+
+    def _answer_to(self, request: http.server.BaseHTTPRequestHandler) -> None:
         # A page of elsewhere that got its name to point here must not read what is measured.
         if request.headers.get("Host", "").rpartition(":")[0] not in LOCAL:
             request.send_error(403, "only this machine is answered")
@@ -174,8 +190,7 @@ class Watch:
         request.send_header("Content-Length", str(len(content)))
         request.send_header("Cache-Control", "no-store")
         request.end_headers()
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            request.wfile.write(content)
+        request.wfile.write(content)
 
 
 def _stat(file: Path) -> Any:
@@ -185,13 +200,14 @@ def _stat(file: Path) -> Any:
         return None
 
 
-def watch(run: str | Path, *, port: int = 0) -> Watch:
+def watch(run: str | Path, *, port: int = 0, task: str | type[Task] | None = None) -> Watch:
     """A page at `.address`, for this machine alone, that redraws as a run's measurements come: what it does now, what was
     decided and why, the picture, and how long it may take; `.serve()` answers until Ctrl-C or `.close()`.
 
     run: its folder, which need not be there yet; the search may run on another machine that writes to it. port: 0 takes any
-    that is free. Raises DownresError where the port is taken.
+    that is free. task: of one's own, where the run has one. Raises DownresError where the port is taken.
     """
+    known_task(task)
     if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port < 2**16:
         raise DownresError(f"A port is a whole number from 0 to 65535, {port!r} is not: 0 takes any that is free.")
     return Watch(Path(run), port)

@@ -26,7 +26,7 @@ from ..errors import DownresError
 from ..families import Model
 from ..measuring.cost import measure_cost
 from ..measuring.latency import interleaved, random_batch
-from ..parse import Resolution, name_of, parse_resolutions
+from ..parse import Resolution, as_hw, name_of, parse_resolutions
 from ..record import plain
 from ..records import Budget, Candidate, Preprocessing, Recovery, Result, Rung
 from ..recovery.bank import Bank
@@ -130,6 +130,9 @@ def switchable(
         raise DownresError(
             f"Weights are shared by ONNX files, {', '.join(measuring.runtimes)} has others: leave `runtime` out."
         )
+    for name, value, kinds in (("max_drop", max_drop, (int, float)), ("own_heads", own_heads, (bool,))):
+        if not isinstance(value, kinds):
+            raise DownresError(f"`{name}` is {'a number' if name == 'max_drop' else 'true or false'}, {value!r} is not.")
     budget = Budget(max_drop, confidence=confidence)
     subject = prepare_task(model, data, question, task, preprocessing)
     subject.check_budget(budget)
@@ -163,17 +166,26 @@ def switchable(
             bank.training = training
             subject.fill(bank)
             reference = subject.reference(bank, 0, subject.data.folds[0], (Distillation.rung,))
+            bank.file(reference.state)  # what cannot be exported is said before hours of training
             states, recovery = _trained(subject, store, bank, reference, candidates, training, own_heads)
             _ship(subject, store, bank, reference.state, states, recovery, budget, measuring, progress)
             bank.forget()
         notes = [*fused_notes(subject.model), *subject.lacks(store.get("data"))]
-        return _found(folder / "best", subject, store.get("data")["description"], notes)
+        found = _found(folder / "best", subject, store.get("data")["description"], notes)
+        if found.file_bytes > 1.25 * found.single_bytes:
+            few = "little of its weights is the same at each resolution, as where branches with BatchNorms are put together"
+            found = dataclasses.replace(found, notes=(*found.notes, f"{few}: a file for each takes about as much"))
+        return found
 
 
 def _candidates(subject: Task, resolutions: str | Sequence[Resolution]) -> list[Candidate]:
     """The most pixels first; DownresError for fewer than two, and for two of one size."""
     native = subject.model.preprocessing
-    asked = parse_resolutions(resolutions) if isinstance(resolutions, str) else tuple(resolutions)
+    if not isinstance(resolutions, (str, list, tuple)):
+        raise DownresError(f"Resolutions are a list of two or more, {resolutions!r} is none: for example [224, 160, 128].")
+    asked = parse_resolutions(resolutions) if isinstance(resolutions, str) else resolutions
+    for size in asked:
+        as_hw("" if isinstance(size, bool) else size)  # type: ignore[arg-type]  # for its errors
     found = list(dict.fromkeys(Candidate(size).on(native.resolution) for size in asked))
     sizes = {c: native.at(c.resolution).hw for c in found}
     if len(found) < 2:

@@ -22,8 +22,8 @@ IN_TORCH, UNEXPORTED, UNSHIPPED, STOPPED, UNNEEDED = "in_torch", "unexported", "
 stopped for it, by name; of the one that was chosen. Before a candidate's name: STOPPED says why it could not be measured,
 UNNEEDED why it need not be.
 """
-ROUNDS = "rounds"
-"""The measurement that says whether the proof is looked at in rounds."""
+ROUNDS, COMPARED = "rounds", "compared"
+"""The measurements that say whether the proof is looked at in rounds, and which candidates are compared in it."""
 MOST_BYTES = 2**28
 """Of run.json; a larger one is none of ours."""
 

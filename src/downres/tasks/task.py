@@ -268,6 +268,12 @@ class Task(ABC):
 
     # Recovery
 
+    sequential: ClassVar[bool] = False
+    """Whether `compare` keeps its promise on the first few of many images, so that a proof may be looked at in rounds: a test
+    of right and wrong does, a bootstrap does not, as it knows nothing of what is rare. Then evidence of an image must not
+    depend on the other images either.
+    """
+
     def matched(self, network: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What training compares of a network's answer to images x (B, C, H, W), with its gradients: (B, K) or (B, K, h, w)."""
         return logits_of(network(x), self.which)

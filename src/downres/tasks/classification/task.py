@@ -62,6 +62,7 @@ class Classification(VectorTask):
     fitted = "logistic regression, C"
     probability = False
     labelled, mixes = True, True
+    sequential = True
 
     @classmethod
     def make(cls, model: Model, answer: Answer, data: Any, question: Question) -> Self:
