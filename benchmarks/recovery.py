@@ -192,6 +192,27 @@ def table(rows: list[dict[str, Any]], training: dict[str, dict[str, Any]]) -> st
     return "\n".join(lines) + "\n"
 
 
+def several_table(rows: list[dict[str, Any]]) -> str:
+    """One network for all sizes beside one for each."""
+    if not rows:
+        return ""
+    seeds = len({row["seed"] for row in rows})
+    lines = [
+        f"**One network for three resolutions, or one for each** (cats and dogs as above, {seeds} "
+        f"division{'s' * (seeds > 1)}; as many images looked at by both; points lost against the original, and how far one for all is behind, paired, with "
+        "one-sided 95 % bounds over the proof images).",
+        "",
+        "| px | one for each | one for all | behind |",
+        "|--:|--:|--:|--:|",
+    ]
+    for size in dict.fromkeys(row["resolution"] for row in rows):
+        own = [row for row in rows if row["resolution"] == size]
+        alone, together, behind = (mean(row[name] for row in own) for name in ("alone_drop", "together_drop", "behind"))
+        low, high = min(row["behind_low"] for row in own), max(row["behind_high"] for row in own)
+        lines.append(f"| {size} | {alone:.1f} | {together:.1f} | {behind:+.1f} ({low:+.1f}…{high:+.1f}) |")
+    return "\n".join([*lines, ""]) + "\n"
+
+
 def picture(rows: list[dict[str, Any]]) -> go.Figure:
     """Points lost against resolution, a line a rung, a panel a part."""
     found, parts = summarised(rows), list(dict.fromkeys(row["part"] for row in rows))
@@ -220,7 +241,7 @@ def write_document() -> None:
     before, _, rest = DOCUMENT.read_text().partition(MARKS[0])
     told = f"{kept['date']}, {kept['hardware']}, {kept['threads']} cores, other work beside it: seconds are no benchmark.\n\n"
     shown = "![Points lost against resolution, rung by rung](recovery.png)\n\n"
-    text = table(kept["rows"], kept["training"])
+    text = table(kept["rows"], kept["training"]) + several_table(kept.get("several", []))
     DOCUMENT.write_text(before + MARKS[0] + shown + text + told + MARKS[1] + rest.partition(MARKS[1])[2])
     sys.path.append(str(DOCUMENT.parents[1] / "recipes"))
     from pictures import save_png

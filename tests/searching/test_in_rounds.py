@@ -206,25 +206,25 @@ def test_what_a_bootstrap_judges_is_not_for_it(segmenter, scenes, tmp_path, monk
     assert Store.read(found.folder).get("rounds") is False and found.results[0].quality.n == 16
 
 
-def test_a_file_that_fails_on_proof_images_is_stopped_alone(model, folder, tmp_path, monkeypatch):
+def test_a_file_that_fails_on_proof_images_is_stopped_alone(model, cells, tmp_path, monkeypatch):
     """And counts among the candidates all the same, also when the run goes on."""
     real = Classification.evidence
 
     def failing(self, bank, state, indices, **how):
-        if state.candidate.precision == "int8" and state.candidate.resolution == 16:
+        if state.candidate.precision == "int8" and np.isin(indices, self.proof).all():
             raise DownresError("This file cannot run.")
         return real(self, bank, state, indices, **how)
 
     monkeypatch.setattr(Classification, "evidence", failing)
     how = {**HOW, "resolutions": (), "candidates": ("16 int8", "40"), "minimize": "macs"}
-    found = search(model, str(folder), sequential=True, out=tmp_path / "run", **how)
+    found = search(model, cells.dataset(), sequential=True, out=tmp_path / "run", **how)
     (failed,) = [r for r in found.results if r.reason == "This file cannot run"]
     assert failed.status == "stopped" and str(failed.candidate) == "16 int8"
     judged = [r for r in found.results if r.drop]
     assert judged and {r.drop.comparisons for r in judged} == {len(found.results)}
     for file in (tmp_path / "run" / "predictions").iterdir():
         file.unlink()
-    again = search(model, str(folder), out=tmp_path / "run", **how)
+    again = search(model, cells.dataset(), out=tmp_path / "run", **how)
     assert [r.drop for r in again.results] == [r.drop for r in found.results]
 
 
