@@ -199,8 +199,8 @@ def several_table(rows: list[dict[str, Any]]) -> str:
     seeds = len({row["seed"] for row in rows})
     lines = [
         f"**One network for three resolutions, or one for each** (cats and dogs as above, {seeds} "
-        f"division{'s' * (seeds > 1)}; as many images looked at by both; points lost against the original, and how far one for all is behind, paired, with "
-        "one-sided 95 % bounds over the proof images).",
+        f"division{'s' * (seeds > 1)}; as many images looked at by both; points lost against the original, and how far one for "
+        "all is behind, paired, with one-sided 95 % bounds over the proof images).",
         "",
         "| px | one for each | one for all | behind |",
         "|--:|--:|--:|--:|",
