@@ -69,7 +69,9 @@ class Task(ABC):
 
     rungs: of the recovery ladder, those that make sense. glance: images that a recalibration is first tried on, 0 for none.
     labelled: whether its targets can be learned, see `learned`; mixes: whether these can be mixed with one another, (B, K);
-    mirrors: whether a mirrored image has the same.
+    mirrors: whether a mirrored image has the same. sequential: whether `compare` keeps its promise on the first few of many
+    images, so that a proof may be looked at in rounds: a test of right and wrong does, a bootstrap does not, as it knows nothing
+    of what is rare; nor may the evidence of an image depend on the others then.
     evidence_type: what `judge` returns. writes: whether `predict` writes files named after the pictures.
     """
 
@@ -85,6 +87,7 @@ class Task(ABC):
     labelled: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     mirrors: ClassVar[bool] = True
+    sequential: ClassVar[bool] = False
 
     def __init_subclass__(cls, register: bool = True, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -267,12 +270,6 @@ class Task(ABC):
         return None
 
     # Recovery
-
-    sequential: ClassVar[bool] = False
-    """Whether `compare` keeps its promise on the first few of many images, so that a proof may be looked at in rounds: a test
-    of right and wrong does, a bootstrap does not, as it knows nothing of what is rare. Then evidence of an image must not
-    depend on the other images either.
-    """
 
     def matched(self, network: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What training compares of a network's answer to images x (B, C, H, W), with its gradients: (B, K) or (B, K, h, w)."""
