@@ -70,8 +70,8 @@ class Task(ABC):
     rungs: of the recovery ladder, those that make sense. glance: images that a recalibration is first tried on, 0 for none.
     labelled: whether its targets can be learned, see `learned`; mixes: whether these can be mixed with one another, (B, K);
     mirrors: whether a mirrored image has the same. sequential: whether `compare` keeps its promise on the first few of many
-    images, so that a proof may be looked at in rounds: a test of right and wrong does, a bootstrap does not, as it knows nothing
-    of what is rare; nor may the evidence of an image depend on the others then.
+    images, so that a proof may be looked at in rounds: a test of right and wrong does, a bootstrap does not, as it knows
+    nothing of what is rare; nor may the evidence of an image depend on the others then.
     evidence_type: what `judge` returns. writes: whether `predict` writes files named after the pictures.
     """
 
