@@ -663,11 +663,18 @@ def watch(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
     port: Annotated[int, typer.Option("--port", help="Of the page, on this machine alone; 0: any that is free.")] = 0,
     task: TaskOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="What the page would show now as one JSON document, and no page.")
+    ] = False,
 ) -> None:
     """A page that redraws as a run's measurements come: what it does now, what was decided and why, the picture, time left."""
     from .searching.live import watch as watch_run
 
     page = watch_run(run, port=port, task=_task(task))
+    if as_json:
+        page.close()
+        _print_json(page.state())
+        return
     if (parent := os.environ.get(PARENT)) is not None:  # of a search, however it ends
         page.end_with(int(parent))
     _say(out, f"Watching {run} at {page.address} (Ctrl-C ends it)", soft_wrap=True)

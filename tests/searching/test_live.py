@@ -194,6 +194,11 @@ def test_the_page_of_a_search_ends_with_it(begun, monkeypatch):
     assert not serving.is_alive()
 
 
+def test_its_state_as_json(begun, cli):
+    document = cli("watch", begun, "--json").json
+    assert (document["done"], document["of"], document["finished"]) == (1, 2, False)
+
+
 def test_a_task_of_ones_own_is_named(tmp_path):
     with pytest.raises(DownresError, match="There is no task 'mine'"):
         watch(tmp_path, task="mine")

@@ -60,6 +60,7 @@ class Watch:
     def __init__(self, folder: Path, port: int) -> None:
         self.folder, self._lock = folder, threading.Lock()
         self._seen: tuple[Any, ...] | None = None
+        self._serving = False
         self._run: Run | None = None
         self._page, self._error, self._times = b"", "", list[tuple[float, int]]()
         watch = self
@@ -84,6 +85,7 @@ class Watch:
 
     def serve(self) -> None:
         """Answers until `close`, from another thread, or Ctrl-C."""
+        self._serving = True
         self._server.serve_forever(poll_interval=0.2)
 
     def end_with(self, process: int) -> None:
@@ -97,7 +99,8 @@ class Watch:
         threading.Thread(target=waiting, daemon=True).start()
 
     def close(self) -> None:
-        self._server.shutdown()
+        if self._serving:
+            self._server.shutdown()
         self._server.server_close()
 
     def state(self) -> dict[str, Any]:
