@@ -10,7 +10,7 @@ import pytest
 from downres import check, load_model, load_run, search, write_report
 from downres.errors import DownresError
 from downres.measuring.sequential import looks
-from downres.records import TOO_FEW, WITHIN, Candidate
+from downres.records import OUTSIDE, TOO_FEW, WITHIN, Candidate
 from downres.searching import in_rounds
 from downres.searching.store import Store
 from downres.tasks.classification.task import Classification
@@ -180,20 +180,30 @@ def test_it_is_chosen_for_many_images_and_a_run_stays_what_it_is(run, model, fol
         search(model, str(folder), sequential=True, out=tmp_path / "few", **HOW)
 
 
-def test_recovered_and_ruled_out_before_the_proof(model, folder, tmp_path):
-    """What tuning images rule out is never shown proof images."""
-    found = search(
-        model,
-        str(folder),
-        sequential=True,
-        out=tmp_path / "run",
-        **{**HOW, "recover": "refit", "max_drop": 5.0, "resolutions": [40, 8]},
-    )
-    for r in found.results:
-        if r.reason.startswith("ruled out"):
-            assert r.quality is None
-        elif r.quality is not None:
-            assert r.recovery.tried
+def test_what_tuning_images_rule_out_is_never_shown_proof_images(model, cells, tmp_path, monkeypatch):
+    real, asked = in_rounds.climb, []
+
+    def climbed(task, bank, candidate, *more):
+        state, recovery = real(task, bank, candidate, *more)
+        if candidate.resolution == 16:
+            recovery = dataclasses.replace(recovery, tuning=dataclasses.replace(recovery.tuning, verdict=OUTSIDE, lower=12.34))
+        return state, recovery
+
+    seen = Classification.evidence
+
+    def counted(self, bank, state, indices, **how):
+        asked.append((state.candidate.resolution, int(np.isin(indices, self.proof).sum())))
+        return seen(self, bank, state, indices, **how)
+
+    monkeypatch.setattr(in_rounds, "climb", climbed)
+    monkeypatch.setattr(Classification, "evidence", counted)
+    how = {**HOW, "recover": "refit", "resolutions": [40, 16]}
+    found = search(model, cells.dataset(), sequential=True, out=tmp_path / "run", **how)
+    (ruled,) = [r for r in found.results if r.candidate.resolution == 16]
+    assert ruled.reason == "ruled out on 20 tuning images (drop at least 12.3 points)" and ruled.quality is None
+    assert sum(n for resolution, n in asked if resolution == 16) == 0
+    (other,) = [r for r in found.results if r.candidate.resolution == 40]
+    assert other.drop.comparisons == 1 and other.recovery.tried
 
 
 def test_what_a_bootstrap_judges_is_not_for_it(segmenter, scenes, tmp_path, monkeypatch):

@@ -92,8 +92,7 @@ def measure_in_rounds(
             store.put(f"{UNNEEDED}/{candidate}", None)
     for name, recovery in recoveries.items():
         if (tuning := recovery.tuning) is not None and tuning.verdict == OUTSIDE:
-            unit = task.score.unit
-            ruled = f"ruled out on {tuning.n} tuning images (drop at least {tuning.lower:.1f} {unit})"
+            ruled = f"ruled out on {tuning.n} tuning images (drop at least {tuning.lower:.1f} points)"
             store.put(f"{STOPPED}/{name}", ruled)
     costs = {str(r.candidate): r for r in load_run(store.folder, store).results}
     of = {str(c): c for c in candidates}
