@@ -397,13 +397,12 @@ def test_the_command(cli, tiny_file, folder, tmp_path):
     assert refused.code == 2 and "a model of one resolution" in refused.err
 
 
-def test_what_was_trained_is_lost_and_made_again(model, folder, tmp_path):
-    out = tmp_path / "run"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        first = switchable(model, str(folder), (48, 24), out=out, **{**HOW, "epochs": 1})
+def test_what_was_trained_is_lost_and_made_again(made, model, folder, tmp_path):
+    out = shutil.copytree(made.artifact.parent, tmp_path / "run")
     shutil.rmtree(out / "best")
     shutil.rmtree(out / "weights")
-    again = switchable(model, str(folder), (48, 24), out=out, **{**HOW, "epochs": 1})
-    assert [r.quality for r in again.results] == [r.quality for r in first.results]
-    assert Store.read(out).get("switched")["steps"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = switchable(model, str(folder), SIZES, out=out, **HOW)
+    assert [r.quality for r in again.results] == [r.quality for r in made.results]
+    assert Store.read(out).get("switched")["steps"] == Store.read(made.artifact.parent).get("switched")["steps"]
