@@ -171,4 +171,4 @@ def test_few_images_are_one_look():
     original = rng.random(40) < 0.8
     found = Shown(original, a=original.copy(), b=~original).prove(Budget(20.0))
     assert found["a"].images == 40 and looks(40) == [40]
-    assert sequential.undecided(found["a"]) == (found["a"].drop.verdict == TOO_FEW)
+    assert found["a"].drop.verdict == WITHIN and found["b"].dearer_than == "a"

@@ -78,7 +78,8 @@ def prove(
     final = set(names if ends is None else ends)
     alive, proven = list(names), 0
     counts = looks(n)
-    for count, level in zip(counts, spent(counts, 1.0 - budget.confidence), strict=True):
+    levels = spent(counts, 1.0 - budget.confidence)
+    for seen, count, level in zip([0, *counts[:-1]], counts, levels, strict=True):
         before = original(count)
         evidence: dict[str, Any] = {}
         known: dict[tuple[str, int], Drop] = {}  # a bootstrap of many images takes seconds
@@ -112,16 +113,14 @@ def prove(
                 if drop.verdict == WITHIN:
                     found[name], proven, more = Verdict(count, drop), proven + 1, True
         cheapest = next((name for name in names if name in final and name in found and _is_within(found[name])), None)
-        last = count == n
         for name in [one for one in alive if one not in found]:
             if cheapest is not None and names.index(name) > names.index(cheapest):
-                seen = count if name in evidence else (counts[counts.index(count) - 1] if count != counts[0] else 0)
-                found[name] = Verdict(seen, None, cheapest)
+                found[name] = Verdict(count if name in evidence else seen, None, cheapest)
                 continue
             drop = tested(name, len(names))
             if drop.verdict == OUTSIDE:
                 found[name] = Verdict(count, drop)
-            elif last:  # the upper bound is that of Holm's level, the lower one, as ever, Bonferroni's
+            elif count == n:  # the upper bound is that of Holm's level, the lower one, as ever, Bonferroni's
                 upper = tested(name, len(names) - proven)
                 found[name] = Verdict(count, dataclasses.replace(upper, lower=drop.lower, verdict=TOO_FEW))
         alive = [name for name in alive if name not in found]
@@ -132,8 +131,3 @@ def prove(
 
 def _is_within(verdict: Verdict) -> bool:
     return verdict.drop is not None and verdict.drop.verdict == WITHIN
-
-
-def undecided(verdict: Verdict) -> bool:
-    """Whether all images were too few."""
-    return verdict.drop is not None and verdict.drop.verdict == TOO_FEW

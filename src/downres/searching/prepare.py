@@ -218,6 +218,17 @@ def resolved(question: Question) -> Question:
     return dataclasses.replace(question, **files)  # type: ignore[arg-type]
 
 
+def data_source(data: Source, measuring: Measuring, question: Question) -> dict[str, Any]:
+    """How to open the images of a run again, for its settings and the manifest of what it ships."""
+    return {
+        "path": place_of(data),
+        "folds": measuring.folds,
+        "val_fraction": measuring.part(fitted=True),
+        "seed": measuring.seed,
+        "question": resolved(question).to_json(),
+    }
+
+
 def gather(kinds: dict[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
     """Groups of options with the flat ones put in: {'measuring': Measuring(), …} and {'seed': 3} → … Measuring(seed=3).
 

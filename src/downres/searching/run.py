@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import datetime
 import shutil
 import tempfile
 import warnings
@@ -16,7 +15,6 @@ from ..artifacts.embed import embed_with, refuse_channels, refuse_numbers
 from ..axes import Axes, default_axes
 from ..engines.engine import QuantizationFailed, engine_of
 from ..engines.onnxruntime import NotExported
-from ..environment import versions
 from ..errors import DownresError
 from ..families import Model
 from ..records import Budget, Candidate, Preprocessing, Recovery
@@ -41,13 +39,12 @@ from .prepare import (
     Progress,
     Source,
     check_planned,
+    data_source,
     describe,
     describe_data,
     gather,
     open_data,
-    place_of,
     prepare_task,
-    resolved,
 )
 from .results import Run, load_run, predictions_of
 from .select import MINIMIZE
@@ -151,13 +148,7 @@ def search(
         "latency_batch": measuring.latency_batch,
         "notes": notes,
         "command": command,
-        "data_source": {
-            "path": place_of(data),
-            "folds": measuring.folds,
-            "val_fraction": measuring.part(fitted=True),
-            "seed": measuring.seed,
-            "question": resolved(question).to_json(),
-        },
+        "data_source": data_source(data, measuring, question),
     }
     if any(rung in TAUGHT for rung in rungs):
         settings["training"] = training.to_json()
@@ -184,9 +175,7 @@ def search(
         contextlib.closing(Store.open(folder, settings)) as store,
         told(folder, progress) as progress,
     ):
-        if store.get("started") is None:
-            when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            store.put("started", {"when": when, "versions": versions()})
+        store.begin()
         bank = subject.bank(folder, progress=progress, **measuring.options())
         bank.training, bank.team = training, team
         alive = cost_gate(subject, store, budget, [subject.native, *planned], bank, progress)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import datetime
 import shutil
 import tempfile
 import time
@@ -46,13 +45,12 @@ from .prepare import (
     Progress,
     Source,
     check_planned,
+    data_source,
     describe,
     describe_data,
     gather,
     open_data,
-    place_of,
     prepare_task,
-    resolved,
 )
 from .ship import source_of
 from .store import FORMAT, Store
@@ -146,19 +144,11 @@ def switchable(
         "own_heads": own_heads,
         "training": training.to_json(),
         "command": command,
-        "data_source": {
-            "path": place_of(data),
-            "folds": None,
-            "val_fraction": measuring.part(fitted=True),
-            "seed": measuring.seed,
-            "question": resolved(question).to_json(),
-        },
+        "data_source": data_source(data, measuring, question),
     }
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="downres-"))
     with contextlib.closing(Store.open(folder, settings)) as store, told(folder, progress) as progress:
-        if store.get("started") is None:
-            when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            store.put("started", {"when": when, "versions": versions()})
+        store.begin()
         if not is_whole(folder / "best"):
             open_data(subject, data, measuring, question, progress=progress)
             store.same("data", describe_data(subject), "sha256")

@@ -1,5 +1,6 @@
 """The folder of a run: every measurement is in it the moment it exists, so a run can be stopped, moved and resumed."""
 
+import datetime
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..environment import versions
 from ..errors import DownresError
 from ..record import plain, read_json, settled, sha256, sweep, write_json, write_whole
 
@@ -112,6 +114,12 @@ class Store:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def begin(self) -> None:
+        """Notes when this run was started, and by which versions, once."""
+        if self.get("started") is None:
+            when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            self.put("started", {"when": when, "versions": versions()})
 
     def get(self, key: str) -> Any:
         return self._values.get(key)

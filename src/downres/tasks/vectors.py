@@ -121,6 +121,27 @@ class VectorTask(Task):
         raise NotImplementedError
 
 
+class ScoresTask(VectorTask):
+    """One whose network scores classes. probability: what it returns are probabilities already, see `Answer`."""
+
+    probability = False
+
+    @classmethod
+    def make(cls, model: Model, answer: Answer, data: Any, question: Question) -> Self:
+        task = super().make(model, answer, data, question)
+        task.probability = answer.probability
+        return task
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), **({"probability": True} if self.probability else {})}
+
+    @classmethod
+    def restore(cls, described: Mapping[str, Any], facts: Mapping[str, Any]) -> Self:
+        task = super().restore(described, facts)
+        task.probability = described.get("probability", False)
+        return task
+
+
 def stacked(answers: Any) -> np.ndarray:
     """(n, K), from one array or from a row for each image."""
     return answers if isinstance(answers, np.ndarray) else np.stack(list(answers))

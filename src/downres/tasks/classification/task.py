@@ -3,14 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ...errors import DownresError
-from ...families import Model
 from ...images import Fold, split_once
 from ...probe import Answer
 from ...records import Budget, Drop, Preprocessing, Record, Result
@@ -19,7 +18,7 @@ from ...recovery.ladder import GLANCE
 from ...recovery.views import Views
 from ..evidence import Arrays
 from ..task import TOLERANCE, Question, Section, log_of, of_classes
-from ..vectors import VectorTask, ranked_alike, stacked
+from ..vectors import ScoresTask, ranked_alike, stacked
 from .elpv import CLASSES, DEMO_DATA, open_elpv
 from .folders import Dataset, class_names, open_folder
 from .head import STRENGTHS, fit_head, log_loss, why_not
@@ -50,7 +49,7 @@ class Prediction(Record):
         return f"{self.image}: {ranked}"
 
 
-class Classification(VectorTask):
+class Classification(ScoresTask):
     """One class an image, judged by top-1. A network with one logit tells two classes apart, by its sigmoid: the second is that
     above one half. probability: what it returns went through the sigmoid already, or of several outputs through a softmax.
     """
@@ -60,24 +59,8 @@ class Classification(VectorTask):
     glance = GLANCE
     strengths = STRENGTHS
     fitted = "logistic regression, C"
-    probability = False
     labelled, mixes = True, True
     sequential = True
-
-    @classmethod
-    def make(cls, model: Model, answer: Answer, data: Any, question: Question) -> Self:
-        task = super().make(model, answer, data, question)
-        task.probability = answer.probability
-        return task
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), **({"probability": True} if self.probability else {})}
-
-    @classmethod
-    def restore(cls, described: Mapping[str, Any], facts: Mapping[str, Any]) -> Self:
-        task = super().restore(described, facts)
-        task.probability = described.get("probability", False)
-        return task
 
     @property
     def ways(self) -> int:

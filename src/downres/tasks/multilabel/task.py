@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from ...errors import DownresError
-from ...families import Model
 from ...images import Fold
 from ...images.parts import listed_names
-from ...probe import Answer
 from ...records import Budget, Drop, Preprocessing, Record, Result
 from ...recovery.features import FeatureBank, Head
 from ...recovery.ladder import Option, best_of
@@ -25,7 +23,7 @@ from ...reports import words
 from ..evidence import Arrays
 from ..table import Table, TableData, labels_beside, no_class, number_in, numbers, open_rows, read_table
 from ..task import Question, Section
-from ..vectors import VectorTask, folded, ranked_alike, stacked, standardised
+from ..vectors import ScoresTask, folded, ranked_alike, stacked, standardised
 from .quality import MultilabelQuality, class_precision, compare_scores, multilabel_quality, resampled_map
 
 SEPARATORS = "|;, "
@@ -77,7 +75,7 @@ def targets_of(table: Table) -> tuple[tuple[str, ...], np.ndarray]:
     return classes, np.array([[name in own for name in classes] for own in named])
 
 
-class Multilabel(VectorTask):
+class Multilabel(ScoresTask):
     """Any number of classes an image, judged by mean average precision. Labels: a CSV or JSON file beside the pictures.
     probability: what the network returns went through the sigmoid already.
     """
@@ -87,22 +85,6 @@ class Multilabel(VectorTask):
     strengths = (0.001, 0.003, 0.01, 0.03, 0.1)
     fitted = "logistic regression for each class, C"
     labelled, mixes = True, True
-    probability = False
-
-    @classmethod
-    def make(cls, model: Model, answer: Answer, data: Any, question: Question) -> Self:
-        task = super().make(model, answer, data, question)
-        task.probability = answer.probability
-        return task
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), **({"probability": True} if self.probability else {})}
-
-    @classmethod
-    def restore(cls, described: Mapping[str, Any], facts: Mapping[str, Any]) -> Self:
-        task = super().restore(described, facts)
-        task.probability = described.get("probability", False)
-        return task
 
     @classmethod
     def names_in(cls, data: Any, question: Question, outputs: int | None) -> tuple[str, ...]:
