@@ -10,7 +10,7 @@ import downres
 SOURCE = Path(downres.__file__).parent
 LAYERS = (
     ("errors", "environment", "lazy"),
-    ("parse", "copying"),
+    ("parse", "copying", "notebook"),
     ("record",),
     ("techniques",),
     ("records",),

@@ -1,7 +1,9 @@
 """The command line: each command parses its options, makes one library call and prints one result."""
 
+import atexit
 import contextlib
 import difflib
+import gc
 import importlib.metadata
 import inspect
 import io
@@ -460,10 +462,10 @@ def switchable(
     if as_json:
         _print_json(found.to_json())
         return
-    from .reports import terminal
+    from .reports import tables, terminal
 
     _say(out, found.data)
-    out.print(terminal.candidates([found.original, *found.results], found.original, None, out.width))
+    out.print(terminal.told(tables.candidates([found.original, *found.results], found.original), out.width))
     many, one = (format_quantity(size, "B") for size in (found.file_bytes, found.single_bytes))
     _say(out, f"{found.artifact}: {many} for all resolutions, the original's file is {one}", soft_wrap=True)
     _print_notes(found.notes)
@@ -526,11 +528,11 @@ def curve(
     if as_json:
         _print_json(found.to_json())
         return
-    from .reports import terminal
+    from .reports import tables, terminal
 
     _say(out, found.data)
     _say(out, _preprocessing_words(found.preprocessing))
-    out.print(terminal.candidates([found.original, *found.results], found.original, None, out.width))
+    out.print(terminal.told(tables.candidates([found.original, *found.results], found.original), out.width))
     _print_notes(found.notes)
 
 
@@ -572,25 +574,9 @@ def cost(
     if as_json:
         _print_json({**found.to_json(), **({"picture": str(page)} if page else {})})
         return
-    from .reports import terminal, words
+    from .reports import tables, terminal, words
 
-    rows: list[dict[str, str | Text]] = []
-    for row in found.rows:
-        one = row.cost
-        rows.append(
-            {
-                "family": row.family,
-                "candidate": words.label(row.candidate),
-                "MACs": format_quantity(one.macs),
-                "of original": f"{100 * one.macs / found.original.macs:.1f} %",
-                "params": format_quantity(one.params),
-                "param bytes": format_quantity(one.param_bytes, "B"),
-                "peak activations": format_quantity(one.peak_activation_bytes, "B"),
-                "not counted": f"{sum(one.uncounted.values())} ops of {len(one.uncounted)} kinds",
-                **_of_training(row.training),
-            }
-        )
-    out.print(terminal.stacked(rows, ("family", "candidate"), out.width))
+    out.print(terminal.told(tables.families(found.rows), out.width))
     _say(out, f"For {words.count(batch_size, 'image')}. {found.convention}", "dim")
     kinds = ", ".join(f"{name.removeprefix('aten.')} ×{n}" for name, n in found.original.uncounted.items())
     _say(out, f"Not counted at {format_resolution(loaded.preprocessing.resolution)}: {kinds or 'nothing'}.", "dim")
@@ -772,6 +758,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     warnings.showwarning = lambda message, *_: _say(err, f"Note: {as_options(str(message))}")  # type: ignore[assignment]
     warnings.filterwarnings("default", module="downres")
+    atexit.register(gc.freeze)  # else Python looks once more, for a second, for garbage in all of torch before it ends
     # Nobody reads the libraries' own chatter between a progress bar and a table.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # it retries aloud; we say in one sentence that it failed
@@ -893,16 +880,6 @@ def _training(more: list[str], **given: Any) -> Any:
     return Training.parse(more, **given)
 
 
-def _of_training(step: Any) -> dict[str, str]:
-    if step is None:
-        return {}
-    return {
-        "training MACs": format_quantity(step.macs),
-        "training peak": format_quantity(step.peak_bytes, "B"),
-        "gradients and optimizer": format_quantity(step.gradient_bytes + step.optimizer_bytes, "B"),
-    }
-
-
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
@@ -976,7 +953,7 @@ def _print_run(run: Any, as_json: bool) -> None:
         _print_json(run.to_json())
         return
     from .records import Preprocessing
-    from .reports import terminal, words
+    from .reports import tables, terminal, words
     from .reports.interactions import interactions
 
     settings = run.settings
@@ -987,7 +964,7 @@ def _print_run(run: Any, as_json: bool) -> None:
     if len(run.data["skipped"]) > 10:
         _say(err, f"… {len(run.data['skipped'])} images skipped, all listed in {run.folder / 'report.html'}")
     best = run.best and run.best.candidate
-    out.print(terminal.candidates([run.original, *run.results], run.original, best, out.width))
+    out.print(terminal.told(tables.candidates([run.original, *run.results], run.original, best), out.width))
     _say(out, words.verdict(run.original, run.results, run.best, run.budget, run.task.score), "bold")
     for one in interactions(run.original, run.results, run.best)[:1]:
         _say(out, f"{words.label(one.candidate)}: {one.sentence}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from .errors import DownresError
+from .notebook import fields
 
 
 class Misfit(DownresError):
@@ -34,6 +35,10 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        return fields(self.to_json())
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

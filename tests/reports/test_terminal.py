@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from downres.records import WITHIN, Candidate, Cost, Drop, Latency, Recovery, Result
-from downres.reports import terminal
+from downres.reports import tables, terminal
 from downres.tasks.classification.quality import Quality
 
 REASON = "a median of 41 ms is over the 20 ms allowed"
@@ -31,7 +31,7 @@ WORDS = ("the original", "proven within", "BatchNorm recalibration", REASON, "bl
 
 def printed(width: int) -> str:
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    console.print(terminal.candidates(RESULTS, RESULTS[0], Candidate(300), width))
+    console.print(terminal.told(tables.candidates(RESULTS, RESULTS[0], Candidate(300)), width))
     return console.file.getvalue()
 
 

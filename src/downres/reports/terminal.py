@@ -8,45 +8,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import shown
-from ..parse import format_quantity
-from ..records import Candidate, Result
-from . import words
+from .tables import Told
 
 LEFT = frozenset(("", "family", "candidate", "verdict", "recovered by", "not counted"))
 """Columns of words; the others hold numbers."""
 GAP = 2
 LEAST = 16
 """Letters that a column of words has at least, or all of its own."""
-STYLES = {"within": "green", "outside": "red", "few": "yellow"}
 
 
-def candidates(results: Sequence[Result], original: Result, chosen: Candidate | None, width: int) -> Group:
-    """A search or a curve, a row a candidate, for a terminal of so many columns."""
-    beside = original.quality.beside() if original.quality else {}
-    rounds = len({r.quality.images for r in results if r.quality}) > 1
-    files = any(r.candidate.network != r.candidate or (r.flips and r.flips.verdict) for r in results)
-
-    def cells(r: Result) -> dict[str, str | Text]:
-        return {
-            "": "★" if r.candidate == chosen else "",
-            "candidate": words.label(r.candidate),
-            "MACs": format_quantity(r.cost.macs) if r.cost else "",
-            "peak memory": format_quantity(r.cost.peak_activation_bytes, "B") if r.cost else "",
-            "latency": f"{words.digits(r.latency.latency_ms)} ms" if r.latency else "",
-            **({"file": format_quantity(r.footprint.file_bytes, "B") if r.footprint else ""} if files else {}),
-            words.RUNGS["none"]: r.naive.text(r.naive.score) if r.naive else "",
-            getattr(original.quality, "metric", "quality"): r.quality.text(r.quality.score) if r.quality else "",
-            **({"images": f"{r.quality.images}" if r.quality else ""} if rounds else {}),
-            "95 % interval": words.interval(r.quality) if r.quality else "",
-            **{name: r.quality.beside().get(name, "") if r.quality else "" for name in beside},
-            "drop, bound": words.compared(r.drop) if r.drop else "",
-            **({"another answer": words.flips_told(r.flips) if r.flips else ""} if files else {}),
-            "verdict": _verdict(r, original),
-            "recovered by": words.RUNGS.get(r.recovery.rung, r.recovery.rung) if r.recovery and r is not original else "",
-        }
-
-    rows = [cells(r) for r in results]
-    return stacked(rows, ("", "candidate"), width, [r.status != "measured" for r in results])
+def told(table: Told, width: int) -> Group:
+    """A table for a terminal of so many columns."""
+    return stacked(table.rows, table.key, width, table.faint)
 
 
 def stacked(rows: Sequence[Mapping[str, str | Text]], key: Sequence[str], width: int, dim: Sequence[bool] = ()) -> Group:
@@ -94,14 +67,3 @@ def findings(told: Sequence[tuple[str, float | None, str]]) -> Table:
 
 def _fits(names: Sequence[str], widths: Mapping[str, int], width: int) -> bool:
     return sum(widths[name] + GAP for name in names) - GAP <= width
-
-
-def _verdict(result: Result, original: Result) -> str | Text:
-    if result is original:
-        return "the original"
-    if result.status != "measured" or result.reason:
-        return result.reason
-    if result.drop is None:
-        return ""
-    more = f", about {result.drop.more_images} more needed" if result.drop.more_images else ""
-    return Text.assemble((result.drop.verdict, STYLES.get(words.verdict_key(result), "")), more)

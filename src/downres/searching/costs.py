@@ -21,11 +21,13 @@ from ..families.find import find_adapter
 from ..measuring.cost import CONVENTION, count, measure_cost
 from ..measuring.training_cost import CONVENTION as OF_TRAINING
 from ..measuring.training_cost import measure_training_cost
+from ..notebook import frame_of, page, sentences, table
 from ..parse import Resolution, format_quantity, format_resolution
 from ..probe import Answer, FakeCopy, chosen_answer, find_answers
 from ..records import Candidate, Cost, Merge, TrainingCost
 from ..reduction import made_for, reduce
 from ..reports.rows import ORIGINAL, Row
+from ..reports.tables import families
 from ..tasks import Question, counted
 from ..techniques import RESOLUTION, Design, techniques
 from .design import as_model, design_of, fused_notes
@@ -70,6 +72,17 @@ class Costs:
         from ..reports.families_picture import write_families  # Plotly is needed for nothing else here
 
         return write_families(self.rows, path, self.model or "the model", self.batch_size, self.convention)
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` of what `to_json` has, a row a candidate."""
+        return frame_of(self.to_json()["costs"])
+
+    def _repr_html_(self) -> str:
+        from ..reports.families_picture import families_page
+
+        told = families(self.rows)
+        shown = families_page(self.rows, self.model or "the model", self.batch_size, self.convention)
+        return table(told.rows) + sentences(*self.notes) + page(shown, 620)
 
 
 def costs(

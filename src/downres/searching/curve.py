@@ -9,9 +9,11 @@ from ..axes import Axes
 from ..errors import DownresError
 from ..families import Model
 from ..measuring.cost import measure_cost
+from ..notebook import frame_of, sentences, table
 from ..parse import INT8
 from ..record import plain
 from ..records import Budget, Preprocessing, Result
+from ..reports.tables import candidates
 from ..tasks import Question, Task
 from .design import design_of, fused_notes
 from .plan import plan
@@ -38,6 +40,15 @@ class Curve:
                 "notes": list(self.notes),
             }
         )
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame`, the original first, a row a candidate: the columns that `to_json` has, `cost.macs`."""
+        document = self.to_json()
+        return frame_of([document["original"], *document["candidates"]])
+
+    def _repr_html_(self) -> str:
+        told = candidates([self.original, *self.results], self.original)
+        return sentences(self.data) + table(told.rows, told.faint) + sentences(*self.notes)
 
 
 NOTHING = Axes((), (), (), ())

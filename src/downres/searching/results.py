@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DownresError, first_line, shown
 from ..images import Skip
 from ..measuring.statistics import share_bound
+from ..notebook import frame_of, page, sentences, table
 from ..record import Misfit, Record, plain
 from ..records import (
     OUTSIDE,
@@ -29,6 +30,7 @@ from ..records import (
 from ..recovery.state import State
 from ..reports import words
 from ..reports.interactions import interactions
+from ..reports.tables import candidates
 from ..tasks import Task, restored
 from .joint import JOINT, Joint
 from .select import is_measured_alone, over_budget, select, slower_twin
@@ -108,6 +110,20 @@ class Run:
                 "notes": list(self.notes),
             }
         )
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame`, the original first, a row a candidate: the columns that `to_json` has, `cost.macs`."""
+        document = self.to_json()
+        return frame_of([document["original"], *document["candidates"]])
+
+    def _repr_html_(self) -> str:
+        """Verdict and table, and below them the report, pictures and all."""
+        told = candidates([self.original, *self.results], self.original, self.best.candidate if self.best else None)
+        said = words.verdict(self.original, self.results, self.best, self.budget, self.task.score)
+        shown = sentences(self.data["description"], said) + table(told.rows, told.faint)
+        with contextlib.suppress(FileNotFoundError):
+            shown += page((self.folder / "report.html").read_text(), 900)
+        return shown + sentences(*self.notes)
 
 
 def load_run(folder: str | Path, store: Store | None = None) -> Run:
