@@ -76,7 +76,7 @@ def test_a_curve(tiny, cells, tmp_path):
     assert f"{found.results[0].quality.score:.1f}" in shown and "32 px" in shown
     pytest.importorskip("pandas", reason="to_pandas is for who has pandas")
     frame = found.to_pandas()
-    assert list(frame["quality.score"]) == [found.original.quality.score, found.results[0].quality.score]
+    assert list(frame["top1"]) == [found.original.quality.score, found.results[0].quality.score]
 
 
 def test_a_run_is_its_verdict_table_and_report(shipped):

@@ -49,7 +49,7 @@ def frame_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     try:
         import pandas
     except ImportError:
-        raise DownresError("A table for pandas needs pandas: pip install pandas.") from None
+        raise DownresError("A DataFrame needs pandas: pip install pandas.") from None
     return pandas.json_normalize(list(rows))
 
 

@@ -35,8 +35,6 @@ def rebuild(module: Any, fresh: nn.Module, other: nn.Module, old: Size, new: Siz
     if before.keys() != after.keys() or any(type(before[name]) is not type(after[name]) for name in before):
         raise impossible(module, new, "it has other layers at that size")
     own = dict(module.named_modules())
-    if before.keys() != after.keys() or any(type(before[name]) is not type(after[name]) for name in before):
-        raise impossible(module, new, "it has other layers at that size")
     cut = [((old[0] // p, old[1] // p), (new[0] // p, new[1] // p)) for p in range(2, min(new) + 1)]
     grids = _pairs(before, after) + cut
     resampled = 0

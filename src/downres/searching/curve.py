@@ -42,7 +42,7 @@ class Curve:
         )
 
     def to_pandas(self) -> Any:
-        """A `pandas.DataFrame`, the original first, a row a candidate: the columns that `to_json` has, `cost.macs`."""
+        """A `pandas.DataFrame`, the original first, a row a candidate: the columns of `to_json` and `--json`."""
         document = self.to_json()
         return frame_of([document["original"], *document["candidates"]])
 
