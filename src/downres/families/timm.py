@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.layers import PatchEmbed, apply_rot_embed_cat, resample_patch_embed
 from timm.models._features import feature_take_indices
+from timm.models.efficientformer import Attention as EfficientFormerAttention
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.gemma4_vit import Gemma4VitEncoder
 from timm.models.naflexvit import NaFlexVit
@@ -201,9 +202,28 @@ def _fresh(module: Any, size: Size, changed: dict[str, Any]) -> nn.Module:
     given = {k: v for k, v in getattr(module, "_model_args", {}).items() if not k.endswith("_rate")}
     try:
         with torch.random.fork_rng(devices=[]):  # these weights are thrown away: they take no random numbers from the user
-            return timm.create_model(name, pretrained=False, **{**given, "img_size": size, **changed})
+            made = timm.create_model(name, pretrained=False, **{**given, "img_size": size, **changed})
+            for block in filter(
+                lambda m: isinstance(getattr(m, "token_mixer", None), EfficientFormerAttention), made.modules()
+            ):
+                block.token_mixer = _attention_at(block.token_mixer, size)
+            return made
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # what constructors object with
         raise impossible(module, size, error) from error
+
+
+def _attention_at(attention: Any, image: Size) -> nn.Module:
+    """EfficientFormer's: its table of distances is for 7×7 positions, those of 224 px, whatever size timm is asked for."""
+    grid = -(-image[0] // 32), -(-image[1] // 32)
+    made = EfficientFormerAttention(
+        attention.qkv.in_features,
+        attention.key_dim,
+        attention.num_heads,
+        attention.attn_ratio,
+        grid,  # type: ignore[arg-type]
+    )
+    made.resolution = grid  # type: ignore[assignment]
+    return made
 
 
 class Plain(Resizable):
