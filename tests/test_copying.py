@@ -10,6 +10,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -214,6 +215,21 @@ def test_a_quantized_network_is_refused() -> None:
         model = torch.ao.quantization.quantize_dynamic(net().eval(), {nn.Linear})
     with pytest.raises(DownresError, match="quantized network.*in float32"):
         measure_cost(model, (3, 48, 48))
+
+
+@pytest.mark.parametrize("name", ["quantized_resnet18", "quantized_shufflenet_v2_x0_5"])
+def test_a_network_that_may_be_quantized_later_is_none_yet(name) -> None:
+    model = torchvision.models.get_model(name, weights=None, num_classes=5).eval()
+    small = reduce(model, resolution=64, input_size=(3, 128, 128))
+    assert small(torch.rand(2, 3, 128, 128)).shape == (2, 5)
+    assert measure_cost(small, (3, 128, 128)).macs < 0.3 * measure_cost(model, (3, 128, 128)).macs
+
+
+def test_a_network_of_clips_is_refused_with_what_it_takes() -> None:
+    clips = nn.Sequential(nn.Conv3d(3, 4, 3, 2, 1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    for run in (lambda: reduce(clips, resolution=24), lambda: measure_cost(clips, (3, 48, 48))):
+        with pytest.raises(DownresError, match="takes clips of several frames: give a network that takes single images"):
+            run()
 
 
 def test_what_does_not_copy_is_named_and_can_be_deleted() -> None:

@@ -61,8 +61,13 @@ def refuse_sealed(model: nn.Module) -> None:
     for module in modules(model):
         if isinstance(module, torch.export.UnflattenedModule) or _is_exported(module):
             _refuse(model, "an exported program", "that it was exported from")
-        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+        quantized = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
+        if quantized and type(module).__name__ not in _IN_FLOAT:
             _refuse(model, "a quantized network", "in float32, and quantize what comes out")
+
+
+_IN_FLOAT = ("FloatFunctional", "FXFloatFunctional")
+"""Of PyTorch's quantized modules those that compute in float until they are converted: torchvision's quantizable networks."""
 
 
 def _refuse(model: nn.Module, what: str, then: str) -> None:

@@ -161,8 +161,10 @@ def _is_same(before: list[Any], after: list[Any] | None) -> bool:
 def _does_not_run(model: nn.Module, size: tuple[int, ...], error: Exception) -> DoesNotRun:
     reason, shape = failed(model, error), "x".join(str(n) for n in size)
     kind, then = type(model).__name__, "give a size that it accepts"
-    if "channels" in reason and (takes := _stated_channels(model)) not in (None, size[1]):
+    if not takes_clips(model) and "channels" in reason and (takes := _stated_channels(model)) not in (None, size[1]):
         then = f"its first convolution takes {takes} channel{'s' * (takes > 1)}, give {(takes, *size[2:])}"
+    elif takes_clips(model):
+        then = CLIPS
     elif len(asked := required_inputs(model)) > 1:
         then = f"it takes {', '.join(p.name for p in asked)}, give a network that takes one image and fills in the rest"
     return DoesNotRun(f"{kind} does not run on an input of {shape} ({reason}): {then}.", reason)
@@ -437,6 +439,15 @@ def channels_of(model: nn.Module, size: tuple[int, ...] = (3, 224, 224)) -> int:
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+CLIPS = "its first convolution is a Conv3d, so it takes clips of several frames: give a network that takes single images"
+
+
+def takes_clips(model: nn.Module) -> bool:
+    """Whether the first convolution that is registered looks at several frames."""
+    first = next((m for m in modules(model) if isinstance(m, _CONVOLUTIONS)), None)
+    return isinstance(first, nn.Conv3d)
 
 
 def _stated_channels(model: nn.Module) -> int | None:

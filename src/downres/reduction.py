@@ -17,6 +17,7 @@ from .families.adapter import Adapter, Size
 from .families.find import find_adapter, library_transformers
 from .parse import Resolution, as_hw, format_resolution
 from .probe import (
+    CLIPS,
     DoesNotRun,
     Outputs,
     Path,
@@ -26,6 +27,7 @@ from .probe import (
     materialised,
     outputs_of,
     required_inputs,
+    takes_clips,
     total_stride,
     try_once,
 )
@@ -305,7 +307,7 @@ class Work:
                 if adapter.sure:
                     return  # the original takes something else than one image: this run tells nothing
                 shape = (self.native[0], *self.own)
-                raise _cannot_be_tried(kind, shape, error.reason, ", or a network that takes images") from error
+                raise _cannot_be_tried(original, shape, error.reason, ", or a network that takes images") from error
             raise DownresError(
                 f"{kind} cannot be made for '{c}' (it fails with: {error.reason}): {self.instead}, or give another resolution."
             ) from error
@@ -410,7 +412,7 @@ class Work:
         except DoesNotRun:
             needed = len(required_inputs(original)) == 1
         if needed:
-            raise _cannot_be_tried(type(original).__name__, image, error.reason) from error
+            raise _cannot_be_tried(original, image, error.reason) from error
 
     def _maps(self, original: nn.Module, whole: Outputs, small: Outputs) -> tuple[dict[Path, Map | Tokens], set[Path]]:
         """Where the answers of original and reduced model are maps whose size follows the image, which may not show at the
@@ -475,11 +477,12 @@ class Work:
                 )
 
 
-def _cannot_be_tried(kind: str, image: tuple[int, ...], reason: str, otherwise: str = "") -> DownresError:
-    """Of an original, a `kind`, that does not run at its own size."""
+def _cannot_be_tried(original: nn.Module, image: tuple[int, ...], reason: str, otherwise: str = "") -> DownresError:
+    """Of an original that does not run at its own size."""
+    size = f"give the size that it is used at as input_size=(channels, height, width){otherwise}"
     return DownresError(
-        f"{kind} does not run on an image of {'x'.join(map(str, image))} ({reason}), so what it becomes cannot be tried: give "
-        f"the size that it is used at as input_size=(channels, height, width){otherwise}."
+        f"{type(original).__name__} does not run on an image of {'x'.join(map(str, image))} ({reason}), so what it becomes cannot "
+        f"be tried: {CLIPS if takes_clips(original) else size}."
     )
 
 
