@@ -481,8 +481,8 @@ def _cannot_be_tried(original: nn.Module, image: tuple[int, ...], reason: str, o
     """Of an original that does not run at its own size."""
     size = f"give the size that it is used at as input_size=(channels, height, width){otherwise}"
     return DownresError(
-        f"{type(original).__name__} does not run on an image of {'x'.join(map(str, image))} ({reason}), so what it becomes cannot "
-        f"be tried: {CLIPS if takes_clips(original) else size}."
+        f"{type(original).__name__} does not run on an image of {'x'.join(map(str, image))} ({reason}), so what it becomes "
+        f"cannot be tried: {CLIPS if takes_clips(original) else size}."
     )
 
 
