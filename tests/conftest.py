@@ -1,14 +1,20 @@
 """Fixtures for all tests."""
 
+import contextlib
 import dataclasses
 import gc
 import importlib.util
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -170,6 +176,16 @@ def _beside(name: str) -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="session", autouse=True)
+def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Exports of the very same network with the very same weights are made once (tests/exports.py)."""
+    exports = _beside("exports")
+    before = exports.patch(exports.once(tmp_path_factory.mktemp("exports")))
+    yield
+    for module, export in before.items():
+        module.export_onnx = export  # type: ignore[attr-defined]
+
+
 @pytest.fixture(scope="session")
 def shapes() -> ModuleType:
     """tests/shapes.py: scenes with masks and networks that find them."""
@@ -231,6 +247,58 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Done(code, out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def printed() -> Callable[..., tuple[str, str]]:
+    """Runs a command in this process; all that it wrote to the two outputs, whoever of its libraries did so."""
+
+    def run(*arguments: Any) -> tuple[str, str]:
+        said = []
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, pytest.MonkeyPatch.context() as patch:
+            before = os.dup(1), os.dup(2)
+            try:
+                for number, file, name in ((1, out, "stdout"), (2, err, "stderr")):
+                    os.dup2(file.fileno(), number)
+                    patch.setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))
+                patch.setattr(sys, "argv", ["downres", *map(str, arguments)])
+                with contextlib.suppress(SystemExit), warnings.catch_warnings():
+                    main()
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                for number, kept in zip((1, 2), before, strict=True):
+                    os.dup2(kept, number)
+                    os.close(kept)
+            for file in (out, err):
+                file.seek(0)
+                said.append(file.read().decode())
+        return said[0], said[1]
+
+    return run
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts a process that Ctrl-C ends, also where this one was started in the background of a shell and ignores it.
+
+    The process ends with the test, and after two minutes.
+    """
+    processes: list[tuple[subprocess.Popen, threading.Timer]] = []
+
+    def start(command: list[Any], **options: Any) -> subprocess.Popen:
+        process = subprocess.Popen(
+            list(map(str, command)), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options
+        )
+        processes.append((process, threading.Timer(120, process.kill)))
+        processes[-1][1].start()
+        return process
+
+    yield start
+    for process, timer in processes:
+        timer.cancel()
+        process.kill()
+        process.communicate()
 
 
 BROWSER_OPTIONS = [
