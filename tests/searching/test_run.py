@@ -381,11 +381,16 @@ def test_a_run_killed_hard_goes_on(tiny_file, cells, tmp_path, cli, started):
 # --- what the proof images may decide ---
 
 
-def test_in_one_fold_the_proof_labels_decide_nothing_but_the_quality(tiny, cells, tmp_path):
-    honest = cells.dataset()
-    wrong = cells.dataset(flip=honest.folds[0].test[::2])
-    a = measured(tiny, honest, tmp_path / "a")
-    b = measured(tiny, wrong, tmp_path / "b")
+@pytest.fixture(scope="module")
+def honest_run(tiny_file, tiny_preprocessing, cells, tmp_path_factory):
+    """On one split, with the labels and pictures as they are."""
+    model = dataclasses.replace(load_model(f"{tiny_file}:make"), preprocessing=tiny_preprocessing)
+    return measured(model, cells.dataset(), tmp_path_factory.mktemp("honest") / "run")
+
+
+def test_in_one_fold_the_proof_labels_decide_nothing_but_the_quality(tiny, cells, tmp_path, honest_run):
+    a, honest = honest_run, cells.dataset()
+    b = measured(tiny, cells.dataset(flip=honest.folds[0].test[::2]), tmp_path / "b")
     for one, other in zip((a.original, *a.results), (b.original, *b.results), strict=True):
         assert decided(a, one.candidate) == decided(b, other.candidate)
         if one.recovery.tuning:
@@ -393,20 +398,19 @@ def test_in_one_fold_the_proof_labels_decide_nothing_but_the_quality(tiny, cells
     assert a.original.quality != b.original.quality
 
 
-def test_in_one_fold_the_proof_pictures_decide_nothing_either(tiny, cells, tmp_path):
+def test_in_one_fold_the_proof_pictures_decide_nothing_either(tiny, cells, tmp_path, honest_run):
     honest = cells.dataset()
     pictures = cells.pictures.copy()
     pictures[honest.folds[0].test] = 255 - pictures[honest.folds[0].test]
     corrupted = type(cells)(pictures, cells.labels).dataset()
-    a, b = measured(tiny, honest, tmp_path / "a"), measured(tiny, corrupted, tmp_path / "b")
+    a, b = honest_run, measured(tiny, corrupted, tmp_path / "b")
     for result in (a.original, *a.results):
         assert decided(a, result.candidate) == decided(b, result.candidate)
     assert [r.naive for r in a.results] != [r.naive for r in b.results]
 
 
-def test_with_cross_folds_no_head_has_seen_its_own_test_images(tiny, cells, tmp_path):
-    honest, k = cells.dataset(3), 1
-    a = measured(tiny, honest, tmp_path / "a")
+def test_with_cross_folds_no_head_has_seen_its_own_test_images(tiny, cells, tmp_path, whole):
+    a, honest, k = whole, cells.dataset(3), 1
     b = measured(tiny, cells.dataset(3, flip=honest.folds[k].test), tmp_path / "b")
     for result in (a.original, *a.results):
         mine, theirs = (Store.read(r.folder) for r in (a, b))
