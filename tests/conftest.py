@@ -29,6 +29,7 @@ from downres import Dataset, Model, Preprocessing, load_model, search
 from downres.cli import main
 from downres.images import cross_folds, split_once
 from downres.images.images import from_arrays as images_of
+from downres.record import Record
 from downres.tasks.classification.folders import from_arrays
 
 # Torch, timm and transformers are millions of objects that stay: to look through them for garbage at every turn is a tenth of
@@ -191,6 +192,21 @@ def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def shapes() -> ModuleType:
     """tests/shapes.py: scenes with masks and networks that find them."""
     return _beside("shapes")
+
+
+@pytest.fixture
+def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand documents that differ in one value each, what is the same is turned into records once."""
+    known: dict[tuple[type, str], Any] = {}
+    read = vars(Record)["from_json"].__func__
+
+    def from_json(kind: type, values: Any) -> Any:
+        key = kind, json.dumps(values)
+        if key not in known:
+            known[key] = read(kind, values)
+        return known[key]
+
+    monkeypatch.setattr(Record, "from_json", classmethod(from_json))
 
 
 @pytest.fixture(scope="session")
