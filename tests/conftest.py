@@ -1,14 +1,21 @@
 """Fixtures for all tests."""
 
+import contextlib
 import dataclasses
 import gc
+import importlib
 import importlib.util
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +29,7 @@ from downres import Dataset, Model, Preprocessing, load_model, search
 from downres.cli import main
 from downres.images import cross_folds, split_once
 from downres.images.images import from_arrays as images_of
-from downres.tasks.classification.elpv import open_elpv
+from downres.record import Record
 from downres.tasks.classification.folders import from_arrays
 
 # Torch, timm and transformers are millions of objects that stay: to look through them for garbage at every turn is a tenth of
@@ -99,15 +106,16 @@ class Cells:
 
 
 def _balanced(each: int, side: int | None) -> Cells:
-    everything = open_elpv()
+    """Read from the package's own files: `open_elpv` would decode all 2624 of them."""
+    data = Path(importlib.import_module("elpv_dataset").__file__ or "").parent / "data"
+    rows = [line.split() for line in (data / "labels.csv").read_text().splitlines()]
+    labels = (np.array([float(probability) for _, probability, _ in rows]) > 0.5).astype(np.int64)
     rng = np.random.default_rng(0)
-    chosen = rng.permutation(
-        np.concatenate([rng.permutation(np.flatnonzero(everything.labels == label))[:each] for label in (0, 1)])
-    )
-    pictures = [Image.fromarray(everything.images[int(i)]) for i in chosen]
+    chosen = rng.permutation(np.concatenate([rng.permutation(np.flatnonzero(labels == label))[:each] for label in (0, 1)]))
+    pictures = [Image.open(data / rows[i][0]) for i in chosen]
     if side is not None:
         pictures = [picture.resize((side, side), Image.Resampling.BOX) for picture in pictures]
-    return Cells(np.stack([np.asarray(picture) for picture in pictures]), everything.labels[chosen])
+    return Cells(np.stack([np.asarray(picture) for picture in pictures]), labels[chosen])
 
 
 @pytest.fixture(scope="session")
@@ -170,10 +178,35 @@ def _beside(name: str) -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="session", autouse=True)
+def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Exports of the very same network with the very same weights are made once (tests/exports.py)."""
+    exports = _beside("exports")
+    before = exports.patch(exports.once(tmp_path_factory.mktemp("exports")))
+    yield
+    for module, export in before.items():
+        module.export_onnx = export  # type: ignore[attr-defined]
+
+
 @pytest.fixture(scope="session")
 def shapes() -> ModuleType:
     """tests/shapes.py: scenes with masks and networks that find them."""
     return _beside("shapes")
+
+
+@pytest.fixture
+def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand documents that differ in one value each, what is the same is turned into records once."""
+    known: dict[tuple[type, str], Any] = {}
+    read = vars(Record)["from_json"].__func__
+
+    def from_json(kind: type, values: Any) -> Any:
+        key = kind, json.dumps(values)
+        if key not in known:
+            known[key] = read(kind, values)
+        return known[key]
+
+    monkeypatch.setattr(Record, "from_json", classmethod(from_json))
 
 
 @pytest.fixture(scope="session")
@@ -231,6 +264,58 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Done(code, out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def printed() -> Callable[..., tuple[str, str]]:
+    """Runs a command in this process; all that it wrote to the two outputs, whoever of its libraries did so."""
+
+    def run(*arguments: Any) -> tuple[str, str]:
+        said = []
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, pytest.MonkeyPatch.context() as patch:
+            before = os.dup(1), os.dup(2)
+            try:
+                for number, file, name in ((1, out, "stdout"), (2, err, "stderr")):
+                    os.dup2(file.fileno(), number)
+                    patch.setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))
+                patch.setattr(sys, "argv", ["downres", *map(str, arguments)])
+                with contextlib.suppress(SystemExit), warnings.catch_warnings():
+                    main()
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                for number, kept in zip((1, 2), before, strict=True):
+                    os.dup2(kept, number)
+                    os.close(kept)
+            for file in (out, err):
+                file.seek(0)
+                said.append(file.read().decode())
+        return said[0], said[1]
+
+    return run
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts a process that Ctrl-C ends, also where this one was started in the background of a shell and ignores it.
+
+    The process ends with the test, and after two minutes.
+    """
+    processes: list[tuple[subprocess.Popen, threading.Timer]] = []
+
+    def start(command: list[Any], **options: Any) -> subprocess.Popen:
+        process = subprocess.Popen(
+            list(map(str, command)), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options
+        )
+        processes.append((process, threading.Timer(120, process.kill)))
+        processes[-1][1].start()
+        return process
+
+    yield start
+    for process, timer in processes:
+        timer.cancel()
+        process.kill()
+        process.communicate()
 
 
 BROWSER_OPTIONS = [

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 
 import numpy as np
 import onnx
@@ -12,28 +11,19 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from downres import check, predict, search
+from downres import check, predict
 from downres.artifacts import read_manifest
 from downres.errors import DownresError
 
-OPTIONS = {"fit_head": True, "max_drop": 60.0, "resolutions": [32], "stem_scales": (), "runtime": "torch", "threads": 1}
 INPUT = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 32, 32])
 
 
 @pytest.fixture(scope="module")
-def shipped(tiny_file, tiny_preprocessing, cells, tmp_path_factory):
+def shipped(shipped, cells, tmp_path_factory):
     """(folder, data set, model, a picture)"""
-    import dataclasses
-
-    from downres import load_model
-
-    model = dataclasses.replace(load_model(f"{tiny_file}:make"), preprocessing=tiny_preprocessing)
-    place = tmp_path_factory.mktemp("hostile")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run = search(model, cells.dataset(), out=place / "run", **OPTIONS)
-    Image.fromarray(cells.pictures[0]).save(place / "x.png")
-    return run.artifact, cells.dataset(), model, place / "x.png"
+    picture = tmp_path_factory.mktemp("hostile") / "x.png"
+    Image.fromarray(cells.pictures[0]).save(picture)
+    return *shipped, picture
 
 
 @pytest.fixture
@@ -183,7 +173,7 @@ def test_names_that_leave_the_folder_are_not_opened(shipped, folder, name):
         predict(folder, [shipped[3]])
 
 
-def test_any_field_changed_is_used_or_refused_in_a_sentence(shipped, folder, damage):
+def test_any_field_changed_is_used_or_refused_in_a_sentence(shipped, folder, damage, read_once):
     """Every field of the manifest, deleted and of every other type, the digests made right: nothing but DownresError."""
     manifest = read_manifest(folder)
     refused = 0
@@ -200,7 +190,7 @@ def test_any_field_changed_is_used_or_refused_in_a_sentence(shipped, folder, dam
     assert refused > 500
 
 
-def test_check_of_any_field_changed(shipped, folder, damage):
+def test_check_of_any_field_changed(shipped, folder, damage, read_once):
     """`predict` above has met every field with every value; here each field that `check` alone reads, with one of them."""
     _, dataset, model, _ = shipped
     manifest = read_manifest(folder)

@@ -1,11 +1,7 @@
 """The command line on masks: every command, its JSON, and one sentence for everything that can be wrong with masks."""
 
-import contextlib
-import io
 import json
 import shutil
-import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +11,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from downres import load_model, load_run, measure_cost
-from downres.cli import main
 
 RECIPE = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--native-resolution", "48x64", "--threads", "1"]
 
@@ -44,19 +39,13 @@ def search_command(model, data, out, *more):
 
 
 @pytest.fixture(scope="module")
-def run_folder(model, scenes, tmp_path_factory):
-    """A finished run, made by the command itself; its standard output was one JSON document."""
+def run_folder(model, scenes, tmp_path_factory, printed):
+    """A finished run, made by the command itself; all that it wrote to the standard output was one JSON document."""
     out = tmp_path_factory.mktemp("cli") / "run"
-    printed, said = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
-        patch.setattr(sys, "argv", ["downres", *map(str, search_command(model, scenes, out, "--json"))])
-        with contextlib.suppress(SystemExit), warnings.catch_warnings():
-            main()
-    printed.seek(0)
-    said.seek(0)
-    document = json.loads(printed.read())
+    shown, said = printed(*search_command(model, scenes, out, "--json"))
+    document = json.loads(shown)
     assert document["finished"] and document["artifact"] == str(out / "best")
-    assert "looking at images" in said.read()
+    assert "looking at images" in said
     return out
 
 

@@ -117,11 +117,17 @@ def test_errors_show_them(cli, tiny_file, arguments):
 
 
 def test_output_of_another_encoding(tiny_file):
-    """A star on a terminal that knows none, and JSON all the same."""
-    code = "import sys; from downres.cli import main; main()"
+    """A star on a terminal that knows none, and JSON all the same: one process that says both."""
+    code = (
+        "import sys\nfrom downres.cli import main\nbegun = list(sys.argv)\n"
+        "for more in ([], ['--json']):\n"
+        "    sys.argv[:] = begun + more\n"
+        "    try:\n        main()\n"
+        "    except SystemExit as stop:\n        assert not stop.code, stop.code\n"
+        "    print('that was all')\n"
+    )
     command = [sys.executable, "-c", code, "cost", f"{tiny_file}:make", "--resolution", "32", "--native-resolution", "48"]
-    env, pipe = {**os.environ, "PYTHONIOENCODING": "ascii"}, subprocess.PIPE
-    both = [subprocess.Popen([*command, *more], stdout=pipe, stderr=pipe, env=env) for more in ([], ["--json"])]
-    (_, table_trouble), (document, trouble) = (one.communicate() for one in both)
-    assert [one.returncode for one in both] == [0, 0], (table_trouble, trouble)
-    assert json.loads(document.decode("ascii"))
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    table, document, rest = done.stdout.decode("ascii").split("that was all\n")
+    assert "32" in table and json.loads(document) and not rest

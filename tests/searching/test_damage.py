@@ -114,7 +114,7 @@ def test_a_finished_run_is_not_appended_to(finished, folder, cells):
     assert (folder / "measurements.jsonl").read_bytes() == before
 
 
-def test_any_field_of_the_settings_changed_is_read_or_refused_in_a_sentence(folder, damage):
+def test_any_field_of_the_settings_changed_is_read_or_refused_in_a_sentence(folder, damage, read_once):
     file = folder / "run.json"
     settings, refused = json.loads(file.read_text()), 0
     for at in [p for p in damage.paths(settings) if p]:
@@ -128,7 +128,7 @@ def test_any_field_of_the_settings_changed_is_read_or_refused_in_a_sentence(fold
     assert refused > 200
 
 
-def test_any_field_of_the_measurements_changed_is_read_or_refused_in_a_sentence(folder, damage):
+def test_any_field_of_the_measurements_changed_is_read_or_refused_in_a_sentence(folder, damage, read_once):
     """With a right checksum, as whoever edits the file by hand may write one."""
     store = Store.read(folder)
     log = (folder / "measurements.jsonl").read_bytes()

@@ -1,8 +1,10 @@
 """All axes together: combinations, Optuna's choice on tuning images, and a run that goes on with more."""
 
 import dataclasses
+import functools
 import itertools
 import json
+import shutil
 
 import pytest
 
@@ -121,15 +123,27 @@ def test_a_run_goes_on_with_more_and_is_corrected_for_all(few, loaded, cells, mo
     assert again.to_json() == more.to_json() == load_run(few.folder).to_json() and len(asked) == 3
 
 
-@pytest.mark.parametrize(("first", "then"), [(6, 2), (6, 3), (2, 6), (3, 2)])
-def test_another_number_is_another_choice(loaded, cells, tmp_path, first, then):
+SEVEN = {"resolutions": [32, 24, 16], "stem_scales": [0.5], **OPTIONS, "rungs": ()}
+
+
+@pytest.fixture(scope="module")
+def first_of(loaded, cells, tmp_path_factory):
+    """The folder of a run of so many of 7 combinations, made once."""
+
+    @functools.cache
+    def made(joint):
+        return search(loaded, cells.dataset(), out=tmp_path_factory.mktemp("first") / "run", joint=joint, **SEVEN).folder
+
+    return made
+
+
+@pytest.mark.parametrize(("first", "then"), [(7, 2), (7, 3), (2, 7), (3, 2)])
+def test_another_number_is_another_choice(loaded, cells, tmp_path, first_of, first, then):
     """Fewer or all, from all or fewer: whoever has seen proofs pays for all combinations, and what ships is what is chosen."""
-    options = {"resolutions": [32, 24, 16], "stem_scales": [0.5], **OPTIONS, "rungs": ()}
-    pool = 7
-    search(loaded, cells.dataset(), out=tmp_path, joint=first + (first == 6), **options)
-    run = search(loaded, cells.dataset(), out=tmp_path, joint=then + (then == 6), **options)
-    assert run.finished and {r.drop.comparisons for r in run.results} == {pool}
-    assert len(run.results) == pool if then == 6 else len(run.results) <= then
+    folder = shutil.copytree(first_of(first), tmp_path / "run")
+    run = search(loaded, cells.dataset(), out=folder, joint=then, **SEVEN)
+    assert run.finished and {r.drop.comparisons for r in run.results} == {7}
+    assert len(run.results) == 7 if then == 7 else len(run.results) <= then
     manifest = json.loads((run.artifact / "manifest.json").read_text())
     assert Candidate.from_json(manifest["candidate"]) == run.best.candidate
     assert manifest["result"]["drop"] == run.best.drop.to_json()

@@ -169,18 +169,18 @@ def test_a_port_that_is_taken(tmp_path):
             watch(tmp_path, port=other.getsockname()[1])
 
 
-def test_the_command_ends_with_ctrl_c(begun):
-    command = [sys.executable, "-m", "downres", "watch", str(begun)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        address = said.partition(" at ")[2].split()[0]
-        connection = http.client.HTTPConnection(address.removeprefix("http://").rstrip("/"), timeout=60)
-        connection.request("GET", "/state.json")
-        assert json.loads(connection.getresponse().read())["of"] == 2
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) in (0, 130)
-        assert "Traceback" not in process.stderr.read()
+def test_the_command_ends_with_ctrl_c(begun, started):
+    process = started(
+        [sys.executable, "-m", "downres", "watch", begun], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    said = process.stdout.readline()
+    address = said.partition(" at ")[2].split()[0]
+    connection = http.client.HTTPConnection(address.removeprefix("http://").rstrip("/"), timeout=60)
+    connection.request("GET", "/state.json")
+    assert json.loads(connection.getresponse().read())["of"] == 2
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) in (0, 130)
+    assert "Traceback" not in process.stderr.read()
 
 
 def test_the_page_of_a_search_ends_with_it(begun, monkeypatch):

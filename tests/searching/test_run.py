@@ -1,7 +1,6 @@
 """The main job end to end with a tiny network: gates, numbers by hand, interruption, and what the proof images may decide."""
 
 import dataclasses
-import os
 import shutil
 import signal
 import subprocess
@@ -247,19 +246,22 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
 def test_interrupted_and_started_again_it_gives_the_same_and_measures_nothing_twice(
-    tiny, cells, tmp_path, monkeypatch, uninterrupted, stage
+    tiny, cells, tmp_path, monkeypatch, uninterrupted
 ):
+    """One run, interrupted at every stage, one after the other."""
     expected, images, exports, shipped = uninterrupted
-    counter = Counter(monkeypatch, shipped)
+    counter, stored = Counter(monkeypatch, shipped), b""
     options = {"rungs": ("crop", "head")}
-    with pytest.raises(KeyboardInterrupt):
-        run_search(tiny, cells.dataset(3), tmp_path / "r", progress=stop_at(*STAGES[stage]), **options)
-    between = load_run(tmp_path / "r")
-    assert not between.finished and any(r.status == "waiting" for r in between.results)
-    assert "unfinished" in between.notes[-1]
-    stored = (tmp_path / "r" / "measurements.jsonl").read_bytes()
+    for stage, where in STAGES.items():
+        with pytest.raises(KeyboardInterrupt):
+            run_search(tiny, cells.dataset(3), tmp_path / "r", progress=stop_at(*where), **options)
+        between = load_run(tmp_path / "r")
+        assert not between.finished and any(r.status == "waiting" for r in between.results), stage
+        assert "unfinished" in between.notes[-1], stage
+        log = (tmp_path / "r" / "measurements.jsonl").read_bytes()
+        assert log.startswith(stored), stage
+        stored = log
     run = run_search(tiny, cells.dataset(3), tmp_path / "r", **options)
     assert final(run) == expected
     assert (counter.images, counter.exports) == (images, exports)
@@ -352,7 +354,7 @@ def test_another_model_or_other_labels_need_another_folder(tiny, cells, whole):
         run_search(tiny, cells.dataset(3), whole.folder)
 
 
-def test_a_run_killed_hard_goes_on(tiny_file, cells, tmp_path, cli):
+def test_a_run_killed_hard_goes_on(tiny_file, cells, tmp_path, cli, started):
     data, out = cells.write(tmp_path / "data"), tmp_path / "run"
     arguments = [
         "search", f"{tiny_file}:make", "--data", str(data), "--out", str(out), "--max-drop", "30", "--fit-head",
@@ -361,10 +363,11 @@ def test_a_run_killed_hard_goes_on(tiny_file, cells, tmp_path, cli):
     ]  # fmt: skip
     log = out / "measurements.jsonl"
     command = [sys.executable, "-c", "from downres.cli import main; main()", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}) as process:
-        while process.poll() is None and not (log.exists() and log.read_text().count('"quality/') >= 1):
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+    process = started(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (log.exists() and log.read_text().count('"quality/') >= 1):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     before = log.read_bytes()
     found = cli(*arguments)
     assert found.code == 0, found.err
@@ -378,11 +381,16 @@ def test_a_run_killed_hard_goes_on(tiny_file, cells, tmp_path, cli):
 # --- what the proof images may decide ---
 
 
-def test_in_one_fold_the_proof_labels_decide_nothing_but_the_quality(tiny, cells, tmp_path):
-    honest = cells.dataset()
-    wrong = cells.dataset(flip=honest.folds[0].test[::2])
-    a = measured(tiny, honest, tmp_path / "a")
-    b = measured(tiny, wrong, tmp_path / "b")
+@pytest.fixture(scope="module")
+def honest_run(tiny_file, tiny_preprocessing, cells, tmp_path_factory):
+    """On one split, with the labels and pictures as they are."""
+    model = dataclasses.replace(load_model(f"{tiny_file}:make"), preprocessing=tiny_preprocessing)
+    return measured(model, cells.dataset(), tmp_path_factory.mktemp("honest") / "run")
+
+
+def test_in_one_fold_the_proof_labels_decide_nothing_but_the_quality(tiny, cells, tmp_path, honest_run):
+    a, honest = honest_run, cells.dataset()
+    b = measured(tiny, cells.dataset(flip=honest.folds[0].test[::2]), tmp_path / "b")
     for one, other in zip((a.original, *a.results), (b.original, *b.results), strict=True):
         assert decided(a, one.candidate) == decided(b, other.candidate)
         if one.recovery.tuning:
@@ -390,20 +398,19 @@ def test_in_one_fold_the_proof_labels_decide_nothing_but_the_quality(tiny, cells
     assert a.original.quality != b.original.quality
 
 
-def test_in_one_fold_the_proof_pictures_decide_nothing_either(tiny, cells, tmp_path):
+def test_in_one_fold_the_proof_pictures_decide_nothing_either(tiny, cells, tmp_path, honest_run):
     honest = cells.dataset()
     pictures = cells.pictures.copy()
     pictures[honest.folds[0].test] = 255 - pictures[honest.folds[0].test]
     corrupted = type(cells)(pictures, cells.labels).dataset()
-    a, b = measured(tiny, honest, tmp_path / "a"), measured(tiny, corrupted, tmp_path / "b")
+    a, b = honest_run, measured(tiny, corrupted, tmp_path / "b")
     for result in (a.original, *a.results):
         assert decided(a, result.candidate) == decided(b, result.candidate)
     assert [r.naive for r in a.results] != [r.naive for r in b.results]
 
 
-def test_with_cross_folds_no_head_has_seen_its_own_test_images(tiny, cells, tmp_path):
-    honest, k = cells.dataset(3), 1
-    a = measured(tiny, honest, tmp_path / "a")
+def test_with_cross_folds_no_head_has_seen_its_own_test_images(tiny, cells, tmp_path, whole):
+    a, honest, k = whole, cells.dataset(3), 1
     b = measured(tiny, cells.dataset(3, flip=honest.folds[k].test), tmp_path / "b")
     for result in (a.original, *a.results):
         mine, theirs = (Store.read(r.folder) for r in (a, b))

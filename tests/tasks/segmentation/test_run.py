@@ -362,10 +362,11 @@ def test_folds_prove_on_every_image_with_statistics_of_the_others(segmenter, sha
 
 
 class Counter:
-    """Counts images that networks looked at, outside of timing."""
+    """Counts images that networks looked at, outside of timing: all, and of which candidates."""
 
     def __init__(self, monkeypatch):
         self.images = self.forwards = 0
+        self.candidates = set()
         tallies, forward = MaskBank.tallies, TorchRuntime.__call__
 
         def counted(bank, state, indices, **options):
@@ -374,6 +375,7 @@ class Counter:
                 return tallies(bank, state, indices, **options)
             finally:
                 self.images += bank.passes - before
+                self.candidates |= {str(state.candidate)} if bank.passes > before else set()
 
         def run(runtime, batch):
             self.forwards += 1
@@ -410,37 +412,48 @@ def uninterrupted(segmenter, scenes, tmp_path_factory):
 STAGES = [("counting costs", 2), ("latency", 5), ("48x64: looking", 1), ("36x48: looking", 14), ("24x32: looking", 30)]
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=str)
 def test_interrupted_and_started_again_it_gives_the_same_and_measures_nothing_twice(
-    segmenter, scenes, tmp_path, monkeypatch, uninterrupted, stage
+    segmenter, scenes, tmp_path, monkeypatch, uninterrupted
 ):
+    """One run, interrupted at every stage, one after the other."""
     expected, images, _ = uninterrupted
-    reports = 0
-
-    def ctrl_c(what, done, total):
-        nonlocal reports
-        reports += stage[0] in what
-        if stage[0] in what and reports == stage[1]:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_search(segmenter("rough"), scenes, tmp_path / "r", progress=ctrl_c, **GOING_ON)
-    between = load_run(tmp_path / "r")
-    assert not between.finished and "unfinished" in between.notes[-1]
-    stored = (tmp_path / "r" / "measurements.jsonl").read_bytes()
-    done = {key for key in ("48x64", "36x48", "24x32") if f'"quality/{key}"'.encode() in stored}
-    counter = Counter(monkeypatch)
-    run = run_search(segmenter("rough"), scenes, tmp_path / "r", **GOING_ON)
-    assert final(run) == expected
-    log = (tmp_path / "r" / "measurements.jsonl").read_bytes()
-    assert log.startswith(stored)
-    keys = [line.split(b'"')[3] for line in log.splitlines()]
-    assert len(keys) == len(set(keys)), "something was measured twice"
     # 16 proof images of the original; of each candidate 11 to tune and 16 to prove, before and after, 33 to recalibrate.
     each = {"48x64": 16, "36x48": 11 + 33 + 11 + 16 + 16, "24x32": 11 + 33 + 11 + 16 + 16}
     assert images == sum(each.values()) + 11  # the original's own on the tuning images
-    left = sum(n for key, n in each.items() if key not in done)
-    assert counter.images == left + (11 if done != set(each) else 0)
+    stored, done = b"", set()
+
+    def stop_at(stage, nth):
+        reports = 0
+
+        def ctrl_c(what, done, total):
+            nonlocal reports
+            reports += stage in what
+            if stage in what and reports == nth:
+                raise KeyboardInterrupt
+
+        return ctrl_c
+
+    for stage in [*STAGES, None]:
+        with monkeypatch.context() as patch:
+            counter = Counter(patch)
+            if stage is None:
+                run = run_search(segmenter("rough"), scenes, tmp_path / "r", **GOING_ON)
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    run_search(segmenter("rough"), scenes, tmp_path / "r", progress=stop_at(*stage), **GOING_ON)
+                between = load_run(tmp_path / "r")
+                assert not between.finished and "unfinished" in between.notes[-1], stage
+        left = sum(n for key, n in each.items() if key not in done)
+        assert counter.images <= left + 11  # the original's on the tuning images are not kept
+        assert not counter.candidates & (done - {"48x64"}), stage
+        log = (tmp_path / "r" / "measurements.jsonl").read_bytes()
+        assert log.startswith(stored), stage
+        stored = log
+        done = {key for key in each if f'"quality/{key}"'.encode() in stored}
+    assert final(run) == expected
+    assert counter.images == left + 11
+    keys = [line.split(b'"')[3] for line in log.splitlines()]
+    assert len(keys) == len(set(keys)), "something was measured twice"
 
 
 def test_a_finished_run_runs_no_network_again(segmenter, scenes, tmp_path, monkeypatch, uninterrupted):
