@@ -383,8 +383,9 @@ class Grey(nn.Module):
         return self.out(x + self.up(self.down(x)))
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8, 13])
-@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "order"), [*((n, False) for n in (1, 2, 3, 4, 5, 8, 13)), (1, True), (3, True), (4, True)]
+)
 def test_the_first_convolution_knows_the_channels(channels, order) -> None:
     model = Grey(channels, order=order).eval()
     assert input_size_of(model) == (channels, 224, 224)

@@ -24,19 +24,33 @@ def blocks(file: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", file.read_text(), re.M | re.S)
 
 
-def help_of(command: str) -> str:
-    """`downres COMMAND --help` at a fixed width."""
-    code = f"import sys; sys.argv = ['downres', {command!r}, '--help']; from downres.cli import main; main()"
+HELP = """
+import sys
+from downres.cli import main
+
+for command in sys.argv[1:]:
+    sys.argv = ["downres", command, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+    print(chr(12))
+"""
+
+
+def helps() -> dict[str, str]:
+    """What each `downres COMMAND --help` prints at a fixed width, in one process."""
     environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+    done = subprocess.run([sys.executable, "-c", HELP, *COMMANDS], capture_output=True, text=True, env=environment, check=True)
+    pages = done.stdout.split(chr(12))[: len(COMMANDS)]
+    return {name: "\n".join(map(str.rstrip, page.strip().splitlines())) for name, page in zip(COMMANDS, pages, strict=True)}
 
 
 def reference() -> str:
     """docs/reference.md as it should be."""
     parts = ["# Reference", "", "Written by `python tests/test_docs.py`.", "", "## Commands", ""]
-    for command in COMMANDS:
-        parts += [f"### downres {command}", "", "```", help_of(command), "```", ""]
+    for command, printed in helps().items():
+        parts += [f"### downres {command}", "", "```", printed, "```", ""]
     parts += ["## Python", "", "| name | what |", "|---|---|"]
     for name in downres.__all__:
         value = getattr(downres, name)

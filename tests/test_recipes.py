@@ -224,7 +224,7 @@ def test_interrupted_training_ends_with_the_same_weights(
 def test_killed_command_goes_on(regseg: ModuleType, street: Path, tmp_path: Path) -> None:
     """The command itself, ended by SIGKILL."""
     out = tmp_path / "run"
-    command = [sys.executable, regseg.__file__, *asked(street, out, "--epochs", "8")]
+    command = [sys.executable, regseg.__file__, *asked(street, out, "--epochs", "5")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
@@ -234,8 +234,8 @@ def test_killed_command_goes_on(regseg: ModuleType, street: Path, tmp_path: Path
         process.kill()
         process.wait()
     epochs = torch.load(out / "checkpoint.pth", weights_only=True)["epoch"]
-    assert 1 <= epochs < 8
-    again, whole = (trained(regseg, street, folder, "--epochs", "8") for folder in (out, tmp_path / "whole"))
+    assert 1 <= epochs < 5
+    again, whole = (trained(regseg, street, folder, "--epochs", "5") for folder in (out, tmp_path / "whole"))
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 

@@ -97,7 +97,7 @@ class Plain(nn.Module):
 
     registers = 0
 
-    def __init__(self, block=Block, depth=3, classes=5):
+    def __init__(self, block=Block, depth=2, classes=5):
         super().__init__()
         self.img_size, self.patch_size = SIDE, 8
         self.patch_embed = nn.Conv2d(3, WIDTH, 8, 8)
@@ -208,7 +208,7 @@ class Encoder(Plain):
         super().__init__()
         layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=batch_first, norm_first=norm_first, activation="gelu")
         self.blocks = None
-        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.batch_first = batch_first
 
     def features(self, x):
@@ -357,7 +357,7 @@ def merged(model, removals):
 
 def test_merging_nothing_changes_nothing(model):
     x = images(2, 3, SIDE, SIDE)
-    torch.testing.assert_close(run(merged(model, [0, 0, 0]), x), run(model, x))
+    torch.testing.assert_close(run(merged(model, [0, 0]), x), run(model, x))
 
 
 def test_merging_equal_tokens_changes_nothing(model):
@@ -367,7 +367,7 @@ def test_merging_equal_tokens_changes_nothing(model):
             if "pos" in name:
                 value.mul_(0)  # numbers of positions, too: all look up the first
     x = images(2, 3, 6, 3).repeat_interleave(8, dim=2).repeat_interleave(16, dim=3).double()  # every patch twice
-    for removals in ([18, 0, 0], [0, 18, 0]):
+    for removals in ([18, 0], [0, 18]):
         small = merged(model, removals)
         torch.testing.assert_close(run(small, x), run(model, x), rtol=1e-8, atol=1e-8)
         with torch.no_grad():
@@ -382,10 +382,13 @@ def test_fewer_tokens_keep_the_shapes(model, by):
         return
     x = images(2, 3, SIDE, SIDE)
     small = reduce(model, merge=Merge(r=8, by=by))
-    assert run(small, x).shape == (2, 5) and not torch.allclose(run(small, x), run(model, x))
+    assert run(small, x).shape == (2, 5)
+    # In double precision: with a layer scale of 1e-4 there is little that merging could change.
+    fewer, whole = (run(copy.deepcopy(m).double(), x.double()) for m in (small, model))
+    assert not torch.allclose(fewer, whole, rtol=1e-9, atol=0)
     with torch.no_grad():
         assert small.features(x).shape == model.features(x).shape
-    assert [len(picture.unique()) for picture in token_map(small, x)] == [12, 12]
+    assert [len(picture.unique()) for picture in token_map(small, x)] == [20, 20]
     assert measure_cost(small, (3, SIDE, SIDE)).macs < measure_cost(model, (3, SIDE, SIDE)).macs
     assert torch.equal(run(pickle.loads(pickle.dumps(small)), x), run(small, x))
     assert torch.equal(run(copy.deepcopy(small), x), run(small, x))
@@ -400,7 +403,7 @@ def test_pooled_tokens_get_their_grid_back(model):
         small.get_submodule(block).register_forward_pre_hook(lambda _m, args: lengths.append(args[0].shape[1]))
     with torch.no_grad():
         assert small.features(x).shape == model.features(x).shape
-    assert lengths == [9 + prefix] * 3
+    assert lengths == [9 + prefix] * 2
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -575,6 +578,8 @@ def test_other_ways_to_write_one(name, target):
     assert after.shape == (1, prefix + math.prod(grid), WIDTH)
     changed = [k for k, v in small.state_dict().items() if v.shape != model.state_dict()[k].shape]
     assert changed == [table]
+    if target != (32, 32):  # what follows is of the network alone
+        return
     for given in ({"merge": 2}, {"stem_scale": 0.5}):
         if why:
             with pytest.raises(DownresError, match=why):

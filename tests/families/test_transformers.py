@@ -596,12 +596,19 @@ class Logits(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "merge"),
-    [("vit", (24, 40), 2), ("swin", (24, 24), None)],
+    ("build", "size", "how"),
+    [
+        # Merged in the first of two blocks, so that the second counts tokens by their sizes.
+        (lambda: original("vit"), (24, 40), {"merge": "2-decreasing", "depth": 2}),
+        # Windows that are padded and shifted, and then smaller ones.
+        (lambda: build("swin", depths=[2, 1]).eval(), (24, 24), {}),
+    ],
+    ids=["vit", "swin"],
 )
-def test_onnx(tmp_path, name, size, merge):
+def test_onnx(tmp_path, build, size, how):
+    small = reduce(build(), resolution=size, resize_input=False, input_size=(3, IMAGE, IMAGE), **how)
     # A bias with gradients would be traced through another attention kernel than it is exported with.
-    model = Logits(small(name, resolution=size, merge=merge, resize_input=False)).requires_grad_(False)
+    model = Logits(small).requires_grad_(False)
     file = export_onnx(model, (3, *size), tmp_path / "model.onnx")
     x = photo(*size, batch=3, seed=1)
     np.testing.assert_allclose(OnnxRuntime(file, 1)(x.numpy())[0], run(model, x).numpy(), atol=1e-4)

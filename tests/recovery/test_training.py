@@ -72,8 +72,11 @@ def right(prepared, state):
 
 def test_the_part_of_a_random_resized_crop():
     """Areas, shapes and places as torchvision's RandomResizedCrop draws them, of pictures twice as wide as high."""
-    pictures = from_arrays(np.zeros((4000, 10, 20), np.uint8))
-    views = drawn(pictures, np.arange(4000), Training(crop_scale=0.25), np.random.default_rng(0))
+
+    class Pictures:
+        shapes = [(10, 20)] * 4000
+
+    views = drawn(Pictures(), np.arange(4000), Training(crop_scale=0.25), np.random.default_rng(0))
     top, left, height, width = views.parts.T
     assert (views.parts >= 0).all() and (top + height <= 1 + 1e-9).all() and (left + width <= 1 + 1e-9).all()
     inside = (height < 1) & (width < 1)
@@ -388,22 +391,18 @@ def test_rounding_is_that_of_eight_bits(loaded):
     assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())
 
 
-def test_an_8_bit_file_is_made_of_what_was_trained_for_it(loaded, cells, tiny_file, tmp_path, monkeypatch):
+def test_an_8_bit_file_is_made_of_what_was_trained_for_it(loaded, cells, tiny_file, tmp_path, monkeypatch, searched):
     """Through ONNX Runtime, after the rungs that train nothing; shipped, and checked."""
     monkeypatch.setattr(Classification, "choose", lambda self, options: options[-1])
     monkeypatch.setattr("downres.recovery.ladder._Ladder.is_over", lambda self: True)
     dataset = cells.dataset()
-    run = search(
-        loaded, dataset, resolutions=[], candidates=["24 int8"], rungs=("qat",), max_drop=90.0, minimize="size", threads=1,
-        stem_scales=(), fit_head=True, epochs=2, out=tmp_path / "run",
-    )  # fmt: skip
+    options = {"resolutions": [], "candidates": ["24 int8"], "rungs": ("qat",), "max_drop": 90.0, "minimize": "size"}
+    options |= {"threads": 1, "stem_scales": (), "fit_head": True, "epochs": 2}
+    run = searched(loaded, dataset, out=tmp_path / "run", **options)
     (r,) = run.results
     assert r.recovery.rung == "none"  # within at once: nothing was needed
     monkeypatch.setattr("downres.recovery.ladder._Ladder.attempt", unsatisfied())
-    run = search(
-        loaded, dataset, resolutions=[], candidates=["24 int8"], rungs=("qat",), max_drop=90.0, minimize="size", threads=1,
-        stem_scales=(), fit_head=True, epochs=2, out=tmp_path / "again",
-    )  # fmt: skip
+    run = search(loaded, dataset, out=tmp_path / "again", **options)
     (r,) = run.results
     assert r.recovery.rung == "qat" and "rounded to 8 bits" in r.recovery.tried[-1].note
     lines = map(json.loads, (run.folder / "measurements.jsonl").read_text().splitlines())
@@ -555,16 +554,27 @@ def test_the_command_line_trains(cells, tiny_file, tmp_path, cli):
 # Several processes
 
 
-SEVERAL = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "downres"]
+LAUNCHED = """
+import accelerate.utils, tensorboard, timm.optim, torch.utils.tensorboard
+import downres.recovery.ladder, downres.searching.run, downres.tasks.classification.folders
+from downres.cli import main
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0)
+elastic_launch(config, main)()
+"""
+"""What `torchrun --standalone --nproc-per-node 2 -m downres` does, but for the imports: before the processes part, so once."""
 
 
 def in_two_processes(command):
     environment = {**os.environ, "PYTHONPATH": str(Path(trainer.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*SEVERAL, *command], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", LAUNCHED, *command], env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_two_processes_train_what_one_does(cells, tiny_file, tmp_path, cli):
-    """`torchrun`, a real search; without BatchNorm, whose statistics are of each process's share."""
+    """torchrun's launcher, a real search; without BatchNorm, whose statistics are of each process's share."""
     cells.write(tmp_path / "data")
     command = [
         "search",
