@@ -46,7 +46,8 @@ def drawn(images: Images, indices: np.ndarray, how: Training, random: np.random.
     if how.crop_scale == 1:
         return Views(chosen, mirrored)
     area = random.uniform(how.crop_scale, 1, len(order))
-    aspect = np.array([images.shapes[int(i)][1] / images.shapes[int(i)][0] for i in chosen])
+    shapes = images.shapes  # made anew at every look
+    aspect = np.array([shapes[int(i)][1] / shapes[int(i)][0] for i in chosen])
     ratio = np.exp(random.uniform(-_RATIO, _RATIO, len(order))) / aspect
     height, width = np.minimum(np.sqrt(area / ratio), 1), np.minimum(np.sqrt(area * ratio), 1)
     top, left = random.random((2, len(order))) * (1 - np.stack([height, width]))

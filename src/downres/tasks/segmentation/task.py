@@ -215,10 +215,11 @@ class Segmentation(Task):
     def learned(self, bank: MaskBank, views: Views, size: tuple[int, int]) -> Tensor:
         """Each mask as the network sees its picture, by nearest pixels; 255 where there is no class, or padding."""
         made = np.full((len(views), *size), IGNORED, np.int64)
+        shapes = self.data.images.shapes
         for k, i in enumerate(views.images):
             mask = np.asarray(self.truth[int(i)])
             mask = mask if views.parts is None else cut(mask, views.parts[k])
-            shape = self.data.images.shapes[int(i)] if views.parts is None else size
+            shape = shapes[int(i)] if views.parts is None else size
             shown = shown_size((shape[0], shape[1]), dataclasses.replace(self.model.preprocessing, resolution=size))
             rows, columns = (((np.arange(n) + 0.5) * side / n).astype(int) for n, side in zip(shown, mask.shape, strict=True))
             made[k, : shown[0], : shown[1]] = mask[rows[:, None], columns]
