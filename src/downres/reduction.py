@@ -40,6 +40,9 @@ from .techniques import techniques
 _LENGTHS = re.compile(r"box|anchor|offset|flow|dispar|keypoint|landmark", re.IGNORECASE)
 """Of names under which a network returns numbers that grow with its image: a map of them at full size would hold wrong ones."""
 
+_MOTION = re.compile(r"(^|_)(optical_?)?(flow|dispar)", re.IGNORECASE)
+"""Of names of the parts that compute such numbers in networks that return them without a name."""
+
 
 @dataclass(frozen=True)
 class Reduction(Record):
@@ -434,7 +437,7 @@ class Work:
             found = None
             if shapes[0] and shapes[1]:
                 found = as_map(shapes[0], shapes[1], own, ratio) or self._as_tokens(shapes[0], shapes[1])
-            if found is None or _is_length(path):
+            if found is None or _is_length(path) or _is_motion(original, shapes[0]):
                 name = f" as {'.'.join(map(str, path))!r}" if path else ""
                 why = "is no map that can be brought back to size"
                 then = "give resize_input=False if what uses it can do with another shape"
@@ -488,6 +491,12 @@ def _cannot_be_tried(original: nn.Module, image: tuple[int, ...], reason: str, o
 
 def _is_length(path: Path) -> bool:
     return _LENGTHS.search(".".join(map(str, path))) is not None
+
+
+def _is_motion(model: nn.Module, shape: tuple[int, ...] | None) -> bool:
+    """Whether a map is likely one of displacements: of one or two numbers a pixel, from a network with a part named so."""
+    few = shape is not None and (len(shape) == 3 or (len(shape) == 4 and shape[1] <= 2))
+    return few and any(_MOTION.search(name.rpartition(".")[2]) for name, _ in named_modules(model))
 
 
 def _runs(model: nn.Module, native: tuple[int, ...]) -> bool:

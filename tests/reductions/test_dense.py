@@ -414,6 +414,26 @@ def test_what_cannot_be_brought_back_is_refused(answer, says):
         reduce(Whole().eval(), resolution=(32, 48), input_size=(3, 64, 96))
 
 
+@pytest.mark.parametrize(("part", "channels", "refused"), [
+    ("flow_head", 2, True), ("disparity", 1, True), ("flow_head", 5, False), ("overflow", 2, False),
+])  # fmt: skip
+def test_displacements_without_a_name_are_known_by_the_part_that_computes_them(part, channels, refused):
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module(part, nn.Conv2d(3, channels, 1))
+
+        def forward(self, x):
+            return [self.get_submodule(part)(x)]
+
+    if refused:
+        with pytest.raises(DownresError, match="holds lengths in pixels of what it sees: give resize_input=False"):
+            reduce(Whole().eval(), resolution=(32, 48), input_size=(3, 64, 96))
+    else:
+        small = reduce(Whole().eval(), resolution=(32, 48), input_size=(3, 64, 96))
+        assert small(torch.rand(1, 3, 64, 96))[0].shape == (1, channels, 64, 96)
+
+
 def test_boxes_that_follow_no_size_are_kept():
     """As DETR gives them: a row for each query of each image, as shares of the image."""
 
