@@ -17,7 +17,7 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File(page, str(ROOT), config.site_dir, config.use_directory_urls))
     for page in [file for file in files if file.src_uri.endswith(".md")]:
         source = Path(page.abs_src_path or "")
-        for link in _LINK.findall(source.read_text()):
+        for link in _LINK.findall(source.read_text("utf-8")):
             target = (source.parent / link).resolve()
             if target.is_file() and target.is_relative_to(ROOT) and target.suffix != ".md":
                 place = _place(target)

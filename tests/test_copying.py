@@ -232,6 +232,20 @@ def test_a_network_of_clips_is_refused_with_what_it_takes() -> None:
             run()
 
 
+def test_a_network_that_makes_a_clip_of_an_image_is_none_of_clips() -> None:
+    class Frames(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bias = nn.Conv3d(3, 4, (1, 3, 3), 2, 1), nn.Parameter(torch.zeros(4, 2, 12, 12))
+
+        def forward(self, x):
+            return (self.conv(x.unsqueeze(2).repeat(1, 1, 2, 1, 1)) + self.bias).mean((2, 3, 4))
+
+    assert measure_cost(Frames().eval(), (3, 24, 24)).macs > 0
+    with pytest.raises(DownresError, match="give a size that it accepts"):
+        measure_cost(Frames().eval(), (3, 48, 48))
+
+
 def test_what_does_not_copy_is_named_and_can_be_deleted() -> None:
     model = net()
     model[1].lock = threading.Lock()

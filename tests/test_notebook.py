@@ -36,6 +36,7 @@ def test_names_from_outside_are_no_html():
 def test_columns_without_a_word_are_left_out_and_no_rows_are_nothing():
     assert texts(table([{"a": 1, "b": None}, {"a": 2, "b": ""}])) == ["a", "1", "2"]
     assert table([]) == ""
+    assert texts(table([{"a": 1, "c": {}}, {"a": 2, "b": "late"}])) == ["a", "b", "1", "", "2", "late"]
 
 
 @pytest.fixture(scope="module")
@@ -91,5 +92,5 @@ def test_a_run_is_its_verdict_table_and_report(shipped):
 
 def test_without_pandas_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(DownresError, match="pip install pandas"):
+    with pytest.raises(DownresError, match="pip install 'downres"):
         frame_of([Candidate(96).to_json()])

@@ -12,10 +12,10 @@ _FAINT = ' style="opacity:0.55"'
 
 
 def table(rows: Sequence[Mapping[str, Any]], faint: Sequence[bool] = ()) -> str:
-    """A row each, columns by the names of the first; those without a word in them are left out. faint: rows in pale."""
+    """A row each, columns by the names that they have; those without a word in them are left out. faint: rows in pale."""
     if not rows:
         return ""
-    names = [name for name in rows[0] if any(_said(row.get(name)) for row in rows)]
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if any(_said(row.get(name)) for row in rows)]
     head = "".join(f"<th{_WORDS}>{escape(name)}</th>" for name in names)
     body = []
     for i, row in enumerate(rows):
@@ -49,7 +49,7 @@ def frame_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     try:
         import pandas
     except ImportError:
-        raise DownresError("A DataFrame needs pandas: pip install pandas.") from None
+        raise DownresError("A DataFrame needs pandas: pip install 'downres[pandas]'.") from None
     return pandas.json_normalize(list(rows))
 
 
@@ -63,7 +63,7 @@ def _cell(value: Any) -> str:
 
 
 def _said(value: Any) -> str:
-    if value is None:
+    if value is None or value == {}:
         return ""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}".replace(",", "\u202f")  # 4 089 284 608

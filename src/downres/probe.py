@@ -161,9 +161,10 @@ def _is_same(before: list[Any], after: list[Any] | None) -> bool:
 def _does_not_run(model: nn.Module, size: tuple[int, ...], error: Exception) -> DoesNotRun:
     reason, shape = failed(model, error), "x".join(str(n) for n in size)
     kind, then = type(model).__name__, "give a size that it accepts"
-    if not takes_clips(model) and "channels" in reason and (takes := _stated_channels(model)) not in (None, size[1]):
+    clips = takes_clips(model, size, reason)
+    if not clips and "channels" in reason and (takes := _stated_channels(model)) not in (None, size[1]):
         then = f"its first convolution takes {takes} channel{'s' * (takes > 1)}, give {(takes, *size[2:])}"
-    elif takes_clips(model):
+    elif clips:
         then = CLIPS
     elif len(asked := required_inputs(model)) > 1:
         then = f"it takes {', '.join(p.name for p in asked)}, give a network that takes one image and fills in the rest"
@@ -444,10 +445,13 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CLIPS = "its first convolution is a Conv3d, so it takes clips of several frames: give a network that takes single images"
 
 
-def takes_clips(model: nn.Module) -> bool:
-    """Whether the first convolution that is registered looks at several frames."""
+def takes_clips(model: nn.Module, size: tuple[int, ...], reason: str) -> bool:
+    """Whether it failed because its first convolution looks at several frames. size: of what it was given (batch, channels,
+    height, width), which a Conv3d takes for one clip without a batch axis; reason: as of `DoesNotRun`.
+    """
     first = next((m for m in modules(model) if isinstance(m, _CONVOLUTIONS)), None)
-    return isinstance(first, nn.Conv3d)
+    as_one = "(Conv3d): " in reason and f"[{', '.join(map(str, (1, *size)))}]" in reason
+    return isinstance(first, nn.Conv3d) and (as_one or "expected 5, got 4" in reason)
 
 
 def _stated_channels(model: nn.Module) -> int | None:

@@ -40,7 +40,7 @@ from .techniques import techniques
 _LENGTHS = re.compile(r"box|anchor|offset|flow|dispar|keypoint|landmark", re.IGNORECASE)
 """Of names under which a network returns numbers that grow with its image: a map of them at full size would hold wrong ones."""
 
-_MOTION = re.compile(r"(^|_)(optical_?)?(flow|dispar)", re.IGNORECASE)
+_MOTION = re.compile(r"(^|_)(flow|disp)", re.IGNORECASE)
 """Of names of the parts that compute such numbers in networks that return them without a name."""
 
 
@@ -485,7 +485,7 @@ def _cannot_be_tried(original: nn.Module, image: tuple[int, ...], reason: str, o
     size = f"give the size that it is used at as input_size=(channels, height, width){otherwise}"
     return DownresError(
         f"{type(original).__name__} does not run on an image of {'x'.join(map(str, image))} ({reason}), so what it becomes "
-        f"cannot be tried: {CLIPS if takes_clips(original) else size}."
+        f"cannot be tried: {CLIPS if takes_clips(original, (1, *image[-3:]), reason) else size}."
     )
 
 
@@ -494,9 +494,11 @@ def _is_length(path: Path) -> bool:
 
 
 def _is_motion(model: nn.Module, shape: tuple[int, ...] | None) -> bool:
-    """Whether a map is likely one of displacements: of one or two numbers a pixel, from a network with a part named so."""
+    """Whether a map is likely one of displacements between two images: of one or two numbers a pixel, from a network that takes
+    two (or six channels) and has a part named so."""
     few = shape is not None and (len(shape) == 3 or (len(shape) == 4 and shape[1] <= 2))
-    return few and any(_MOTION.search(name.rpartition(".")[2]) for name, _ in named_modules(model))
+    two = len(required_inputs(model)) > 1 or channels_of(model) == 6
+    return few and two and any(_MOTION.search(name.rpartition(".")[2]) for name, _ in named_modules(model))
 
 
 def _runs(model: nn.Module, native: tuple[int, ...]) -> bool:

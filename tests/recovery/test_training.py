@@ -72,11 +72,8 @@ def right(prepared, state):
 
 def test_the_part_of_a_random_resized_crop():
     """Areas, shapes and places as torchvision's RandomResizedCrop draws them, of pictures twice as wide as high."""
-
-    class Pictures:
-        shapes = [(10, 20)] * 4000
-
-    views = drawn(Pictures(), np.arange(4000), Training(crop_scale=0.25), np.random.default_rng(0))
+    pictures = from_arrays(np.zeros((4000, 10, 20), np.uint8))
+    views = drawn(pictures, np.arange(4000), Training(crop_scale=0.25), np.random.default_rng(0))
     top, left, height, width = views.parts.T
     assert (views.parts >= 0).all() and (top + height <= 1 + 1e-9).all() and (left + width <= 1 + 1e-9).all()
     inside = (height < 1) & (width < 1)
@@ -554,27 +551,16 @@ def test_the_command_line_trains(cells, tiny_file, tmp_path, cli):
 # Several processes
 
 
-LAUNCHED = """
-import accelerate.utils, tensorboard, timm.optim, torch.utils.tensorboard
-import downres.recovery.ladder, downres.searching.run, downres.tasks.classification.folders
-from downres.cli import main
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0)
-elastic_launch(config, main)()
-"""
-"""What `torchrun --standalone --nproc-per-node 2 -m downres` does, but for the imports: before the processes part, so once."""
+SEVERAL = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "downres"]
 
 
 def in_two_processes(command):
     environment = {**os.environ, "PYTHONPATH": str(Path(trainer.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", LAUNCHED, *command], env=environment, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([*SEVERAL, *command], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_two_processes_train_what_one_does(cells, tiny_file, tmp_path, cli):
-    """torchrun's launcher, a real search; without BatchNorm, whose statistics are of each process's share."""
+    """`torchrun`, a real search; without BatchNorm, whose statistics are of each process's share."""
     cells.write(tmp_path / "data")
     command = [
         "search",

@@ -414,24 +414,39 @@ def test_what_cannot_be_brought_back_is_refused(answer, says):
         reduce(Whole().eval(), resolution=(32, 48), input_size=(3, 64, 96))
 
 
-@pytest.mark.parametrize(("part", "channels", "refused"), [
-    ("flow_head", 2, True), ("disparity", 1, True), ("flow_head", 5, False), ("overflow", 2, False),
-])  # fmt: skip
-def test_displacements_without_a_name_are_known_by_the_part_that_computes_them(part, channels, refused):
+@pytest.mark.parametrize(
+    ("part", "takes", "channels", "refused"),
+    [
+        ("flow_head", 3, 2, True), ("predict_flow", 6, 2, True), ("disparity", 3, 1, True),
+        ("flow_head", 3, 5, False), ("overflow", 3, 2, False),
+        ("flow_make", None, 2, False),  # of one image: SFNet's, whose maps are logits
+    ],
+)  # fmt: skip
+def test_displacements_without_a_name_are_known_by_the_part_that_computes_them(part, takes, channels, refused):
     class Whole(nn.Module):
         def __init__(self):
             super().__init__()
-            self.add_module(part, nn.Conv2d(3, channels, 1))
+            self.add_module(part, nn.Conv2d(takes or 3, channels, 1))
 
-        def forward(self, x):
+        def give(self, x):
             return [self.get_submodule(part)(x)]
 
+    class Pair(Whole):
+        def forward(self, left, right):
+            return self.give(left + right)
+
+    class One(Whole):
+        def forward(self, x):
+            return self.give(x)
+
+    net, size = (Pair if takes == 3 else One)().eval(), (takes or 3, 64, 96)
     if refused:
         with pytest.raises(DownresError, match="holds lengths in pixels of what it sees: give resize_input=False"):
-            reduce(Whole().eval(), resolution=(32, 48), input_size=(3, 64, 96))
+            reduce(net, resolution=(32, 48), input_size=size)
     else:
-        small = reduce(Whole().eval(), resolution=(32, 48), input_size=(3, 64, 96))
-        assert small(torch.rand(1, 3, 64, 96))[0].shape == (1, channels, 64, 96)
+        small = reduce(net, resolution=(32, 48), input_size=size)
+        given = [torch.rand(1, *size)] * (2 if takes == 3 else 1)
+        assert small(*given)[0].shape == (1, channels, 64, 96)
 
 
 def test_boxes_that_follow_no_size_are_kept():

@@ -417,7 +417,7 @@ def alone_onnx(
     try:
         content = made.SerializeToString()
         # What is added up in an answer may nearly cancel out: its rounding is that of the features, times their weights.
-        most = np.abs(OnnxRuntime(source)(image)[-1]).max() * np.abs(weight).sum(1)
+        most = np.maximum(np.abs(OnnxRuntime(source)(image)[-1]).max() * np.abs(weight).sum(1), np.abs(bias))
         answers, expected = OnnxRuntime(content)(image), TorchRuntime(model)(image)
         same = all(_equal(a, b, most) for a, b in zip(answers, expected, strict=True))
     except Exception:  # whatever it fails with: it is exported anew
@@ -428,9 +428,12 @@ def alone_onnx(
 
 
 def _equal(a: np.ndarray, b: np.ndarray, of: np.ndarray | None = None) -> bool:
-    """Whether two answers are the same but for rounding (1e-5 of the largest; a padding that differs moves a tenth). of: what
-    that is a part of, else the answers themselves."""
-    return a.shape == b.shape and bool(np.abs(a - b).max() <= 1e-5 * np.abs(b if of is None else of).max())
+    """Whether two answers are the same but for rounding (1e-5 of the largest; a padding that differs moves a tenth).
+
+    of: the largest that each value of the last axis may be made of, in place of the answers' own largest.
+    """
+    most = np.abs(b).max() if of is None else np.abs(of)
+    return a.shape == b.shape and bool((np.abs(a - b) <= 1e-5 * most).all())
 
 
 def _check_batch_is_free(path: Path, image: np.ndarray) -> None:

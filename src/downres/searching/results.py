@@ -121,7 +121,7 @@ class Run:
         told = candidates([self.original, *self.results], self.original, self.best.candidate if self.best else None)
         said = words.verdict(self.original, self.results, self.best, self.budget, self.task.score)
         shown = sentences(self.data["description"], said) + table(told.rows, told.faint)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
             shown += page((self.folder / "report.html").read_text(), 900)
         return shown + sentences(*self.notes)
 
