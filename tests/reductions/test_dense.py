@@ -392,6 +392,10 @@ def test_every_map_gets_its_size_and_keeps_its_type(kind, how):
         (lambda y, x: y.argmax(1).tolist(), r"returns as '0\.0' \(96,\) and, reduced to '32x48', \(48,\)"),
         (lambda y, x: [{"boxes": x.new_zeros(0, 4), "scores": x.new_zeros(0)}], "'0.boxes' of what it finds in pixels"),
         (
+            lambda y, x: [{"boxes": x.new_zeros(1, 4)}],  # one thing in one image
+            "'0.boxes' of what it finds in pixels of what it sees: give resize_input",
+        ),
+        (
             lambda y, x: [{"boxes": x.new_zeros(7, 4)}],
             "'0.boxes' of what it finds in pixels of what it sees: give resize_input",
         ),
