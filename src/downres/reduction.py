@@ -429,7 +429,7 @@ class Work:
             shapes = [tuple(answer[path].shape) if path in answer else None for answer in (whole, small)]
             if shapes[0] == shapes[1]:
                 # No row an image, or an entry an image: then a row for each thing that it finds, which may be one.
-                found_things = bool(shapes[0]) and (shapes[0][0] != 1 or (len(path) > 1 and isinstance(path[0], int)))
+                found_things = shapes[0] and (shapes[0][0] != 1 or (len(path) > 1 and isinstance(path[0], int)))
                 if found_things and _is_length(path):
                     raise DownresError(
                         f"{type(original).__name__} returns {'.'.join(map(str, path))!r} of what it finds in pixels of what it "
