@@ -15,6 +15,8 @@ from transformers import (
     BeitForImageClassification,
     CLIPConfig,
     CLIPForImageClassification,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     DeiTConfig,
     DeiTForImageClassification,
     Dinov2Config,
@@ -27,6 +29,8 @@ from transformers import (
     HieraForImageClassification,
     LevitConfig,
     LevitForImageClassification,
+    MetaClip2VisionConfig,
+    MetaClip2VisionModel,
     PvtConfig,
     PvtForImageClassification,
     SegformerConfig,
@@ -680,6 +684,24 @@ def test_built_for_one_size_is_rebuilt(name):
     assert measure_cost(small, (3, side, side)).macs < measure_cost(model, (3, side, side)).macs
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
     assert model.config.image_size != small.config.image_size
+
+
+@pytest.mark.parametrize("side", [32, 40])
+def test_positions_that_are_looked_up(side):
+    """MetaCLIP 2's image tower is CLIP's under another name, which an adapter of its own makes for another size."""
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tower |= {"image_size": 64, "patch_size": 8, "hidden_act": "gelu"}
+    model, clip = MetaClip2VisionModel(MetaClip2VisionConfig(**tower)).eval(), CLIPVisionModel(CLIPVisionConfig(**tower)).eval()
+    clip.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        found, wanted = (
+            reduce(one, resolution=side, input_size=(3, 64, 64), resize_input=False)(photo(side, side)).last_hidden_state
+            for one in (model, clip)
+        )
+    assert found.shape[1] == 1 + (side // 8) ** 2
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(DownresError, match="cannot be made for 40x56 px .*it is built for squares"):
+        reduce(model, resolution=(40, 56), input_size=(3, 64, 64), resize_input=False)
 
 
 def test_positions_of_a_grid_that_is_no_square():

@@ -52,7 +52,8 @@ def rebuild(module: Any, fresh: nn.Module, other: nn.Module, old: Size, new: Siz
                     found = found.to(mine.dtype) if mine.is_floating_point() else found
                 else:
                     with torch.no_grad():
-                        values = _resampled(key, mine, before[name], after[name], small, grids)
+                        said = dotted(name, key) if isinstance(before[name], nn.Embedding) else key
+                        values = _resampled(said, mine, before[name], after[name], small, grids)
                     if values is None:
                         raise _does_not_follow(module, new, dotted(name, key))
                     found = nn.Parameter(values, requires_grad=mine.requires_grad)
@@ -103,6 +104,9 @@ def _resampled(key: str, mine: Tensor, before: Any, after: Any, like: Tensor, gr
         return resample_patch_embed(mine, list(new[2:]))
     if mine.ndim != like.ndim or not _IS_POSITION.search(key):
         return None
+    if isinstance(before, nn.Embedding):  # positions that are looked up, (prefix + rows·columns, channels)
+        found = _resampled("positions", mine[None], None, None, like[None], grids)
+        return None if found is None else found[0]
     if "relative_position_bias_table" in key:
         return resize_relative_positions(mine, before.window_size, after.window_size, tuple(new))
     if key == "attention_biases":  # LeViT: (heads, rows·columns) of distances

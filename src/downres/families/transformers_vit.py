@@ -312,7 +312,9 @@ class Configured(Unknown):
             with torch.random.fork_rng(devices=[]):  # these weights are thrown away: they take no random numbers from the user
                 return type(self.module)._from_config(config)
         except Exception as error:  # whatever a constructor objects with
-            raise impossible(self.module, size, error) from error
+            square = size[0] != size[1] and isinstance(self.module.config.image_size, int)
+            why = "its configuration has one side alone: it is built for squares" if square else error
+            raise impossible(self.module, size, why) from error
 
 
 class Pyramid(Adapter):
