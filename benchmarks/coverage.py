@@ -64,6 +64,10 @@ class Unsound(Exception):
     """What is wrong with a reduced network, in words."""
 
 
+class Nothing(Exception):
+    """A configuration in which a network returns no tensor: there is nothing to compare."""
+
+
 # Which networks there are, and how each is built.
 
 
@@ -232,6 +236,8 @@ def check(model: nn.Module, export: bool = True) -> dict[str, Any]:
         except Exception as error:
             downres.reduce(model, resolution=target)
             raise Unsound(f"it does not run on images ({str(error)[:200]}), and reduce does not say so") from error
+        if not whole:
+            raise Nothing("without more configuration it returns no tensor")
         reduced = downres.reduce(model, resolution=target)
         small = leaves(reduced(images))
         _same_tree(whole, small)
@@ -275,7 +281,7 @@ def leaves(output: Any, path: str = "") -> dict[str, Tensor]:
 
 def _same_tree(whole: dict[str, Tensor], small: dict[str, Tensor]) -> None:
     shapes = [{k: (tuple(t.shape), str(t.dtype)) for k, t in found.items()} for found in (whole, small)]
-    if not whole or shapes[0] != shapes[1]:
+    if shapes[0] != shapes[1]:
         raise Unsound(f"it returns {shapes[1]}, the original {shapes[0]}"[:600])
 
 
@@ -355,6 +361,8 @@ def row_of(name: str, export: bool) -> dict[str, Any]:
         return row | {"result": IN_TORCH if "sentence" in row else WORKS}
     except downres.DownresError as error:
         return row | {"result": REFUSED, "sentence": str(error)}
+    except Nothing as error:
+        return row | {"result": NOT_BUILT, "sentence": str(error)}
     except Unsound as error:
         return row | {"result": FAULT, "sentence": str(error)}
     except Exception as error:
