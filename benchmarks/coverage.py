@@ -43,7 +43,7 @@ import downres
 from downres.engines.onnxruntime import OnnxRuntime, export_onnx
 from downres.families.find import find_adapter
 from downres.parse import format_resolution
-from downres.probe import input_size_of
+from downres.probe import input_size_of, required_inputs
 from downres.reduction import is_flexible
 
 SCALE = 0.57
@@ -65,7 +65,7 @@ class Unsound(Exception):
 
 
 class Nothing(Exception):
-    """A configuration in which a network returns no tensor: there is nothing to compare."""
+    """A network that returns no tensor in this configuration, or asks for more than an image: there is nothing to compare."""
 
 
 # Which networks there are, and how each is built.
@@ -235,6 +235,8 @@ def check(model: nn.Module, export: bool = True) -> dict[str, Any]:
             whole = leaves(model(images))
         except Exception as error:
             downres.reduce(model, resolution=target)
+            if len(asked := required_inputs(model)) > 1:
+                raise Nothing(f"it asks for {', '.join(p.name for p in asked)}, of which an image alone is given") from error
             raise Unsound(f"it does not run on images ({str(error)[:200]}), and reduce does not say so") from error
         if not whole:
             raise Nothing("without more configuration it returns no tensor")
@@ -450,8 +452,9 @@ def main() -> None:
     rows = [known.get(name, {"network": name, "result": NOT_YET}) for name in names]
     for library, found in counts(rows).items():
         print(library, ", ".join(f"{number} {result}" for result, number in found.items()), file=sys.stderr)
+    command = "python benchmarks/coverage.py" + ("" if export else " --no-export")
     content = {"scale": SCALE, "tolerance": TOLERANCE, "counts": counts(rows), "rows": rows}
-    print(f"{save('coverage', 'python benchmarks/coverage.py', given.date, content)} written")
+    print(f"{save('coverage', command, given.date, content)} written")
 
 
 if __name__ == "__main__":
