@@ -28,7 +28,8 @@ FAMILIES = {
     "gcvit": "GC-ViT", "gemma4": "Gemma 4", "gmixer": "gMixer", "gmlp": "gMLP", "halonet": "HaloNet", "hiera": "Hiera",
     "iformer": "iFormer", "levit": "LeViT", "maxvit": "MaxViT", "mixer": "MLP-Mixer", "mobilevit": "MobileViT",
     "mvitv2": "MViT v2", "naflexvit": "NaFlexViT", "nest": "NesT", "nextvit": "Next-ViT", "pit_": "PiT", "pvt_v2": "PVT v2",
-    "qwen3": "Qwen3", "resmlp": "ResMLP", "samvit": "SAM's ViT", "sequencer": "Sequencer", "swiftformer": "SwiftFormer", "swin_": "Swin",
+    "qwen3": "Qwen3", "resmlp": "ResMLP",
+    "samvit": "SAM's ViT", "sequencer": "Sequencer", "swiftformer": "SwiftFormer", "swin_": "Swin",
     "swinv2_cr": "Swin v2 CR", "swinv2_tiny": "Swin v2", "tiny_vit": "TinyViT", "tnt": "TNT", "twins": "Twins",
     "visformer": "Visformer", "vitamin": "ViTamin", "vit_": "ViT", "volo": "VOLO", "xcit": "XCiT",
 }  # fmt: skip
