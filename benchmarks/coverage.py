@@ -53,7 +53,8 @@ MOST_SECONDS, MOST_BYTES = 600, 14 * 2**30
 WORKS, IN_TORCH, REFUSED, FAULT = "works", "works in torch", "refused", "fault"
 NOT_BUILT, NOT_YET = "not built", "not run yet"
 RESULTS_OF = (WORKS, IN_TORCH, REFUSED, FAULT, NOT_BUILT, NOT_YET)
-"""What its library does not build here (a package that it needs is missing, a configuration without a default) says nothing."""
+"""What its library does not build here (a package that it needs is missing, a configuration without a default), and what gives
+or asks for something else than images here (`Nothing`), says nothing."""
 ENCODERS = {"Segformer": "mit_b0", "DPT": "tu-vit_tiny_patch16_224"}
 """Of the architectures of smp that are made for another encoder than a convnet."""
 HUGE = 150_000_000

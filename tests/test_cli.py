@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import importlib
 import importlib.metadata
 import json
 import os
@@ -131,9 +130,12 @@ def test_every_public_name_is_documented(name):
 
 def test_the_public_names_stay_what_they_are():
     """`search`, `recover` and `demo` are functions, although modules of these names are imported."""
-    for name in ("searching.store", "tasks.classification.head", "searching.demo"):
-        importlib.import_module(f"downres.{name}")
-    assert all(callable(getattr(downres, n)) for n in ("search", "recover", "demo", "evaluate"))
+    code = (
+        "import downres, downres.searching.store, downres.tasks.classification.head, downres.searching.demo\n"
+        "assert all(callable(getattr(downres, n)) for n in ('search', 'recover', 'demo')); downres.evaluate"
+        "\nassert callable(downres.recover)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_search_prints_the_table_the_verdict_and_where_things_are(cli, run_folder, model, data):
@@ -568,3 +570,8 @@ def test_a_curve_looks_at_the_same_images_however_it_is_asked_for(cli, model, ce
     half = cli(*command, "--val-fraction", "0.5").out.splitlines()[0]
     assert cli(*command, "--val-fraction", "0.5", "--json").json["original"]["n"] == n // 2
     assert f"{n // 2} images" in half and f"split of {n}" in half
+
+
+def test_python_m_is_the_command_line():
+    ran = subprocess.run([sys.executable, "-m", "downres", "--version"], capture_output=True, text=True, check=True)
+    assert ran.stdout == f"downres {importlib.metadata.version('downres')}\n"

@@ -465,7 +465,7 @@ def switchable(
     from .reports import tables, terminal
 
     _say(out, found.data)
-    out.print(terminal.told(tables.candidates([found.original, *found.results], found.original), out.width))
+    out.print(terminal.told(tables.candidates(found.original, found.results), out.width))
     many, one = (format_quantity(size, "B") for size in (found.file_bytes, found.single_bytes))
     _say(out, f"{found.artifact}: {many} for all resolutions, the original's file is {one}", soft_wrap=True)
     _print_notes(found.notes)
@@ -532,7 +532,7 @@ def curve(
 
     _say(out, found.data)
     _say(out, _preprocessing_words(found.preprocessing))
-    out.print(terminal.told(tables.candidates([found.original, *found.results], found.original), out.width))
+    out.print(terminal.told(tables.candidates(found.original, found.results), out.width))
     _print_notes(found.notes)
 
 
@@ -964,7 +964,7 @@ def _print_run(run: Any, as_json: bool) -> None:
     if len(run.data["skipped"]) > 10:
         _say(err, f"… {len(run.data['skipped'])} images skipped, all listed in {run.folder / 'report.html'}")
     best = run.best and run.best.candidate
-    out.print(terminal.told(tables.candidates([run.original, *run.results], run.original, best), out.width))
+    out.print(terminal.told(tables.candidates(run.original, run.results, best), out.width))
     _say(out, words.verdict(run.original, run.results, run.best, run.budget, run.task.score), "bold")
     for one in interactions(run.original, run.results, run.best)[:1]:
         _say(out, f"{words.label(one.candidate)}: {one.sentence}")

@@ -161,11 +161,10 @@ def _is_same(before: list[Any], after: list[Any] | None) -> bool:
 def _does_not_run(model: nn.Module, size: tuple[int, ...], error: Exception) -> DoesNotRun:
     reason, shape = failed(model, error), "x".join(str(n) for n in size)
     kind, then = type(model).__name__, "give a size that it accepts"
-    clips = takes_clips(model, size, reason)
-    if not clips and "channels" in reason and (takes := _stated_channels(model)) not in (None, size[1]):
-        then = f"its first convolution takes {takes} channel{'s' * (takes > 1)}, give {(takes, *size[2:])}"
-    elif clips:
+    if takes_clips(model, size, reason):
         then = CLIPS
+    elif "channels" in reason and (takes := _stated_channels(model)) not in (None, size[1]):
+        then = f"its first convolution takes {takes} channel{'s' * (takes > 1)}, give {(takes, *size[2:])}"
     elif len(asked := required_inputs(model)) > 1:
         then = f"it takes {', '.join(p.name for p in asked)}, give a network that takes one image and fills in the rest"
     return DoesNotRun(f"{kind} does not run on an input of {shape} ({reason}): {then}.", reason)
@@ -449,14 +448,18 @@ def takes_clips(model: nn.Module, size: tuple[int, ...], reason: str) -> bool:
     """Whether it failed because its first convolution looks at several frames. size: of what it was given (batch, channels,
     height, width), which a Conv3d takes for one clip without a batch axis; reason: as of `DoesNotRun`.
     """
-    first = next((m for m in modules(model) if isinstance(m, _CONVOLUTIONS)), None)
     as_one = "(Conv3d): " in reason and f"[{', '.join(map(str, (1, *size)))}]" in reason
-    return isinstance(first, nn.Conv3d) and (as_one or "expected 5, got 4" in reason)
+    return isinstance(_stated_stem(model), nn.Conv3d) and (as_one or "expected 5, got 4" in reason)
+
+
+def _stated_stem(model: nn.Module) -> Any:
+    """The first convolution that is registered, or None."""
+    return next((m for m in modules(model) if isinstance(m, _CONVOLUTIONS)), None)
 
 
 def _stated_channels(model: nn.Module) -> int | None:
-    """Channels into the first convolution that is registered."""
-    return next((m.in_channels for m in modules(model) if isinstance(m, _CONVOLUTIONS)), None)
+    """Channels into that."""
+    return getattr(_stated_stem(model), "in_channels", None)
 
 
 def logits_of(output: Any, which: int | str | None = None) -> Tensor:

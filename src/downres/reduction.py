@@ -439,7 +439,7 @@ class Work:
             found = None
             if shapes[0] and shapes[1]:
                 found = as_map(shapes[0], shapes[1], own, ratio) or self._as_tokens(shapes[0], shapes[1])
-            if found is None or _is_length(path) or _is_motion(original, shapes[0]):
+            if found is None or _is_length(path) or _is_motion(original, self.native[0], shapes[0]):
                 name = f" as {'.'.join(map(str, path))!r}" if path else ""
                 why = "is no map that can be brought back to size"
                 then = "give resize_input=False if what uses it can do with another shape"
@@ -495,11 +495,11 @@ def _is_length(path: Path) -> bool:
     return _LENGTHS.search(".".join(map(str, path))) is not None
 
 
-def _is_motion(model: nn.Module, shape: tuple[int, ...] | None) -> bool:
+def _is_motion(model: nn.Module, channels: int, shape: tuple[int, ...] | None) -> bool:
     """Whether a map is likely one of displacements between two images: of one or two numbers a pixel, from a network that takes
     two (or six channels) and has a part named so."""
     few = shape is not None and (len(shape) == 3 or (len(shape) == 4 and shape[1] <= 2))
-    two = len(required_inputs(model)) > 1 or channels_of(model) == 6
+    two = len(required_inputs(model)) > 1 or channels == 6
     return few and two and any(_MOTION.search(name.rpartition(".")[2]) for name, _ in named_modules(model))
 
 

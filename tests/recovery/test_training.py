@@ -388,14 +388,14 @@ def test_rounding_is_that_of_eight_bits(loaded):
     assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())
 
 
-def test_an_8_bit_file_is_made_of_what_was_trained_for_it(loaded, cells, tiny_file, tmp_path, monkeypatch, searched):
+def test_an_8_bit_file_is_made_of_what_was_trained_for_it(loaded, cells, tiny_file, tmp_path, monkeypatch):
     """Through ONNX Runtime, after the rungs that train nothing; shipped, and checked."""
     monkeypatch.setattr(Classification, "choose", lambda self, options: options[-1])
     monkeypatch.setattr("downres.recovery.ladder._Ladder.is_over", lambda self: True)
     dataset = cells.dataset()
     options = {"resolutions": [], "candidates": ["24 int8"], "rungs": ("qat",), "max_drop": 90.0, "minimize": "size"}
     options |= {"threads": 1, "stem_scales": (), "fit_head": True, "epochs": 2}
-    run = searched(loaded, dataset, out=tmp_path / "run", **options)
+    run = search(loaded, dataset, out=tmp_path / "run", **options)
     (r,) = run.results
     assert r.recovery.rung == "none"  # within at once: nothing was needed
     monkeypatch.setattr("downres.recovery.ladder._Ladder.attempt", unsatisfied())

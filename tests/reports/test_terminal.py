@@ -31,7 +31,7 @@ WORDS = ("the original", "proven within", "BatchNorm recalibration", REASON, "bl
 
 def printed(width: int) -> str:
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    console.print(terminal.told(tables.candidates(RESULTS, RESULTS[0], Candidate(300)), width))
+    console.print(terminal.told(tables.candidates(RESULTS[0], RESULTS[1:], Candidate(300)), width))
     return console.file.getvalue()
 
 

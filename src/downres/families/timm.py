@@ -203,10 +203,9 @@ def _fresh(module: Any, size: Size, changed: dict[str, Any]) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):  # these weights are thrown away: they take no random numbers from the user
             made = timm.create_model(name, pretrained=False, **{**given, "img_size": size, **changed})
-            for block in filter(
-                lambda m: isinstance(getattr(m, "token_mixer", None), EfficientFormerAttention), made.modules()
-            ):
-                block.token_mixer = _attention_at(block.token_mixer, size)
+            for block in made.modules():
+                if isinstance(getattr(block, "token_mixer", None), EfficientFormerAttention):
+                    block.token_mixer = _attention_at(block.token_mixer, size)
             return made
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # what constructors object with
         raise impossible(module, size, error) from error

@@ -23,8 +23,9 @@ class Told:
     faint: tuple[bool, ...] = ()
 
 
-def candidates(results: Sequence[Result], original: Result, chosen: Candidate | None = None) -> Told:
-    """A search or a curve, every column that something may be known for. chosen: gets a star."""
+def candidates(original: Result, others: Sequence[Result], chosen: Candidate | None = None) -> Told:
+    """A search or a curve, the original first, every column that something may be known for. chosen: gets a star."""
+    results = [original, *others]
     beside = original.quality.beside() if original.quality else {}
     rounds = len({r.quality.images for r in results if r.quality}) > 1
     files = any(r.candidate.network != r.candidate or (r.flips and r.flips.verdict) for r in results)

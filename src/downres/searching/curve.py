@@ -47,7 +47,7 @@ class Curve:
         return frame_of([document["original"], *document["candidates"]])
 
     def _repr_html_(self) -> str:
-        told = candidates([self.original, *self.results], self.original)
+        told = candidates(self.original, self.results)
         return sentences(self.data) + table(told.rows, told.faint) + sentences(*self.notes)
 
 

@@ -118,11 +118,11 @@ class Run:
 
     def _repr_html_(self) -> str:
         """Verdict and table, and below them the report, pictures and all."""
-        told = candidates([self.original, *self.results], self.original, self.best.candidate if self.best else None)
+        told = candidates(self.original, self.results, self.best.candidate if self.best else None)
         said = words.verdict(self.original, self.results, self.best, self.budget, self.task.score)
         shown = sentences(self.data["description"], said) + table(told.rows, told.faint)
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            shown += page((self.folder / "report.html").read_text(), 900)
+            shown += page((self.folder / "report.html").read_text("utf-8"), 900)
         return shown + sentences(*self.notes)
 
 
