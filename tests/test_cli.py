@@ -144,6 +144,10 @@ def test_search_prints_the_table_the_verdict_and_where_things_are(cli, run_folde
     for words in ("candidate", "MACs", "latency", "drop", "verdict", "48", "32", "Report:", "Model:", "downres check"):
         assert words in done.out, words
     assert "Preprocessing" in done.err + done.out
+    latency = load_run(run_folder).original.latency
+    assert (
+        f"Latency: median, {latency.hardware}; {latency.runtime}, 1 thread, batch of 1 image, {latency.runs} runs." in done.out
+    )
 
 
 def test_search_json_has_the_records_field_names(cli, run_folder, model, data):

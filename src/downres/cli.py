@@ -466,6 +466,7 @@ def switchable(
 
     _say(out, found.data)
     out.print(terminal.told(tables.candidates(found.original, found.results), out.width))
+    _print_timed(found.original.latency)
     many, one = (format_quantity(size, "B") for size in (found.file_bytes, found.single_bytes))
     _say(out, f"{found.artifact}: {many} for all resolutions, the original's file is {one}", soft_wrap=True)
     _print_notes(found.notes)
@@ -946,6 +947,13 @@ def _print_json(document: dict[str, Any]) -> None:
     print(text)
 
 
+def _print_timed(latency: Any) -> None:
+    from .reports import words
+
+    if latency is not None:
+        _say(out, f"Latency: median, {words.timed_on(latency)}.", "dim")
+
+
 def _print_run(run: Any, as_json: bool) -> None:
     if os.environ.get("RANK", "0") != "0":  # of several processes that train together the first speaks
         return
@@ -965,6 +973,7 @@ def _print_run(run: Any, as_json: bool) -> None:
         _say(err, f"… {len(run.data['skipped'])} images skipped, all listed in {run.folder / 'report.html'}")
     best = run.best and run.best.candidate
     out.print(terminal.told(tables.candidates(run.original, run.results, best), out.width))
+    _print_timed(run.original.latency)
     _say(out, words.verdict(run.original, run.results, run.best, run.budget, run.task.score), "bold")
     for one in interactions(run.original, run.results, run.best)[:1]:
         _say(out, f"{words.label(one.candidate)}: {one.sentence}")

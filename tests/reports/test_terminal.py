@@ -1,12 +1,14 @@
 """The tables of a terminal: nothing measured is cut or left out, however wide it is."""
 
+import dataclasses
 import io
 
 import pytest
 from rich.console import Console
 
-from downres.records import WITHIN, Candidate, Cost, Drop, Latency, Recovery, Result
-from downres.reports import tables, terminal
+from downres.records import WITHIN, Candidate, Cost, Drop, Flips, Latency, Recovery, Result
+from downres.reports import report, tables, terminal
+from downres.reports.words import flips_bound, flips_told
 from downres.tasks.classification.quality import Quality
 
 REASON = "a median of 41 ms is over the 20 ms allowed"
@@ -56,3 +58,10 @@ def test_names_are_no_markup_and_move_no_cursor():
     console = Console(width=80, file=io.StringIO(), highlight=False)
     console.print(terminal.stacked(rows, ("family",), 80))
     assert "[bold]x[/bold]" in console.file.getvalue() and r"\x1b[31mred\n" in console.file.getvalue()
+
+
+def test_a_bound_on_other_answers_is_rounded_up_everywhere():
+    flips = Flips(273, 143, 130, 2624, 11.41)
+    assert flips_bound(flips) == "11.5" and "≤ 11.5," in flips_told(flips)
+    tiles = report._tiles(RESULTS[0], dataclasses.replace(RESULTS[1], flips=flips), files=True)
+    assert [tile.note for tile in tiles if "at most 11.5\u00a0%" in tile.note]

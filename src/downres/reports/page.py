@@ -68,6 +68,7 @@ def _environment(folder: Path) -> jinja2.Environment:
         "spread": words.spread,
         "points": words.points,
         "signed": words.signed,
+        "timed_on": words.timed_on,
         "bound": words.bound,
         "count": words.count,
         "channels": words.channels,

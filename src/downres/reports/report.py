@@ -134,7 +134,7 @@ def _tiles(original: Result, shown: Result | None, files: bool) -> list[Tile]:
         resident = f"{format_quantity(g.peak_rss_bytes, 'B')} resident to load it and answer once" if g.peak_rss_bytes else ""
         tiles.append(_cost_tile("File", f.file_bytes, g.file_bytes, "B", "less", resident))
     if (flips := after.flips) is not None and (files or flips.verdict):
-        told = f"{flips.lost} right→wrong, {flips.won} wrong→right; at most {flips.upper:.1f}\u00a0%"
+        told = f"{flips.lost} right→wrong, {flips.won} wrong→right; at most {words.flips_bound(flips)}\u00a0%"
         tiles.append(Tile("Another answer than before", words.percent(flips.share), words.percent(0.0), "", told))
     if (c := original.cost) and (d := after.cost):
         weights = f"{format_quantity(d.param_bytes, 'B')} of weights"

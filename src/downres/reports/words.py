@@ -262,9 +262,20 @@ def flipped(flips: Flips) -> str:
     return f"{flips.share:.1f} % of the answers are others"
 
 
+def flips_bound(flips: Flips) -> str:
+    """The bound on other answers in percent, rounded up."""
+    return f"{math.ceil(10 * flips.upper) / 10:.1f}"
+
+
+def timed_on(latency: Latency) -> str:
+    """What latencies were measured on: hardware, runtime, threads, images at once, runs."""
+    batch, many = count(latency.batch_size, "image"), count(latency.runs, "run")
+    return f"{latency.hardware}; {latency.runtime}, {count(latency.threads, 'thread')}, batch of {batch}, {many}"
+
+
 def flips_told(flips: Flips) -> str:
     """In a table: `2.1 % ≤ 3.4, 30 right→wrong, 25 wrong→right`."""
-    return f"{flips.share:.1f} % ≤ {math.ceil(10 * flips.upper) / 10:.1f}, {flips.lost} right→wrong, {flips.won} wrong→right"
+    return f"{flips.share:.1f} % ≤ {flips_bound(flips)}, {flips.lost} right→wrong, {flips.won} wrong→right"
 
 
 def budget_words(budget: Budget, metric: str = "top-1", unit: str = "points") -> str:
