@@ -27,6 +27,7 @@ LAYERS = (
     ("tasks",),
     ("artifacts",),
     ("searching",),
+    ("paper",),
     ("cli", "__init__"),
     ("__main__",),
 )

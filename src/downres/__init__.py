@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .measuring.latency import measure_latency
     from .measuring.training_cost import measure_training_cost
     from .models.regseg import regseg
+    from .paper.running import Reproduction, reproduce
     from .records import (
         Budget,
         Candidate,
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 __all__ = [
     # the verbs
     "reduce", "token_map", "measure_cost", "measure_training_cost", "measure_latency", "evaluate", "recover", "costs", "curve",
-    "search", "switchable", "demo", "doctor", "check", "embed", "predict", "write_report", "watch",
+    "search", "switchable", "reproduce", "demo", "doctor", "check", "embed", "predict", "write_report", "watch",
     # groups of their options
     "Axes", "Budget", "Question", "Measuring", "Training",
     # models and data
@@ -72,7 +73,7 @@ __all__ = [
     "Candidate", "Merge", "Cost", "TrainingCost", "Latency", "Score", "Quality", "SegmentationQuality", "MultilabelQuality",
     "RegressionQuality", "AgreementQuality", "EmbeddingQuality", "Dense", "Drop", "Preprocessing",
     "Record", "Recovery", "Rung", "Result", "Run", "Switchable", "Curve", "Costs", "Diagnosis", "Change", "Reduction",
-    "Watch", "Finding", "Embedded", "Prediction", "MaskPrediction", "load_run", "CONVENTION", "DownresError",
+    "Reproduction", "Watch", "Finding", "Embedded", "Prediction", "MaskPrediction", "load_run", "CONVENTION", "DownresError",
 ]  # fmt: skip
 
 # Importing torch, timm and the runtimes takes seconds; a name is imported when it is first used, so that
@@ -87,6 +88,7 @@ _HOMES = {
     "measuring.training_cost": ("measure_training_cost",),
     "measuring.latency": ("measure_latency",),
     "models.regseg": ("regseg",),
+    "paper.running": ("Reproduction", "reproduce"),
     "records": (
         "Budget", "Candidate", "Change", "Cost", "Dense", "Drop", "Latency", "Merge", "Preprocessing", "Record", "Recovery",
         "Result", "Rung", "Score", "TrainingCost",

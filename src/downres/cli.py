@@ -172,6 +172,10 @@ CacheOption = Annotated[
     float | None,
     _measure("--cache-gb", metavar="GB", help="Of decoded images kept on disk, at most; default: half of what is free there."),
 ]
+TrainImagesOption = Annotated[
+    int | None,
+    _measure("--train-images", metavar="N", help="Opened to fit and to train on, at most; default: 10000, with masks 400."),
+]
 EpochsOption = Annotated[int, _try("--epochs", help="Of a training: passes over the training images.")]
 LearningRateOption = Annotated[float, _try("--learning-rate", help="Of a training, the highest.")]
 TrainOption = Annotated[
@@ -366,6 +370,7 @@ def search(
     threads: ThreadsOption = None,
     latency_batch: Annotated[int, _measure("--latency-batch", help="Images in the pass that is timed.")] = 1,
     cache_gb: CacheOption = None,
+    train_images: TrainImagesOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     **tried: Any,
@@ -389,7 +394,8 @@ def search(
             training=_training(train or [], epochs=epochs, learning_rate=learning_rate, max_minutes=max_minutes),
             minimize=minimize, fit_head=fit_head, folds=folds,
             val_fraction=val_fraction, confidence=confidence, sequential=sequential, runtime=runtime, threads=threads,
-            out=folder, seed=seed, cache_gb=cache_gb, task=_task(task), labels=_text(labels), compare=compare,
+            out=folder, seed=seed, cache_gb=cache_gb, train_images=train_images, task=_task(task), labels=_text(labels),
+            compare=compare,
             classes=_text(classes), output_index=output_index, ignore_output=ignore_output,
             label_size=_size(label_size), output=output, upsampling=upsampling, embed_preprocessing=embed_preprocessing,
             command=_command(), progress=progress,
@@ -584,6 +590,67 @@ def cost(
     _print_notes(found.notes)
     if page:
         _say(out, f"Picture: {page}", soft_wrap=True)
+
+
+@app.command()
+def paper(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="An experiment; without one they are listed.")] = None,
+    data: Annotated[
+        str | None, _data("--data", metavar="DIR", help="Images to train on and to look at: what is missing in --out is run.")
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder of all experiments; the same command goes on where it was.")
+    ] = Path("paper"),
+    table: Annotated[
+        bool, typer.Option("--table", help="Print every network: its costs, its quality where it was run.")
+    ] = False,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", metavar="FILE", help="Write the figure with its tables, one HTML file.")
+    ] = None,
+    only: Annotated[str, _try("--only", metavar="PATTERN", help="Networks whose names match: '64-128-256-512*'.")] = "*",
+    seeds: Annotated[str, _try("--seeds", metavar="N,N", help="Networks to train of each kind.")] = "0",
+    scale: Annotated[
+        float, _try("--scale", help="Of every size in pixels, patches included: 0.25 for a machine without a GPU.")
+    ] = 1.0,
+    grid: Annotated[
+        bool, _try("--grid/--no-grid", help="Look at every size that the paper looks at, or only at a network's own.")
+    ] = True,
+    train: TrainOption = None,
+    val_fraction: ValFractionOption = None,
+    threads: ThreadsOption = None,
+    cache_gb: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The experiments of the paper (arXiv 2504.03749): list them, run one, print its table, draw its figure."""
+    from .paper import figures
+    from .reports import terminal
+
+    if name is None:
+        if as_json:
+            _print_json({"experiments": figures.listed()})
+            return
+        out.print(terminal.stacked(figures.listed(), ("name",), out.width))
+        _say(out, "downres paper NAME says what it trains, how long that takes and what is known; --data DIR runs it.")
+        return
+    from .paper.running import reproduce
+
+    with _progress() as progress:
+        found = reproduce(
+            name, data, folder if data is not None or folder.is_dir() else None, only=only, seeds=_whole_numbers(seeds),
+            scale=scale, grid=grid, train=train or [], runtime="torch", val_fraction=val_fraction, threads=threads,
+            cache_gb=cache_gb, progress=progress,
+        )  # fmt: skip
+    if figure is not None:
+        figures.write_figure(found, figure)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    for line in figures.card(found):
+        _say(out, line)
+    if table or data is not None:
+        out.print(terminal.stacked(figures.rows(found), ("network",), out.width))
+    if figure is not None:
+        _say(out, f"figure: {figure}", soft_wrap=True)
 
 
 @app.command()
@@ -831,6 +898,15 @@ def as_options(text: str) -> str:
 def _stop(message: str, code: int) -> None:
     _say(err, as_options(message), "red", soft_wrap=True)
     sys.exit(code)
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise DownresError(
+            f"Seeds are whole numbers with commas between them, {text!r} are not: give for example 0,1,2."
+        ) from None
 
 
 def _command() -> str:

@@ -396,6 +396,7 @@ def opened_data(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -
     if data is None and not where.startswith("demo:") and not Path(where).exists():
         return None, f"the images are not at {where} any more: name their folder with `data`"
     how = {name: source[name] for name in ("val_fraction", "folds", "seed")}
+    how |= {name: source[name] for name in ("train_images",) if name in source}  # where somebody chose
     if (channels := len(manifest["preprocessing"]["mean"])) != 3:
         how["channels"] = channels
     question = Question.from_json(source["question"])

@@ -237,13 +237,14 @@ def open_listed(
     cache_gb: float | None,
     progress: Progress | None,
     channels: int = 3,
+    train_images: int | None = None,
 ) -> tuple[Images, np.ndarray, tuple[Fold, ...], list[Skip], str]:
     """(images, which of the names they are, their folds, left out, what of the training images is not used) .
 
-    listed: folds of indices into `names`; of the images to fit on a sample of at most TRAINING_IMAGES is opened, stratified by
-    `strata`. channels: of the network.
+    listed: folds of indices into `names`; of the images to fit on a sample of at most `train_images`, else TRAINING_IMAGES, is
+    opened, stratified by `strata`. channels: of the network.
     """
-    limited = limit_training(listed, strata, TRAINING_IMAGES, seed)
+    limited = limit_training(listed, strata, train_images or TRAINING_IMAGES, seed)
     needed = looked_at(limited)
     first = np.searchsorted(needed, tested_images(limited))
     opened = [names[i] for i in needed]

@@ -36,6 +36,10 @@ class Finetuning(Lesson):
     def asked(self) -> Any:
         return list(self.size)
 
+    @property
+    def moves(self) -> bool:
+        return bool(self.task.mixes)
+
     def targets(self, views: Views) -> Tensor:
         found: Tensor = self.task.learned(self.bank, views, self.size)
         return found

@@ -75,6 +75,11 @@ class Lesson(ABC):
     def targets(self, views: Views) -> Tensor:
         """What shall be answered, (b, …)."""
 
+    @property
+    def moves(self) -> bool:
+        """Whether that stays so where the image alone is shifted or turned."""
+        return False
+
     def mixed(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Images mixed with one another, and their targets."""
         return x, targets
@@ -162,6 +167,11 @@ class _Run:
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.parameters, how)
         self.altered = Altered(how, bank.preprocessing_of(begun))
+        if how.moves and not lesson.moves:
+            raise TrainingFailed("`moves` are for labels of whole images, and move the picture alone: leave it out.")
+        self.spots = lesson.task.spots(images) if how.uniform else None
+        if how.uniform and self.spots is None:
+            raise TrainingFailed("`uniform` draws pixels of classes, which only masks have: leave it out.")
         if how.augment and (kind := self.pictures[int(images[0])].dtype) != np.uint8:
             raise TrainingFailed(f"`augment` changes colours of 8 bits, the images are {kind}: leave it out.")
         self.average = [p.detach().clone() for p in self.parameters] if how.ema else []
@@ -238,7 +248,8 @@ class _Run:
 
     def _views(self, epoch: int) -> Views:
         how = dataclasses.replace(self.how, mirror=self.how.mirror and self.lesson.task.mirrors)
-        return drawn(self.pictures, self.images, how, np.random.default_rng([self.seed, 4, self.fold, epoch]))
+        random = np.random.default_rng([self.seed, 4, self.fold, epoch])
+        return drawn(self.pictures, self.images, how, random, self.shown_as[0].hw, self.spots)
 
     def _sizes(self) -> list[int]:
         """Of an epoch's batches; a rest that has not two for each process goes with the one before."""

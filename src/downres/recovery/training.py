@@ -27,10 +27,14 @@ class Training(Record):
     keeps those that are there, from which a network that is trained already is not thrown off by a few images.
 
     What images are shown as: mirrored at random (mirror; of a regression never); crop_scale: a part of at least so much of the
-    area instead of the whole (1; a random resized crop); augment: what 'randaugment' or 'trivialaugment' does to colours, of
-    which the original of a distillation sees nothing; erasing: the probability that a part is erased; repeats: how often in a
-    batch each image is (repeated augmentation). Of labels alone: label_smoothing, and mixup and cutmix (their alpha, 0: none),
-    of labels that are numbers an image. log: 'tensorboard', 'mlflow' or 'wandb'.
+    area instead of the whole (1; a random resized crop); zoom_low, zoom_high: instead of the whole a window of the network's
+    size of a picture whose short side is brought to between so many times the network's, by chance, filled with the mean where
+    the picture is smaller (1 and 1: none; large scale jitter); uniform: the part of an epoch's images that are drawn for a
+    class, each as often as the others, whose window shows a pixel of it (class-uniform sampling, of masks alone); augment: what
+    'randaugment' or 'trivialaugment' does to colours, of which the original of a distillation sees nothing; moves: and its
+    shifts, shears and turns, where a label is of the whole image; erasing: the probability that a part is erased; repeats: how
+    often in a batch each image is (repeated augmentation). Of labels alone: label_smoothing, and mixup and cutmix (their alpha,
+    0: none), of labels that are numbers an image. log: 'tensorboard', 'mlflow' or 'wandb'.
     """
 
     epochs: int = 20
@@ -47,7 +51,11 @@ class Training(Record):
     batchnorm: bool = False
     mirror: bool = True
     crop_scale: float = 1.0
+    zoom_low: float = 1.0
+    zoom_high: float = 1.0
+    uniform: float = 0.0
     augment: str = ""
+    moves: bool = False
     erasing: float = 0.0
     repeats: int = 1
     label_smoothing: float = 0.0
@@ -72,7 +80,7 @@ class Training(Record):
                 f"A batch of {self.training_batch} images cannot have each {self.repeats} times: give a `training_batch` that "
                 "`repeats` divides."
             )
-        for name in ("learning_rate", "clip", "max_minutes", "crop_scale"):
+        for name in ("learning_rate", "clip", "max_minutes", "crop_scale", "zoom_low", "zoom_high"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise DownresError(f"`{name}` is a number above 0, {value!r} is not: leave it out for the default.")
@@ -80,10 +88,18 @@ class Training(Record):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise DownresError(f"`{name}` is a number from 0 on, {value!r} is not: give for example 0.01.")
-        for name in ("warmup", "crop_scale", "erasing", "label_smoothing"):
+        for name in ("warmup", "crop_scale", "uniform", "erasing", "label_smoothing"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise DownresError(f"`{name}` is a part from 0 to 1, {value!r} is not: give for example 0.1.")
+        if self.zoom_low > self.zoom_high:
+            raise DownresError(
+                f"`zoom_low` is at most `zoom_high`, {self.zoom_low:g} is above {self.zoom_high:g}: exchange them."
+            )
+        if self.crop_scale < 1 and self.zoomed:
+            raise DownresError("A part of an image is shown by `crop_scale` or by `zoom_low` and `zoom_high`: leave one out.")
+        if self.moves and not self.augment:
+            raise DownresError("`moves` are those of `augment`, which is not given: give 'randaugment' or 'trivialaugment'.")
         if not 0 <= self.ema < 1:
             raise DownresError(f"`ema` is a decay from 0 to below 1, {self.ema!r} is not: give for example 0.999.")
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("augment", COLOURS), ("log", TRACKERS)):
@@ -94,6 +110,10 @@ class Training(Record):
             raise DownresError(
                 f"Training is logged to {self.log}, which is not installed: pip install {self.log}, or leave `log`."
             )
+
+    @property
+    def zoomed(self) -> bool:
+        return (self.zoom_low, self.zoom_high) != (1, 1) or self.uniform > 0
 
     @classmethod
     def parse(cls, texts: Sequence[str], **given: Any) -> Self:

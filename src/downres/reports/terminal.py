@@ -10,7 +10,7 @@ from rich.text import Text
 from ..errors import shown
 from .tables import Told
 
-LEFT = frozenset(("", "family", "candidate", "verdict", "recovered by", "not counted"))
+LEFT = frozenset(("", "family", "candidate", "verdict", "recovered by", "not counted", "network", "name", "what", "data"))
 """Columns of words; the others hold numbers."""
 GAP = 2
 LEAST = 16

@@ -43,7 +43,8 @@ class Measuring(Record):
     pass that is timed. cache_gb: of
     decoded pixels kept on disk at most, of which no number depends; None: half of what is free there. sequential: of `search`,
     look at proof images in rounds, at each candidate only until its verdict, which keeps the promised error over all looks;
-    False looks at all images of all candidates; None: in rounds from 2000 proof images on.
+    False looks at all images of all candidates; None: in rounds from 2000 proof images on. train_images: that are opened to fit
+    and to train on, in each fold, at most; None: as many as the quick rungs use, 10000, and 400 with masks.
     """
 
     runtime: str | tuple[str, ...] | None = None
@@ -55,6 +56,7 @@ class Measuring(Record):
     latency_batch: int = 1
     cache_gb: float | None = None
     sequential: bool | None = None
+    train_images: int | None = None
 
     def __post_init__(self) -> None:
         if self.runtime is not None:
@@ -67,7 +69,7 @@ class Measuring(Record):
         if part is not None and not 0 < part <= 1:
             raise DownresError(f"The validation fraction is above 0 and at most 1, {part} is not: give for example 0.5.")
         whole = {"seed": (self.seed, 0, 2**32 - 1), "folds": (self.folds, 2, 10_000), "batch_size": (self.batch_size, 1, 4096)}
-        whole["latency_batch"] = (self.latency_batch, 1, 4096)
+        whole |= {"latency_batch": (self.latency_batch, 1, 4096), "train_images": (self.train_images, 2, 10**9)}
         for name, (value, least, most) in whole.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
                 raise DownresError(f"{name} is a whole number from {least} to {most}, {value} is not.")
@@ -133,6 +135,8 @@ def open_data(
     part = measuring.part(fitted="train" in parts)
     how: dict[str, Any] = {"folds": measuring.folds, "val_fraction": part, "seed": measuring.seed}
     how["cache_gb"] = measuring.cache_gb
+    if measuring.train_images is not None:
+        how["train_images"] = measuring.train_images
     if task.channels != 3:
         how["channels"] = task.channels
     opened = task.open(data, parts=parts, progress=progress, question=question, **how)
@@ -225,6 +229,7 @@ def data_source(data: Source, measuring: Measuring, question: Question) -> dict[
         "folds": measuring.folds,
         "val_fraction": measuring.part(fitted=True),
         "seed": measuring.seed,
+        **({} if measuring.train_images is None else {"train_images": measuring.train_images}),
         "question": resolved(question).to_json(),
     }
 

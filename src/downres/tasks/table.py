@@ -130,6 +130,7 @@ def open_rows(
     cache_gb: float | None = None,
     progress: Progress | None = None,
     channels: int = 3,
+    train_images: int | None = None,
 ) -> tuple[Images, np.ndarray, tuple[Fold, ...], list[Skip], str]:
     """(images, which rows they are, folds, skipped, how they are divided) of the pictures that a table names.
 
@@ -156,7 +157,9 @@ def open_rows(
             raise DownresError(f"{table.path} puts no picture into val: there is nothing to prove on.")
     else:
         listed = divide(strata, parts, val_fraction, folds, seed)
-    images, kept, divided, skipped, limited = open_listed(root, table.files, listed, strata, seed, cache_gb, progress, channels)
+    images, kept, divided, skipped, limited = open_listed(
+        root, table.files, listed, strata, seed, cache_gb, progress, channels, train_images
+    )
     if table.parts:
         how = how_found(divided[0], {part: Path(part) for part in PARTS})
     elif len(divided) > 1:

@@ -20,7 +20,7 @@ from ..recovery.bank import Bank
 from ..recovery.crop import crop_options
 from ..recovery.ladder import Option, Reference, best_of, climb, standard_errors
 from ..recovery.state import State
-from ..recovery.views import Views
+from ..recovery.views import Spots, Views
 from ..reports.page import Section
 from .evidence import Arrays, Evidence
 from .question import Question
@@ -112,6 +112,11 @@ class Task(ABC):
     @abstractmethod
     def make(cls, model: Model, answer: Answer, data: Any, question: Question) -> Self:
         """The task of a model; of the data only folders and headers are looked at. DownresError where they do not fit."""
+
+    @classmethod
+    def named_classes(cls, data: Any, question: Question) -> tuple[str, ...]:
+        """Names of what a new network for these data has to tell apart; of the data only folders and headers are looked at."""
+        raise DownresError(f"A new network is made for classes, {cls.name} has none: give a network.")
 
     @property
     def model(self) -> Model:
@@ -284,6 +289,10 @@ class Task(ABC):
     def learned(self, bank: Any, views: Views, size: tuple[int, int]) -> torch.Tensor:
         """The targets of views as training has them, (B, K) float or (B, *size) of classes: of a task that is `labelled`."""
         raise NotImplementedError
+
+    def spots(self, images: np.ndarray) -> Spots | None:
+        """What draws places of a class that is drawn before, of those images; None where there are no places."""
+        return None
 
     def loss_of(self, ours: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
         """How wrong answers (B, …) are, mean over images: the loss that training on labels minimises. smoothing: of classes."""

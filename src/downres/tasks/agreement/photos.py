@@ -36,6 +36,7 @@ def open_photos(
     cache_gb: float | None = None,
     progress: Progress | None = None,
     channels: int = 3,
+    train_images: int | None = None,
 ) -> Photos:
     """Every picture in a folder and the folders in it, whatever they are called, divided at random as `open_folder` does."""
     root = user_path(folder)
@@ -46,7 +47,9 @@ def open_photos(
         raise DownresError(f"{root} holds {len(names)} pictures, agreement needs at least 2: point `data` to photographs.")
     alike = np.zeros(len(names), np.int64)
     listed = divide(alike, parts, val_fraction, folds, seed)
-    images, _, divided, skipped, limited = open_listed(root, names, listed, alike, seed, cache_gb, progress, channels)
+    images, _, divided, skipped, limited = open_listed(
+        root, names, listed, alike, seed, cache_gb, progress, channels, train_images
+    )
     test = sum(len(fold.test) for fold in divided)
     how = (
         f"cross-fitted in {len(divided)} folds" if len(divided) > 1 else f"{test} to compare on, {len(images) - test} to fit on"

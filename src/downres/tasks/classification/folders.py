@@ -119,14 +119,15 @@ def open_folder(
     cache_gb: float | None = None,
     progress: Progress | None = None,
     channels: int = 3,
+    train_images: int | None = None,
 ) -> Dataset:
     """The pictures of DIR/train/CLASS/* and DIR/val/CLASS/*, or of DIR/CLASS/*, each decoded once.
 
     Parts may have the names that people give them (Training, test_set, VALID, dev; see `parts_among`), and a folder around all
     is seen through. What is left out is in `skipped` and counted in the description, as are folders that are not used.
 
-    All images to test on are opened, and of those to fit on at most TRAINING_IMAGES in a fold, a stratified sample by
-    `seed`: of the others nothing but the name is looked at.
+    All images to test on are opened, and of those to fit on at most `train_images` in a fold, else TRAINING_IMAGES, a
+    stratified sample by `seed`: of the others nothing but the name is looked at.
 
     outputs: of the network, which the class folders must match; None accepts any number. ImageNet's folder names
     (n01440764) are mapped to the 1000 outputs, any subset of them. parts: what is needed; ("val",) decodes no training
@@ -167,7 +168,7 @@ def open_folder(
         listed = as_found(np.repeat([part for part, _, _ in groups], counts))
     else:
         listed = divide(labels, parts, val_fraction, folds, seed)
-    limited = limit_training(listed, labels, TRAINING_IMAGES, seed)
+    limited = limit_training(listed, labels, train_images or TRAINING_IMAGES, seed)
     needed = looked_at(limited)
     tested = np.searchsorted(needed, tested_images(limited))
     opened = [file_names[i] for i in needed]

@@ -97,6 +97,10 @@ class Classification(ScoresTask):
             )
         return CLASSES if str(data) == DEMO_DATA else class_names(data, outputs)
 
+    @classmethod
+    def named_classes(cls, data: Any, question: Question) -> tuple[str, ...]:
+        return cls.names_in(data, question, None)
+
     def open(self, data: Any, question: Question, **options: Any) -> Dataset:
         outputs = None if self.fit_new else self.ways
         if isinstance(data, Dataset):

@@ -272,14 +272,15 @@ def open_masks(
     cache_gb: float | None = None,
     progress: Progress | None = None,
     channels: int = 3,
+    train_images: int | None = None,
 ) -> MaskDataset:
     """The images and masks of a folder, each decoded once.
 
     outputs: of the network, which the classes must match in number (one output is background and foreground); None accepts
     any. parts, val_fraction, folds, seed, cache_gb, channels: as for `open_folder`; a folder that is not divided is split at
     random, without regard to classes. layout, classes: as for `find_masks`. Images that cannot be read, or whose
-    masks cannot, are left out. Of the images to fit on at most TRAINING_MASKS are decoded in each fold, a random sample by
-    `seed`.
+    masks cannot, are left out. Of the images to fit on at most `train_images`, else TRAINING_MASKS, are decoded in each
+    fold, a random sample by `seed`.
     Raises DownresError, in one sentence that says why, where the folder cannot be used.
     """
     found = mask_classes(source, outputs, layout=layout, classes=classes)
@@ -297,7 +298,7 @@ def open_masks(
         listed = divide(alike, parts, val_fraction, folds, seed)
     else:
         listed = as_found([part for part, some in used.items() for _ in some])
-    limited = limit_training(listed, alike, TRAINING_MASKS, seed)
+    limited = limit_training(listed, alike, train_images or TRAINING_MASKS, seed)
     needed = looked_at(limited)
     tested = np.searchsorted(needed, tested_images(limited))
     images, masks, skipped = _decode_pairs(found, [pairs[i] for i in needed], tested, cache_bytes(cache_gb), progress, channels)

@@ -25,7 +25,7 @@ from ...records import CLASSES, LOGITS, OUTSIDE, WITHIN, Budget, Candidate, Dens
 from ...recovery.bank import CALIBRATION_IMAGES
 from ...recovery.ladder import Option
 from ...recovery.state import QUANTIZED, RECALIBRATED, State, Step, like_most
-from ...recovery.views import Views, cut, mirror
+from ...recovery.views import Spots, Views, cut, mirror
 from ...reduction import made_for, takes_any_size
 from ...reductions.dense import Segmenter, check_size
 from ...reports.pictures import overlay
@@ -42,6 +42,8 @@ PIXELS_ALIKE = 0.9999
 """Share of the pixels of a class map that torch and onnxruntime have to agree on: near ties may fall either way."""
 IGNORED = 255
 """In masks: no class."""
+LEAST_OF_A_CLASS = 64
+"""Pixels of it in an image that is drawn for the class."""
 MIOU_TOLERANCE = 0.05
 """Points of mIoU that another processor may differ by, for the same reason."""
 
@@ -172,6 +174,11 @@ class Segmentation(Task):
     def counted(self, network: nn.Module) -> nn.Module:
         return self.serve(network)
 
+    @classmethod
+    def named_classes(cls, data: Any, question: Question) -> tuple[str, ...]:
+        data = _named(data, question.classes)
+        return data.classes if isinstance(data, MaskDataset) else mask_classes(data, None).classes
+
     def open(self, data: Any, question: Question, **options: Any) -> MaskDataset:
         if isinstance(data, MaskDataset):
             return data
@@ -218,12 +225,31 @@ class Segmentation(Task):
         shapes = self.data.images.shapes
         for k, i in enumerate(views.images):
             mask = np.asarray(self.truth[int(i)])
-            mask = mask if views.parts is None else cut(mask, views.parts[k])
+            mask = mask if views.parts is None else cut(mask, views.parts[k], IGNORED)
             shape = shapes[int(i)] if views.parts is None else size
             shown = shown_size((shape[0], shape[1]), dataclasses.replace(self.model.preprocessing, resolution=size))
             rows, columns = (((np.arange(n) + 0.5) * side / n).astype(int) for n, side in zip(shown, mask.shape, strict=True))
             made[k, : shown[0], : shown[1]] = mask[rows[:, None], columns]
         return mirror(torch.from_numpy(made), views.mirrored)
+
+    def spots(self, images: np.ndarray) -> Spots | None:
+        """Pixels of each class alike, of images that have at least LEAST_OF_A_CLASS of them (Zhu et al. 2019)."""
+        having: dict[int, list[int]] = {}
+        for i in images:
+            for k in np.flatnonzero(np.bincount(np.asarray(self.truth[int(i)]).ravel(), minlength=256) >= LEAST_OF_A_CLASS):
+                having.setdefault(int(k), []).append(int(i))
+        having.pop(IGNORED, None)
+        classes = sorted(having)
+
+        def spot(random: np.random.Generator) -> tuple[int, float, float]:
+            wanted = classes[random.integers(len(classes))]
+            image = having[wanted][random.integers(len(having[wanted]))]
+            mask = np.asarray(self.truth[image])
+            inside = np.flatnonzero(mask == wanted)
+            y, x = np.unravel_index(inside[random.integers(len(inside))], mask.shape)
+            return image, (y + 0.5) / mask.shape[0], (x + 0.5) / mask.shape[1]
+
+        return spot if classes else None
 
     def loss_of(self, ours: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         """Cross-entropy of the logits at the size of the input, a pixel, those without a class counted as 0."""
