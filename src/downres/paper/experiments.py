@@ -42,7 +42,7 @@ class Entry(Record):
     """A network that is trained.
 
     network: its kind in families/scratch.py, made with the options of `made`. family: the line that it is on in a figure, by
-    what it is scaled. trained: side of what training shows; look: how it is looked at first; most: the largest side at all.
+    what it is scaled. trained: side of what training shows; look: how it is looked at first.
     """
 
     name: str
@@ -51,7 +51,6 @@ class Entry(Record):
     trained: int
     look: Look
     made: dict[str, Any] = field(default_factory=dict)
-    most: int = 10_000
 
     def options(self, scale: float) -> dict[str, Any]:
         """Of the network's maker, sizes in pixels scaled."""
@@ -271,15 +270,14 @@ UPSAMPLINGS = ("bilinear", "bicubic")
 
 
 def _scenes(entry: Entry) -> Iterator[Look]:
-    for side, mode in itertools.product((side for side in SCENES if side <= entry.most), UPSAMPLINGS):
+    for side, mode in itertools.product(SCENES, UPSAMPLINGS):
         yield Look(side, None, FP32, mode)
 
 
 def _regsegs() -> Iterator[Entry]:
     for crop in (1024, 896, 512, 256):
         yield Entry(f"RegSeg {crop}", "RegSeg", "regseg", crop, Look(FULL, mode="bilinear"), {"name": "exp48_decoder26"})
-    # Its logits are as large as its input: above the labels' size there is nothing to be upsampled.
-    yield Entry("LR-ASPP 1024", "LR-ASPP", "lraspp", 1024, Look(FULL, mode="bilinear"), most=FULL)
+    yield Entry("LR-ASPP 1024", "LR-ASPP", "lraspp", 1024, Look(FULL, mode="bilinear"))
 
 
 REGSEG = Experiment(

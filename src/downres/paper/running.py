@@ -207,7 +207,8 @@ class _Run:
         self.measuring, self.question, self.progress = measuring, question, progress
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.aspect, self.data = e.aspect, None
-        self.made, self.counted = ("", ""), dict[tuple[int, ...], Cost]()
+        self.made: tuple[Any, ...] = ()
+        self.counted: dict[tuple[int, ...], Cost] = {}
 
     def place(self, entry: Entry, seed: int, of: str = "") -> Path:
         assert self.folder is not None
@@ -266,7 +267,8 @@ class _Run:
         if self.e.of:
             return self.step_of(entry, seed)
         place = self.place(entry, seed)
-        asked = {"entry": entry.to_json(), "scale": self.scale, "training": how.to_json(), "seed": seed}
+        made = {"network": entry.network, "made": entry.options(self.scale), "side": scaled(entry.trained, self.scale)}
+        asked = {**made, "scale": self.scale, "training": how.to_json(), "seed": seed}
         known = _read(place / "training.json")
         if known is not None and known["asked"] != plain(asked):
             raise DownresError(
@@ -356,20 +358,21 @@ class _Run:
     # What is known
 
     def line(self, entry: Entry, kind: type[Task]) -> Line:
-        at = {side: self.cost(entry, Look(side), 1) for side in self.e.sides if side <= entry.most}
+        at = {side: self.cost(entry, Look(side), 1) for side in self.e.sides}
         memory = self.cost(entry, entry.look, MEMORY_BATCH).peak_activation_bytes
         seen = tuple(self.kept(entry, kind)) if self.folder is not None else ()
         return Line(entry, self.cost(entry, entry.look, 1), memory, at, seen)
 
     def cost(self, entry: Entry, look: Look, batch: int) -> Cost:
-        """Of so many images; where they are looked at whole with the logits brought to the full size."""
+        """Of so many images; where they are looked at whole with the logits brought to the full size, unless they are larger."""
         options = entry.options(self.scale)
-        if (made := (entry.network, write_json(options))) != self.made:  # that of the entry before, at another size
+        full = self.seen_as(Look(max(FULL, look.side))).hw if self.e.whole else None
+        if (made := (entry.network, write_json(options), full)) != self.made:  # that of the entry before, at another size
             with torch.device("meta"):  # of weights only shapes count
                 network = scratch(entry.network, self.classes, 0, **options)
             network = nn.Module.eval(network.to_empty(device="cpu"))
-            if self.e.whole:
-                network = Segmenter(network, Dense(self.seen_as(Look(FULL)).hw))
+            if full is not None:
+                network = Segmenter(network, Dense(full))
             self.made, self.copy, self.counted = made, FakeCopy(network), {}
         size = (batch, 3, *self.seen_as(look).hw)
         if size not in self.counted:
