@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 import downres
 from downres import load_model, load_run
 
-COMMANDS = ("demo", "search", "switchable", "curve", "cost", "doctor", "report", "watch", "check", "embed", "predict")
+COMMANDS = ("demo", "search", "switchable", "curve", "cost", "paper", "doctor", "report", "watch", "check", "embed", "predict")
 RECIPE = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--native-resolution", "48", "--threads", "1"]
 MAIN = [sys.executable, "-m", "downres"]
 

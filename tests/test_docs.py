@@ -17,7 +17,7 @@ import downres
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ("demo", "search", "switchable", "curve", "cost", "doctor", "report", "watch", "check", "embed", "predict")
+COMMANDS = ("demo", "search", "switchable", "curve", "cost", "paper", "doctor", "report", "watch", "check", "embed", "predict")
 
 
 def blocks(file: Path, language: str) -> list[str]:

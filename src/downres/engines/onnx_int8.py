@@ -7,7 +7,14 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 from onnxruntime import InferenceSession
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from ..errors import DownresError, first_line
@@ -187,3 +194,11 @@ def _by_weight(graph: onnx.ModelProto) -> dict[str, list[str]]:
         if node.op_type in LAYERS and (weight := next((name for name in node.input[:2] if name in known), "")):
             found.setdefault(plain_name(weight), []).append(node.name)
     return found
+
+
+def quantize_linear(exported: Path, path: Path) -> None:
+    """The weights of linear layers of an exported network in 8 bits, the range of what they multiply taken in each pass
+    (ONNX Runtime's dynamic quantization, a scale a channel); attention's own products and all else stay in float.
+    """
+    how = {"per_channel": True, "weight_type": QuantType.QInt8, "reduce_range": sums_saturate()}
+    quantize_dynamic(exported, path, op_types_to_quantize=["MatMul", "Gemm"], **how)

@@ -4,6 +4,7 @@ From the abstract, the figures' captions and the authors' code (JeremyMorlier/Re
 text of the paper give its numbers.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ UNCLIPPED = 1e9
 class Look(Record):
     """One way to look at a network: its input's short side, as many pixels of a picture's short side before the centre is
     cropped (None: the whole picture, stretched), the numbers that it computes in, and where the network is asked in more ways
-    than one, how: the interpolation of position embeddings, or of the logits.
+    than one, how: the interpolation of position embeddings, or of the logits; `DYNAMIC`.
     """
 
     side: int
@@ -110,7 +111,7 @@ SWEPT = (16, 32, 64, 128, 256, 512)
 """Channels of every stage in the sweep of 6⁴ = 1296 networks."""
 GRID = tuple(range(112, 353, 16))
 """16 crops and 16 resizes."""
-MODEL, WITH_RESOLUTION, RESOLUTION = "model scaling", "model and resolution scaling", "resolution scaling"
+MODEL, WITH_RESOLUTION, RESOLUTION, OTHER = "model scaling", "and resolution", "resolution scaling", "other sizes"
 STEM, PATCH = "resampled stem", "larger patches"
 
 
@@ -119,7 +120,7 @@ def _resnets() -> Iterator[Entry]:
         trained, resize, side = sizes
         made: dict[str, Any] = {"channels": list(WIDTHS[width])}
         name = f"{width} {trained}-{resize}-{side}"
-        family = MODEL if sizes == SIZES[0] else WITH_RESOLUTION
+        family = MODEL if sizes == SIZES[0] else f"{WITH_RESOLUTION} {trained}-{resize}-{side}" if sizes in SIZES else OTHER
         if stem is not None:
             made["stem_side"], name, family = stem, f"{name} stem {stem}", STEM
         return Entry(name, family, "resnet50", trained, Look(side, resize), made)
@@ -371,7 +372,30 @@ REGSEG_IN_INT8 = Experiment(
     sides=REGSEG_INT8,
 )
 
-EXPERIMENTS = {e.name: e for e in (RESNET, SWEEP, VIT, FIGURE5, REGSEG, SETR, RESNET_IN_INT8, REGSEG_IN_INT8)}
+DYNAMIC = "dynamic"
+"""Of 8 bits: linear layers alone, the range of an activation taken from each image."""
+
+
+def _int8_vit(entry: Entry) -> Iterator[Look]:
+    yield dataclasses.replace(entry.look, precision=INT8, mode=DYNAMIC)
+
+
+VIT_IN_INT8 = Experiment(
+    "int8-vit",
+    "The trained ViTs in 8 bits, linear layers alone, ranges from each image",
+    "ImageNet",
+    "classification",
+    "Top-1 in float and in 8 bits against the length of the sequence.",
+    "Nothing is known of the authors' result.",
+    VIT.entries,
+    VIT.training,
+    _int8_vit,
+    images=1_281_167,
+    classes=1000,
+    of="vit",
+)
+
+EXPERIMENTS = {e.name: e for e in (RESNET, SWEEP, VIT, FIGURE5, REGSEG, SETR, RESNET_IN_INT8, VIT_IN_INT8, REGSEG_IN_INT8)}
 
 
 def experiment(name: str) -> Experiment:

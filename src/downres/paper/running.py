@@ -20,12 +20,13 @@ from torch import nn
 
 from ..artifacts.proof import judged
 from ..engines.engine import Batches, Quantization, engine_of
+from ..engines.onnx_int8 import quantize_linear
 from ..engines.onnxruntime import export_onnx
 from ..engines.torch import TorchRuntime
 from ..environment import versions
 from ..errors import DownresError
 from ..families import Model
-from ..families.scratch import at_grid, scratch
+from ..families.scratch import INTERPOLATIONS, at_grid, scratch
 from ..images import batches, visible
 from ..images.preprocess import preprocess
 from ..measuring.cost import count
@@ -45,7 +46,7 @@ from ..reductions.dense import Segmenter
 from ..searching.prepare import Measuring, Progress, gather, open_data, prepare_task
 from ..tasks import Question, Task
 from ..tasks.find import known_task
-from .experiments import FULL, Entry, Experiment, Look, experiment, scaled, seen_as
+from .experiments import DYNAMIC, FULL, Entry, Experiment, Look, experiment, scaled, seen_as
 
 MEMORY_BATCH = 8
 """Images at once of which the paper states memory."""
@@ -167,14 +168,14 @@ def reproduce(
     folder = None if out is None else user_path(out)
     kind = known_task(e.task)
     assert kind is not None
-    classes, told = e.classes, ""
+    classes, aspect, told = e.classes, e.aspect, ""
     if data is not None:
         classes = len(kind.named_classes(data, question))
     elif folder is not None and (kept := _read(folder / e.name / "data.json")):
-        classes, told, scale = kept["classes"], kept["data"], kept["scale"]
+        classes, aspect, told, scale = kept["classes"], kept["aspect"], kept["data"], kept["scale"]
     if measuring.train_images is None:
         measuring = dataclasses.replace(measuring, train_images=MOST_IMAGES)
-    run = _Run(e, folder, scale, classes, measuring, question, progress)
+    run = _Run(e, folder, scale, classes, aspect, measuring, question, progress)
     if data is not None:
         told = run.go(data, entries, seeds, _training(e, train), grid)
     lines = []
@@ -199,6 +200,7 @@ class _Run:
         folder: Path | None,
         scale: float,
         classes: int,
+        aspect: float,
         measuring: Measuring,
         question: Question,
         progress: Progress | None,
@@ -206,7 +208,7 @@ class _Run:
         self.e, self.folder, self.scale, self.classes = e, folder, scale, classes
         self.measuring, self.question, self.progress = measuring, question, progress
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.aspect, self.data = e.aspect, None
+        self.aspect, self.data = aspect, None
         self.made: tuple[Any, ...] = ()
         self.counted: dict[tuple[int, ...], Cost] = {}
 
@@ -252,7 +254,7 @@ class _Run:
         """The folder's data are these, at this scale."""
         assert self.folder is not None
         file = self.folder / self.e.name / "data.json"
-        now = {"sha256": task.data.fingerprint(), "scale": self.scale, "classes": self.classes}
+        now = {"sha256": task.data.fingerprint(), "scale": self.scale, "classes": self.classes, "aspect": self.aspect}
         if (kept := _read(file)) is None:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, write_json({**now, "data": task.data.description}).encode())
@@ -334,7 +336,8 @@ class _Run:
         if entry.network == "vit":
             side = scaled(look.side, self.scale)
             given = {k: v for k, v in entry.options(self.scale).items() if k != "side"}
-            network = at_grid(network, side, look.mode or "bicubic", **given)  # type: ignore[arg-type]
+            mode = look.mode if look.mode in INTERPOLATIONS else "bicubic"
+            network = at_grid(network, side, mode, **given)  # type: ignore[arg-type]
         elif look.mode:
             question = dataclasses.replace(question, upsampling=look.mode)
         model = Model(network, self.seen_as(look), num_classes=self.classes)
@@ -344,7 +347,7 @@ class _Run:
         with contextlib.ExitStack() as stack:
             if look.precision == INT8:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="downres-")))
-                runtime: Any = _in_8_bits(task, served, folder, p, self.measuring.threads)
+                runtime: Any = _in_8_bits(task, served, folder, p, self.measuring.threads, look.mode == DYNAMIC)
             else:
                 runtime = TorchRuntime(served, self.measuring.threads, device=self.device)
             found: Score = task.quality(judged(task, runtime, task.proof, p))
@@ -364,7 +367,7 @@ class _Run:
         return Line(entry, self.cost(entry, entry.look, 1), memory, at, seen)
 
     def cost(self, entry: Entry, look: Look, batch: int) -> Cost:
-        """Of so many images; where they are looked at whole with the logits brought to the full size, unless they are larger."""
+        """Of so many images; where they are looked at whole the logits are brought to the full size, if they are smaller."""
         options = entry.options(self.scale)
         full = self.seen_as(Look(max(FULL, look.side))).hw if self.e.whole else None
         if (made := (entry.network, write_json(options), full)) != self.made:  # that of the entry before, at another size
@@ -390,10 +393,17 @@ class _Run:
             yield Seen(int(folder.name[4:]), about["hours"], looks)
 
 
-def _in_8_bits(task: Task, served: nn.Module, folder: Path, p: Preprocessing, threads: int | None) -> Any:
-    """The network's 8-bit file in onnxruntime, its ranges from training images as they are looked at."""
+def _in_8_bits(
+    task: Task, served: nn.Module, folder: Path, p: Preprocessing, threads: int | None, dynamic: bool = False
+) -> Any:
+    """The network's 8-bit file in onnxruntime, its ranges from training images as they are looked at; dynamic: linear layers
+    alone, ranges from each image.
+    """
     engine, size = engine_of("onnxruntime"), (len(p.mean), *p.hw)
     export_onnx(served, size, folder / "float.onnx", (task.output_name,))
+    if dynamic:
+        quantize_linear(folder / "float.onnx", folder / "int8.onnx")
+        return engine.load(folder / "int8.onnx", threads, precision=INT8, spread=True)
     chosen = task.data.folds[0].train[:RANGE_IMAGES]
     batch = task.batch_size
     seen = Batches(lambda: map(np.asarray, batches(task.data.images, chosen, p, batch)), len(chosen), -(-len(chosen) // batch))
