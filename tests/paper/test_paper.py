@@ -1,5 +1,6 @@
 """The paper's experiments: their networks against arithmetic and other code, one of each kind run on a few pictures."""
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -226,19 +227,24 @@ def test_resnet_is_trained_looked_at_and_gone_on_with(photographs, tmp_path, mon
 
 
 def _with_looks(e, looks):
-    import dataclasses
-
     return dataclasses.replace(e, looks=lambda entry: iter(looks))
+
+
+def _small(e, looks=None):
+    """Networks of two narrow blocks."""
+    made = {"width": 32, "depth": 2, "heads": 2}
+    e = dataclasses.replace(e, entries=tuple(dataclasses.replace(x, made={**x.made, **made}) for x in e.entries))
+    return e if looks is None else _with_looks(e, looks)
 
 
 def test_vit_is_looked_at_on_another_grid(photographs, tmp_path, monkeypatch):
     looks = (Look(64, 66, mode="nearest"), Look(64, 66, mode="bicubic"))
-    monkeypatch.setattr("downres.paper.running.experiment", lambda name: _with_looks(VIT, looks))
+    monkeypatch.setattr("downres.paper.running.experiment", lambda name: _small(EXPERIMENTS[name], looks))
     found = reproduce("vit", photographs, tmp_path, only="ViT-S 112*", scale=0.25, train=[*SHORT, "repeats=1"], threads=1)
     assert set(found.lines[0].seen[0].looks) == {found.lines[0].entry.look, *looks}
     page = write_figure(found, tmp_path / "page.html").read_text()
     assert "N = 7, 49 tokens" in page
-    monkeypatch.undo()
+    monkeypatch.setattr("downres.paper.running.experiment", lambda name: _small(EXPERIMENTS[name]))
     eight = reproduce("int8-vit", photographs, tmp_path, only="ViT-S 112*", scale=0.25, threads=1)
     dynamic = Look(112, 116, "int8", DYNAMIC)
     assert set(eight.lines[0].seen[0].looks) == {eight.lines[0].entry.look, dynamic}
