@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from ..engines import check_threads
 from ..errors import NO_SPACE, DownresError
 from ..parse import format_quantity
 from ..records import Record
@@ -155,26 +156,38 @@ def from_arrays(array: np.ndarray, names: Sequence[str] | None = None) -> Images
 
 
 def cache_bytes(cache_gb: float | None = None) -> int:
-    """How much of decoded images may be kept: what is asked for, or half of what is free where temporary files go."""
+    """How much of decoded images may be kept: what is asked for, or half of what is free where temporary files go, shared with
+    the other processes of a team.
+    """
     if cache_gb is None:
-        return shutil.disk_usage(tempfile.gettempdir()).free // 2
+        return shutil.disk_usage(tempfile.gettempdir()).free // 2 // processes()
     if not 0 <= cache_gb < math.inf:
         raise DownresError(f"The cache of decoded images has 0 GB or more, {cache_gb} cannot be: give for example 10.")
     return int(cache_gb * 1e9)
+
+
+def processes() -> int:
+    """That train together on this machine and the others, see `recovery/team.py`."""
+    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def helpers() -> int:
+    """Threads that decode and resize beside a network: this process's share of the cores, as a GPU eats more than two make."""
+    return max(2, min(16, check_threads(None) // processes()))
 
 
 def from_files(
     paths: Sequence[str | os.PathLike[str]],
     names: Sequence[str],
     progress: Progress | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     read: _Read | None = None,
     stage: str = "decoding",
     cache: int | None = None,
     first: Sequence[int] | np.ndarray = (),
     channels: int = 3,
 ) -> tuple[Images, list[Skip]]:
-    """Decode every file once, in `workers` threads; images in the order of the files, the unreadable ones as Skips.
+    """Decode every file once, in `workers` threads, else `helpers()`; images in the order of the files, the unreadable ones as Skips.
 
     read: instead of `decode`, for files that are no photographs; raises Unreadable as it does. stage: for `progress`.
     cache: bytes of pixels that are kept at most, None for `cache_bytes()`; what does not fit is decoded again each time it
@@ -194,7 +207,7 @@ def from_files(
     skipped: dict[int, Skip] = {}
     written = total = 0
     with tempfile.TemporaryFile(buffering=0) as file:
-        outcomes = _decode_in_order([paths[i] for i in order], workers, read)
+        outcomes = _decode_in_order([paths[i] for i in order], workers or helpers(), read)
         for done, (i, outcome) in enumerate(zip(order, outcomes, strict=True), 1):
             if isinstance(outcome, Unreadable):
                 skipped[i] = Skip(names[i], str(outcome))

@@ -84,7 +84,7 @@ def rows(found: Reproduction) -> list[dict[str, str]]:
     """The table: costs always, quality where there is a network."""
     made = []
     for line in found.lines:
-        scores = line.quality()
+        scores, hours = line.quality(), [one.hours for one in line.seen if one.hours is not None]
         made.append(
             {
                 "family": line.entry.family,
@@ -94,7 +94,7 @@ def rows(found: Reproduction) -> list[dict[str, str]]:
                 f"memory, batch {MEMORY_BATCH}": format_quantity(line.memory, "B"),
                 _metric(found): _mean(scores),
                 "seeds": str(len(scores)) if scores else "",
-                "training": f"{statistics.mean(s.hours for s in line.seen):.2g} h" if line.seen else "",
+                "training": f"{statistics.mean(hours):.2g} h" if hours else "",
             }
         )
     return made

@@ -57,10 +57,12 @@ MOST_IMAGES = 10**9
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of an entry's network of one seed, look by look, and what its training took."""
+    """What was seen of an entry's network of one seed, look by look, and what its training took; None where it was interrupted,
+    as nobody knows then.
+    """
 
     seed: int
-    hours: float
+    hours: float | None
     looks: dict[Look, Score]
 
 
@@ -172,6 +174,8 @@ def reproduce(
     if data is not None:
         classes = len(kind.named_classes(data, question))
     elif folder is not None and (kept := _read(folder / e.name / "data.json")):
+        if scale not in (1.0, kept["scale"]):
+            raise DownresError(f"{folder} has {e.name} at a scale of {kept['scale']:g}, not {scale:g}: leave `scale` out.")
         classes, aspect, told, scale = kept["classes"], kept["aspect"], kept["data"], kept["scale"]
     if measuring.train_images is None:
         measuring = dataclasses.replace(measuring, train_images=MOST_IMAGES)
@@ -293,11 +297,12 @@ class _Run:
                 return Step.from_json(known["step"])
             if len(images) < 2:
                 raise DownresError("There are no training images: give a folder with train/ and val/, or a `val_fraction`.")
-            begun = time.perf_counter()
+            whole, begun = not any((place / "training").glob("*.pt")), time.perf_counter()
             found, told = taught()
+            hours = (time.perf_counter() - begun) / 3600 if whole else None
         step = found.trained
         assert step is not None
-        about = {"asked": asked, "step": step.to_json(), "told": told, "hours": (time.perf_counter() - begun) / 3600}
+        about = {"asked": asked, "step": step.to_json(), "told": told, "hours": hours}
         about |= {"hardware": hardware(), "versions": versions(), "date": time.strftime("%Y-%m-%d")}
         place.mkdir(parents=True, exist_ok=True)
         write_whole(place / "training.json", write_json(plain(about)).encode())

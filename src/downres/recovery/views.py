@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ..engines import check_threads
 from ..errors import DownresError
 from ..images import Images, batches
+from ..images.images import helpers
 from ..images.preprocess import divisor, fill_of
 from ..records import BGR, Preprocessing
 from .training import Training
@@ -133,7 +132,7 @@ class _Parts:
 
 def pixels_of(images: Images, views: Views, p: Preprocessing, size: int) -> Generator[Tensor]:
     """The network's input for views in batches of `size`: (b, c, h, w). A part is stretched to it."""
-    workers = _workers()
+    workers = helpers()
     if views.parts is None:
         source = batches(images, views.images, p, size, workers)
     else:
@@ -141,11 +140,6 @@ def pixels_of(images: Images, views: Views, p: Preprocessing, size: int) -> Gene
         source = batches(_Parts(images, views, p), range(len(views)), whole, size, workers)  # type: ignore[arg-type]
     for k, x in enumerate(source):
         yield mirror(x, views.mirrored[k * size : (k + 1) * size])
-
-
-def _workers() -> int:
-    """Threads that prepare images beside a training: this process's share of the cores, as a GPU eats more than two decode."""
-    return max(2, min(16, check_threads(None) // int(os.environ.get("WORLD_SIZE", "1"))))
 
 
 def mirror(x: Tensor, chosen: np.ndarray) -> Tensor:
