@@ -187,7 +187,8 @@ def from_files(
     first: Sequence[int] | np.ndarray = (),
     channels: int = 3,
 ) -> tuple[Images, list[Skip]]:
-    """Decode every file once, in `workers` threads, else `helpers()`; images in the order of the files, the unreadable ones as Skips.
+    """Decode every file once, in `workers` threads, else `helpers()`; images in the order of the files, the unreadable ones as
+    Skips.
 
     read: instead of `decode`, for files that are no photographs; raises Unreadable as it does. stage: for `progress`.
     cache: bytes of pixels that are kept at most, None for `cache_bytes()`; what does not fit is decoded again each time it
