@@ -19,6 +19,7 @@ from downres.recovery import distill, trainer
 from downres.recovery.bank import Bank
 from downres.recovery.ladder import UNASKED, lesson_of
 from downres.recovery.state import DISTILLED, QUANTIZED, State
+from downres.recovery.switching import Switching
 from downres.recovery.training import TrainingFailed
 from downres.searching.prepare import Measuring, open_data, prepare_task
 from downres.tasks import Question, Task
@@ -406,3 +407,53 @@ def test_pictures_of_sixteen_bits_keep_them(prepared):
     bank.images = Sixteen()
     with pytest.raises(TrainingFailed, match="`augment` changes colours of 8 bits, the images are uint16"):
         distilled(task, bank, State(Candidate(24), 1.0), task.native_state, 0, fit, Training(epochs=1, augment="randaugment"))
+
+
+# Features
+
+
+def test_features_are_matched_beside_the_answers(prepared, loaded):
+    """The loss is that of the answers and the weighted cosine of what the head gets, by hand; training brings both together."""
+    task, bank, fit = prepared
+    images, start = fit[:32], State(Candidate(24), task.native_state.crop_ratio)
+    bank.training = Training(epochs=3, training_batch=16, features=2.0)
+    lesson = lesson_of("distill", task, bank, start.network, task.native_state, images)
+    student = lesson.student(bank, start)
+    lesson.begin(student)
+    views = distill.Views(images[:4], np.zeros(4, bool))
+    wanted = lesson.targets(views)
+    (small,), (large,) = (list(bank.batches(s, images[:4], 4)) for s in (start, task.native_state))
+
+    def features(network, x):
+        return network.body(x).mean((2, 3))
+
+    teacher = bank.network(task.native_state)
+    with torch.no_grad():
+        assert torch.allclose(wanted, torch.cat([task.matched(teacher, large), features(teacher, large)], 1), atol=1e-5)
+        apart = 1 - F.cosine_similarity(features(student, small), features(teacher, large))
+        by_hand = task.mismatch(task.matched(student, small), task.matched(teacher, large)) + 2 * apart.mean()
+        assert float(lesson.loss(student, small, wanted)) == pytest.approx(float(by_hand), rel=1e-4)
+    assert all(p.grad is None for p in teacher.parameters())
+
+    def cosine(state):
+        with torch.no_grad():
+            ours, theirs = (
+                torch.cat([features(bank.network(s), x) for x in bank.batches(s, images, 16)])
+                for s in (state, task.native_state)
+            )
+        return float(F.cosine_similarity(ours, theirs).mean())
+
+    done, told = trainer.trained(bank, start, 0, images, bank.training, lesson, task.seed)
+    assert "features matched" in told and cosine(done) > cosine(start)
+
+
+def test_features_of_maps_are_refused(prepared, monkeypatch):
+    task, bank, fit = prepared
+    bank.training = Training(features=1.0)
+    start = State(Candidate(24), 1.0)
+    lesson = lesson_of("distill", task, bank, start.network, task.native_state, fit[:8])
+    monkeypatch.setattr(task, "matched", lambda network, x: network(x)[:, :, None, None])
+    with pytest.raises(TrainingFailed, match="answers with maps"):
+        lesson.targets(distill.Views(fit[:2], np.zeros(2, bool)))
+    with pytest.raises(DownresError, match="`features` are matched of one network"):
+        Switching(task, bank, start, [State(Candidate(16), 1.0)], task.native_state, fit[:8], False)

@@ -64,6 +64,7 @@ class Rounding(Distillation):
     doing: ClassVar = "quantization-aware training"
 
     def begin(self, network: nn.Module) -> None:
+        super().begin(network)
         name = getattr(self.bank, "head", None)
         head = None if name is None else network.get_submodule(name)
         for module in [m for m in nn.Module.modules(network) if isinstance(m, _LAYERS) and m is not head]:

@@ -25,6 +25,7 @@ class Switching(Distillation):
     others: the states beside the one that is trained, all of one network. own_heads: the last layer is private, too.
     """
 
+    alike: ClassVar = False
     rung: ClassVar = "distill"
     done: ClassVar = SWITCHED
     doing: ClassVar = "distilling at several resolutions"

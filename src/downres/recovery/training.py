@@ -34,7 +34,8 @@ class Training(Record):
     'randaugment' or 'trivialaugment' does to colours, of which the original of a distillation sees nothing; moves: and its
     shifts, shears and turns, where a label is of the whole image; erasing: the probability that a part is erased; repeats: how
     often in a batch each image is (repeated augmentation). Of labels alone: label_smoothing, and mixup and cutmix (their alpha,
-    0: none), of labels that are numbers an image. log: 'tensorboard', 'mlflow' or 'wandb'.
+    0: none), of labels that are numbers an image. Of distillation alone: features, the weight of how far what the last layer
+    gets is from what the original's gets (one minus their cosine) beside the answers. log: 'tensorboard', 'mlflow' or 'wandb'.
     """
 
     epochs: int = 20
@@ -61,6 +62,7 @@ class Training(Record):
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    features: float = 0.0
     log: str = ""
 
     def __post_init__(self) -> None:
@@ -84,7 +86,7 @@ class Training(Record):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise DownresError(f"`{name}` is a number above 0, {value!r} is not: leave it out for the default.")
-        for name in ("weight_decay", "mixup", "cutmix"):
+        for name in ("weight_decay", "mixup", "cutmix", "features"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise DownresError(f"`{name}` is a number from 0 on, {value!r} is not: give for example 0.01.")
