@@ -2,10 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 from torch import nn
 
 from ..copying import copied
@@ -17,6 +20,17 @@ from ..recovery.state import REFITTED, State
 from .evidence import Arrays
 from .question import refuse_mask_options
 from .task import SERVED_ALIKE, Question, Task
+
+
+@cache
+def _pools() -> ThreadpoolController:
+    """The libraries for linear algebra: looking for them among all that a process has loaded takes as long as a small fit."""
+    return ThreadpoolController()
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """In which a head is fitted: the order of sums, so the answer, does not depend on the machine's load."""
+    return _pools().limit(limits=1)
 
 
 class VectorTask(Task):

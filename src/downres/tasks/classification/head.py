@@ -5,11 +5,10 @@ import warnings
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
 
 from ...errors import DownresError
 from ...recovery.features import Head
-from ..vectors import folded, standardised
+from ..vectors import folded, one_thread, standardised
 
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1)
 """Values of scikit-learn's C (inverse L2 strength, on standardised features) that are tried on tuning images."""
@@ -24,9 +23,8 @@ def fit_head(features: np.ndarray, labels: np.ndarray, outputs: int, strength: f
         raise DownresError(f"No head can be fitted, {why}: give images of every class.")
     inputs, mean, scale = standardised(features)
     model = LogisticRegression(C=strength, max_iter=300, tol=1e-3)
-    with warnings.catch_warnings(), threadpool_limits(1):
+    with warnings.catch_warnings(), one_thread():
         # 300 steps are plenty for a regularised fit; whether it suffices is measured on tuning images anyway.
-        # One BLAS thread: the matrices are small, and the sum order (so the answer) does not depend on the machine's load.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(inputs, labels)
     weight, bias = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from markupsafe import Markup, escape
 from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
 
 from ...errors import DownresError
 from ...images import Fold
@@ -23,7 +22,7 @@ from ...reports import words
 from ..evidence import Arrays
 from ..table import Table, TableData, labels_beside, no_class, number_in, numbers, open_rows, read_table
 from ..task import Question, Section
-from ..vectors import ScoresTask, folded, ranked_alike, stacked, standardised
+from ..vectors import ScoresTask, folded, one_thread, ranked_alike, stacked, standardised
 from .quality import MultilabelQuality, class_precision, compare_scores, multilabel_quality, resampled_map
 
 SEPARATORS = "|;, "
@@ -170,7 +169,7 @@ class Multilabel(ScoresTask):
     def fit(self, features: np.ndarray, indices: np.ndarray, strength: float) -> Head:
         inputs, mean, scale = standardised(features)
         weights, biases = [], []
-        with threadpool_limits(1):  # the order of sums, so the answer, does not depend on the machine's load
+        with one_thread():
             for name, column in zip(self.data.names, self.data.targets[indices].T, strict=True):
                 if column.min() == column.max():
                     raise DownresError(f"No head can be fitted: all training images agree on {name}; add others.")

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import Ridge
-from threadpoolctl import threadpool_limits
 
 from ...errors import DownresError
 from ...images.parts import listed_names
@@ -21,7 +20,7 @@ from ...recovery.views import Views
 from ..evidence import Arrays
 from ..table import TableData, labels_beside, numbers, open_rows, read_table
 from ..task import Question
-from ..vectors import VectorTask, folded, stacked, standardised
+from ..vectors import VectorTask, folded, one_thread, stacked, standardised
 
 SERVING = """
 def answer(output, picture, name):  # numbers by their names, as they are
@@ -167,7 +166,7 @@ class Regression(VectorTask):
     def fit(self, features: np.ndarray, indices: np.ndarray, strength: float) -> Head:
         inputs, mean, scale = standardised(features)
         truth = self.data.targets[indices]
-        with threadpool_limits(1):  # the order of sums, so the answer, does not depend on the machine's load
+        with one_thread():
             model = Ridge(alpha=strength).fit(inputs.astype(np.float64), truth)
         return folded(model.coef_.reshape(truth.shape[1], -1), np.asarray(model.intercept_).reshape(-1), mean, scale)
 
