@@ -104,6 +104,17 @@ def is_dataset(data: Any) -> bool:
     return not isinstance(data, known) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 
+def no_data(data: Any) -> DownresError:
+    """Of what is neither a folder nor gives its items by index."""
+    name = type(data).__name__
+    if hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        return DownresError(
+            f"A {name} gives its items one after the other, and a proof looks at some of them many times: give what it reads, "
+            "the folder of its shards or parquet files as `data='shards/'`, or the dataset, by load_dataset without streaming."
+        )
+    return DownresError(f"A {name} is no data of a classifier: give a folder, or a dataset of (image, target).")
+
+
 def names_of(dataset: Any, outputs: int | None) -> tuple[str, ...]:
     """The classes of a dataset: its own names, else numbers."""
     if getattr(dataset, "target_transform", None) is not None:  # its names are of other numbers than its targets
