@@ -13,15 +13,31 @@ Recorded: seconds to open and to read every opened picture once afterwards, deco
 the imports (which counts the touched pages of the cache, that the system may take back), and the size of the cache on disk.
 Expected time: 5 minutes on two quiet cores, 13 on busy ones. Wanted, and asserted: from 10⁴ training images on, decoded files
 and disk stay what they are. Time and memory still grow by the list of names.
+
+    python benchmarks/opening.py --archives --place FOLDER
+
+The same question of data that are in archives: 500 pictures to test on and 10³ to 10⁵ to fit on, 32×32 JPEGs of noise, no two
+the same, as WebDataset shards of 1000, as parquet with groups of 100 rows, as ImageNet's own tar of tars and, to compare
+with, as class folders. Each is opened twice, a process each: first without an index, then again. Recorded: CPU seconds (of all
+threads, the disk's time not among them) to list what is there, to open the pictures and to the first result, the top-1 of a
+tiny network on the 500; and peak resident memory above that of the imports. Expected time: 15 minutes. What is generated is
+deleted. Wanted, and asserted: from 10⁴ to 10⁵ memory grows by less than 200 bytes a picture, and CPU seconds by less than half of
+what their number does.
+The result is put into the field "archives" of the same file.
 """
 
 import argparse
+import io
 import json
 import os
+import resource
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +53,22 @@ def main() -> None:
     options.add_argument("--place", type=Path, help="where the sets are made, a disk with a million free inodes")
     options.add_argument("--date", help="for the result, default today")
     options.add_argument("--case", nargs=2, metavar=("FOLDER", "NAME"), help=argparse.SUPPRESS)
+    options.add_argument("--archives", action="store_true", help="archives in the place of folders, up to 10⁵")
     given = options.parse_args()
     if given.case:
-        print(json.dumps(opened(Path(given.case[0]), given.case[1])))
+        how = archive_opened if given.case[1] in KINDS else opened
+        print(json.dumps(how(Path(given.case[0]), given.case[1])))
         return
-    from measuring import Watch, save
+    from measuring import RESULTS, Watch, save
+
+    if given.archives:
+        kept = json.loads((RESULTS / "opening.json").read_text())
+        with tempfile.TemporaryDirectory() as folder:
+            content = {"tested_images": TESTED, "jpeg": [32, 32], "rows": archive_rows(given.sizes[:3], given.place)}
+            command = "python benchmarks/opening.py --archives"
+            new = json.loads(save("archives", command, given.date, content, Path(folder)).read_text())
+        (RESULTS / "opening.json").write_text(json.dumps(kept | {"archives": new}, indent=1) + "\n")
+        return
 
     rows = []
     for size in given.sizes:
@@ -63,6 +90,8 @@ def main() -> None:
         large = [row for row in rows if row["case"] == case and row["training_images"] >= 10**4]
         assert len({(row["decoded"], row["cache_mb"]) for row in large}) <= 1, "what is decoded grows with the folder"
     content = {"tested_images": TESTED, "jpeg": SIZE, "rows": rows}
+    if (before := RESULTS / "opening.json").exists():  # what --archives measured stays
+        content |= {"archives": json.loads(before.read_text()).get("archives")}
     file = save("opening", "python benchmarks/opening.py --before CHECKOUT", given.date, content)
     print(f"{file.relative_to(file.parents[2])} written")
 
@@ -109,6 +138,141 @@ def opened(folder: Path, case: str) -> dict:
         "cache_mb": round(mapped_mb(), 1),
         "check": total,
     }
+
+
+KINDS = ("folders", "shards", "parquet", "imagenet")
+
+
+def archive_rows(sizes: list[int], place: Path | None) -> list[dict]:
+    """Every kind of every size, opened twice; the conditions asserted."""
+    rows = []
+    for size in sizes:
+        for kind in KINDS:
+            with tempfile.TemporaryDirectory(dir=place) as folder:
+                make_archive(kind, Path(folder) / "data", size)
+                environment = os.environ | {"XDG_CACHE_HOME": str(Path(folder) / "cache")}
+                for when in ("first", "again"):
+                    run = [sys.executable, __file__, "--case", str(Path(folder) / "data"), kind]
+                    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+                    rows.append({"training_images": size, "kind": kind, "when": when, **json.loads(done.stdout)})
+                    print(rows[-1], file=sys.stderr)
+    for few, many in (
+        (few, many)
+        for few in rows
+        for many in rows
+        if (few["kind"], few["when"]) == (many["kind"], many["when"])
+        and few["training_images"] == 10**4 < many["training_images"]
+    ):
+        more = many["training_images"] - few["training_images"]
+        assert (many["peak_mb"] - few["peak_mb"]) * 1e6 < 200 * more, (few, many)
+        assert many["result_s"] / few["result_s"] < 0.5 * many["training_images"] / few["training_images"], (few, many)
+        assert many["decoded"] == few["decoded"], (few, many)
+    return rows
+
+
+def wnids() -> list[str]:
+    from timm.data import ImageNetInfo
+
+    return ImageNetInfo("imagenet-1k").label_names()[:CLASSES]
+
+
+def pictures(first: int, count: int) -> Iterator[tuple[int, bytes]]:
+    """(class, JPEG) of noise, of each number another."""
+    for i in range(first, first + count):
+        file = io.BytesIO()
+        noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((32, 32), Image.Resampling.BICUBIC).save(file, "jpeg", quality=85)
+        yield i % CLASSES, file.getvalue()
+
+
+def make_archive(kind: str, root: Path, size: int) -> None:
+    """train and val of one kind, CLASSES of ImageNet's classes in it."""
+    root.mkdir()
+    names = wnids()
+    for part, first, count in (("train", TESTED, size), ("val", 0, TESTED)):
+        some = ((f"{part}_{i:07d}", label, jpeg) for i, (label, jpeg) in enumerate(pictures(first, count)))
+        if kind == "folders":
+            for name in names:
+                (root / part / name).mkdir(parents=True)
+            for key, label, jpeg in some:
+                (root / part / names[label] / f"{key}.jpg").write_bytes(jpeg)
+        elif kind == "shards":
+            for start in range(0, count, 1000):
+                with tarfile.open(root / f"set-{part}-{start // 1000:05d}.tar", "w") as tar:
+                    for key, label, jpeg in islice(some, 1000):
+                        put(tar, f"{key}.jpg", jpeg)
+                        put(tar, f"{key}.cls", names[label].encode())
+        elif kind == "parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            for start in range(0, count, 10_000):
+                rows = list(islice(some, 10_000))
+                columns = {"image": [{"bytes": jpeg, "path": f"{key}.jpg"} for key, _, jpeg in rows]}
+                columns["label"] = [names[label] for _, label, _ in rows]
+                pq.write_table(pa.table(columns), root / f"{part}-{start // 10_000:05d}.parquet", row_group_size=100)
+        elif part == "val":
+            with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as tar, open(root / "LOC_val_solution.csv", "w") as truth:
+                truth.write("ImageId,PredictionString\n")
+                for i, (_, label, jpeg) in enumerate(some, 1):
+                    put(tar, f"ILSVRC2012_val_{i:08d}.JPEG", jpeg)
+                    truth.write(f"ILSVRC2012_val_{i:08d},{names[label]} 0 0 31 31\n")
+        else:
+            with tempfile.TemporaryDirectory(dir=root) as folder:
+                inner = [tarfile.open(Path(folder) / f"{name}.tar", "w") for name in names]
+                for key, label, jpeg in some:
+                    put(inner[label], f"{names[label]}_{key}.JPEG", jpeg)
+                with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as tar:
+                    for one in inner:
+                        one.close()
+                        tar.add(one.name, Path(one.name).name)
+
+
+def put(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    told = tarfile.TarInfo(name)
+    told.size = len(content)
+    tar.addfile(told, io.BytesIO(content))
+
+
+def archive_opened(folder: Path, kind: str) -> dict:
+    """One opening and a first result, in this process."""
+    import timm.data  # noqa: F401  # which the classes' names take
+    import torch
+    from torch import nn
+
+    from downres import Model, Preprocessing, evaluate
+    from downres.images.archives import find_archives, list_archives
+    from downres.tasks.classification.archives import open_archives
+    from downres.tasks.classification.folders import open_folder
+
+    if kind == "parquet":
+        import pyarrow.parquet  # noqa: F401
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1000)).eval()
+    model = Model(module, Preprocessing(32, 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3), "", "", 1000)
+    before, start = peak_mb(), cpu()
+    found = find_archives(folder)
+    if found is not None:
+        list_archives(found)
+    listed = cpu() - start
+    data = open_folder(folder, outputs=1000) if found is None else open_archives(found, 1000)
+    open_s, open_mb = cpu() - start, peak_mb() - before
+    score = evaluate(model, data, runtime="torch", threads=1)
+    return {
+        "list_s": round(listed, 2),
+        "open_s": round(open_s, 2),
+        "result_s": round(cpu() - start, 2),
+        "decoded": len(data.images),
+        "tested": score.n,
+        "correct": score.correct,
+        "open_mb": round(open_mb, 1),
+        "peak_mb": round(peak_mb() - before, 1),
+    }
+
+
+def cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 def peak_mb() -> float:

@@ -267,7 +267,9 @@ def list_archives(archives: Archives, progress: Progress | None = None) -> Listi
 
 
 class Opened(NamedTuple):
-    """Pictures in an order of their keys' hashes. rows: which of the listing they are; tuning: bool (n,), those that tune."""
+    """Pictures in an order of their keys' hashes. rows: which of the listing they are; tuning: bool (n,), those that tune.
+    how: they are divided, left_out: what is not used and why, for a description.
+    """
 
     images: Images
     rows: np.ndarray
@@ -275,6 +277,7 @@ class Opened(NamedTuple):
     tuning: np.ndarray
     skipped: tuple[Skip, ...]
     how: str
+    left_out: str
 
 
 def open_listing(
@@ -307,7 +310,7 @@ def open_listing(
     divided = [Fold(remaining(fold.train, "fit on"), remaining(fold.test, "test on")) for fold in chosen.folds]
     apart = [_without_copies(opened, fold) for fold in divided]
     copies = sum(len(fold.train) - len(clean.train) for fold, clean in zip(divided, apart, strict=True))
-    said = chosen.how
+    said = ""
     if copies:
         said += f"; {copies} with the pixels of an image to test on are not fitted on"
     if skipped:
@@ -318,7 +321,8 @@ def open_listing(
     if listing.archives.idle:
         said += f"; not used: {listed_names(listing.archives.idle)}"
     kept = place >= 0
-    return Opened(opened, chosen.rows[kept], tuple(apart), chosen.tuning[kept], (*skipped, *listing.left_out), said)
+    every = (*skipped, *listing.left_out)
+    return Opened(opened, chosen.rows[kept], tuple(apart), chosen.tuning[kept], every, chosen.how, said)
 
 
 class _Chosen(NamedTuple):
@@ -391,7 +395,7 @@ def _divide(listing: Listing, parts: Sequence[str], val_fraction: float, folds: 
             )
     chosen_by = f" by the hash of each one's key and the seed ({seed})"
     if not as_found and not (folds is None and test.all()):
-        how += f", divided{chosen_by}, so that classes have nearly the same shares"
+        how += f", divided{chosen_by}"
     elif any(len(fold.train) + len(fold.test) < n for fold in listed) and " of " in how:
         how += f", chosen{chosen_by}"
     rows = np.unique(np.concatenate([side for fold in listed for side in (fold.train, fold.test)]))

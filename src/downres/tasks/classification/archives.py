@@ -44,7 +44,8 @@ def open_archives(archives: Archives, outputs: int | None, **options: Any) -> Da
     output_of, classes, order = _labelled(listing, outputs)
     found = open_listing(listing, **options)
     labels = output_of[listing.labels[found.rows]]
-    description = f"{len(labels)} images of {len(set(labels.tolist()))} classes, {found.how}{order}."
+    nearly = ", so that classes have nearly the same shares" if "divided by" in found.how else ""
+    description = f"{len(labels)} images of {len(set(labels.tolist()))} classes, {found.how}{nearly}{found.left_out}{order}."
     return Dataset(found.images, labels, classes, found.folds, found.skipped, description, tuning=found.tuning)
 
 
