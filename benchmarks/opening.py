@@ -21,8 +21,8 @@ the same, as WebDataset shards of 1000, as parquet with groups of 100 rows, as I
 with, as class folders. Each is opened twice, a process each: first without an index, then again. Recorded: CPU seconds (of all
 threads, the disk's time not among them) to list what is there, to open the pictures and to the first result, the top-1 of a
 tiny network on the 500; and peak resident memory above that of the imports. Expected time: 15 minutes. What is generated is
-deleted. Wanted, and asserted: from 10⁴ to 10⁵ memory grows by less than 200 bytes a picture, and CPU seconds by less than half of
-what their number does.
+deleted. Wanted, and asserted: from 10⁴ to 10⁵ memory grows by less than 200 bytes a picture, and CPU seconds by less than half
+of what their number does.
 The result is put into the field "archives" of the same file.
 """
 
@@ -255,7 +255,7 @@ def archive_opened(folder: Path, kind: str) -> dict:
     if found is not None:
         list_archives(found)
     listed = cpu() - start
-    data = open_folder(folder, outputs=1000) if found is None else open_archives(found, 1000)
+    data = open_folder(folder, outputs=1000) if found is None else open_archives(found, outputs=1000)
     open_s, open_mb = cpu() - start, peak_mb() - before
     score = evaluate(model, data, runtime="torch", threads=1)
     return {

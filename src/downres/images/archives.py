@@ -405,27 +405,32 @@ def _divide(listing: Listing, parts: Sequence[str], val_fraction: float, folds: 
     return _Chosen(rows, [Fold(np.sort(where[f.train]), np.sort(where[f.test])) for f in listed], tuned[rows], how)
 
 
+def encoded_in(listing: Listing, rows: np.ndarray) -> tuple[list[Encoded], np.ndarray]:
+    """(the pictures of those rows, to be read, and where each begins in its file, int64 (n, 2))."""
+    found: dict[int, Encoded] = {}
+    begins = np.zeros((len(rows), 2), np.int64)
+    for number in np.unique(listing.file[rows]):
+        here = np.flatnonzero(listing.file[rows] == number)
+        path, index = listing.files[number], listing.index(number)
+        at = listing.at[rows[here]]
+        begins[here] = np.stack([index.start[at], index.length[at]], 1)
+        column = None if path.suffix.lower() in _TAR else columns.image_column(path)
+        for i, row in zip(here.tolist(), at.tolist(), strict=True):
+            place = path, int(index.start[row]), int(index.length[row])
+            found[i] = Member(*place, index.name(row)) if column is None else columns.Row(*place, column, index.name(row))
+    return [found[i] for i in range(len(rows))], begins
+
+
 def _decode(
     listing: Listing, chosen: _Chosen, cache_gb: float | None, progress: Progress | None, channels: int
 ) -> tuple[Images, np.ndarray, list[Skip]]:
     """(pictures, the place of each row among them or -1, those that cannot be read): each decoded once, as they lie in their
     files, those to test on first.
     """
-    pictures: list[Encoded | None] = [None] * len(chosen.rows)
-    begins = np.zeros((len(chosen.rows), 2), np.int64)
-    for number in np.unique(listing.file[chosen.rows]):
-        here = np.flatnonzero(listing.file[chosen.rows] == number)
-        path, index = listing.files[number], listing.index(number)
-        at = listing.at[chosen.rows[here]]
-        begins[here] = np.stack([index.start[at], index.length[at]], 1)
-        column = None if path.suffix.lower() in _TAR else columns.image_column(path)
-        for i, row in zip(here.tolist(), at.tolist(), strict=True):
-            place = path, int(index.start[row]), int(index.length[row])
-            pictures[i] = Member(*place, index.name(row)) if column is None else columns.Row(*place, column, index.name(row))
-    tested = np.zeros(len(pictures), bool)
+    sources, begins = encoded_in(listing, chosen.rows)
+    tested = np.zeros(len(sources), bool)
     tested[np.concatenate([fold.test for fold in chosen.folds])] = True
     in_order = np.lexsort((begins[:, 1], begins[:, 0], listing.file[chosen.rows], ~tested))
-    sources = [picture for picture in pictures if picture is not None]
     # Two files may have pictures of one name: here they go by their numbers.
     images, unread = from_files(
         sources,

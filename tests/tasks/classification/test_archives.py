@@ -75,7 +75,7 @@ def shards(folder: Path, order: Any, size: int = 10, name: str = "shard-{:03d}.t
 def opened(data: Any, outputs: int | None = 3, **options: Any) -> folders.Dataset:
     found = find_archives(data)
     assert found is not None
-    return open_archives(found, outputs, **options)
+    return open_archives(found, outputs=outputs, **options)
 
 
 def sides(data: Any) -> dict[str, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 import tarfile
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DownresError
-from ...images.archives import Archives, Listing, list_archives, open_listing
+from ...images.archives import Archives, Listing, find_archives, list_archives, open_listing
 from ...images.index import NO_LABEL, SEVERAL
 from ...images.parts import listed_names
 from ..table import no_class, number_in
@@ -33,14 +34,18 @@ def archive_classes(archives: Archives, outputs: int | None) -> tuple[str, ...]:
     return _labelled(list_archives(archives), outputs)[1]
 
 
-def open_archives(archives: Archives, outputs: int | None, **options: Any) -> Dataset:
+def open_archives(archives: Archives | str | os.PathLike[str], *, outputs: int | None, **options: Any) -> Dataset:
     """Pictures and labels of archives, divided by hashes of their keys; options as for `open_folder`.
 
-    Labels are whole numbers, the outputs' own, or names, which are taken in alphabetical order; ImageNet's (n01440764) are
-    mapped to its 1000 outputs. A picture without a label, or with two, is left out and counted. Raises DownresError, in one
-    sentence that says why, where the archives cannot be used.
+    archives: a .tar, .parquet or .arrow file, several by `shards-{000..146}.tar` or `*`, or a folder of them. outputs: of the
+    network, which the labels must fit; None accepts any number. Labels are whole numbers, the outputs' own, or names, which are
+    taken in alphabetical order; ImageNet's (n01440764) are mapped to its 1000 outputs. A picture without a label, or with two,
+    is left out and counted. Raises DownresError, in one sentence that says why, where the archives cannot be used.
     """
-    listing = list_archives(archives, options.get("progress"))
+    found_there = archives if isinstance(archives, Archives) else find_archives(archives)
+    if found_there is None:
+        raise DownresError(f"{archives} holds no .tar, .parquet or .arrow files to read pictures from: name some, or a folder.")
+    listing = list_archives(found_there, options.get("progress"))
     output_of, classes, order = _labelled(listing, outputs)
     found = open_listing(listing, **options)
     labels = output_of[listing.labels[found.rows]]

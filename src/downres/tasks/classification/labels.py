@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from ...errors import DownresError
-from ...images import Images, Progress
+from ...images import Progress, from_files
+from ...images.images import cache_bytes
 from ...images.parts import divide, listed_names
 from ..table import Table, no_class, number_in, open_rows, read_table
 from .folders import Dataset, whole
@@ -144,8 +145,8 @@ def from_dataset(
     progress: Progress | None = None,
     channels: int = 3,
 ) -> Dataset:
-    """Its pictures, each taken when it is looked at. Targets are whole numbers; pictures are PIL images or uint8 arrays
-    (H, W) or (H, W, 3): a dataset that makes tensors of them is to be given without its transforms.
+    """Its pictures, each taken once and kept within the cache. Targets are whole numbers; pictures are PIL images or uint8
+    arrays (H, W) or (H, W, 3): a dataset that makes tensors of them is to be given without its transforms.
     """
     labels, classes = _labels_in(dataset), names_of(dataset, outputs)
     if labels.min() < 0 or labels.max() >= len(classes):
@@ -153,7 +154,16 @@ def from_dataset(
             f"Labels of {len(classes)} classes are 0 to {len(classes) - 1}, {labels.min()} to {labels.max()} are not: "
             "number the classes from 0."
         )
-    images = Images(_Pictures(dataset), [f"item {i}" for i in range(len(dataset))])
+    pictures = _Pictures(dataset)
+    # In one thread: what a dataset of somebody else's does in two is not known.
+    images, _ = from_files(
+        range(len(dataset)),  # type: ignore[arg-type]  # what `read` is given
+        [f"item {i}" for i in range(len(dataset))],
+        progress,
+        workers=1,
+        read=pictures.__getitem__,
+        cache=cache_bytes(cache_gb),
+    )
     divided = divide(labels, parts, val_fraction, folds, seed)
     description = (
         f"{len(labels)} images of {len(classes)} classes, given in Python, {len(divided)} fold{'s' * (len(divided) > 1)}."

@@ -110,7 +110,7 @@ class Classification(ScoresTask):
         if str(data) == DEMO_DATA:
             return open_elpv(options.get("folds") or 5, options.get("seed", 0))
         if (archives := find_archives(data)) is not None:
-            return open_archives(archives, outputs, **options)
+            return open_archives(archives, outputs=outputs, **options)
         return open_folder(data, outputs=outputs, **options)
 
     def begin(self, data: Dataset, seed: int) -> None:  # type: ignore[override]
