@@ -164,7 +164,7 @@ def _scan(path: Path) -> Index:
                 keys = _by_content(path, group, column, row, keys)
             for value, key in zip(labels, keys, strict=True):
                 text = key if isinstance(key, (str, int)) and not isinstance(key, bool) else str(key)
-                name = f"{text:016x}" if isinstance(text, _Digest) else str(text).replace("\\", "/").rpartition("/")[2]
+                name = f"{text:016x}" if isinstance(text, _Digest) else str(text).replace("\\", "/").rpartition("/")[2] or "row"
                 made.add(name, int(text) if isinstance(text, _Digest) else str(text), group, row, _label(value))
                 row += 1
     return made.done()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from downres import DownresError, check, evaluate, search
 from downres.images import archives, tars
@@ -398,13 +399,24 @@ def test_numbers_from_zero_in_every_shard_are_groups(tmp_path: Path) -> None:
     assert not set(sides(data)["proof"]) & set(sides(data)["fit"])
 
 
-def test_a_stream_is_refused_with_what_to_give(tmp_path: Path) -> None:
-    class Stream:
-        def __iter__(self) -> Any:
-            return iter(())
+class Stream:
+    def __iter__(self) -> Any:
+        return iter(())
 
-    with pytest.raises(DownresError, match=r"A Stream gives its items one after the other.*without streaming"):
-        evaluate(model_of(Colours(), outputs=3), Stream())
+
+class Pipeline(IterableDataset):
+    """As WebDataset's: it may say its length, and has PyTorch's __getitem__, which is none."""
+
+    __iter__ = Stream.__iter__
+
+    def __len__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize("stream", [Stream(), Pipeline()])
+def test_a_stream_is_refused_with_what_to_give(stream: Any) -> None:
+    with pytest.raises(DownresError, match=r"A \w+ gives its items one after the other.*without streaming"):
+        evaluate(model_of(Colours(), outputs=3), stream)
 
 
 # ImageNet's own

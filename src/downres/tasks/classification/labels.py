@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from ...errors import DownresError
 from ...images import Progress, from_files
@@ -101,14 +102,14 @@ def open_labelled(folder: str | Path, labels: Labels, outputs: int | None, **opt
 
 def is_dataset(data: Any) -> bool:
     """Whether it is a map-style dataset: Hugging Face's, or one of PyTorch's, of (image, target)."""
-    known = (str, Path, Dataset)
+    known = (str, Path, Dataset, IterableDataset)  # PyTorch's have a __getitem__ that is none, and may have a length
     return not isinstance(data, known) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 
 def no_data(data: Any) -> DownresError:
     """Of what is neither a folder nor gives its items by index."""
     name = type(data).__name__
-    if hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+    if hasattr(data, "__iter__"):
         return DownresError(
             f"A {name} gives its items one after the other, and a proof looks at some of them many times: give what it reads, "
             "the folder of its shards or parquet files as `data='shards/'`, or the dataset, by load_dataset without streaming."
