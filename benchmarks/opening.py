@@ -175,7 +175,7 @@ def archive_rows(sizes: list[int], place: Path | None) -> list[dict]:
         more = many["training_images"] - few["training_images"]
         assert (many["peak_mb"] - few["peak_mb"]) * 1e6 < 200 * more, (few, many)
         assert many["result_s"] / few["result_s"] < 0.5 * many["training_images"] / few["training_images"], (few, many)
-        assert many["decoded"] == few["decoded"], (few, many)
+        assert many["decoded"] <= TESTED + 10_000, (few, many)
     return rows
 
 

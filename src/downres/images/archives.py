@@ -26,7 +26,7 @@ PROOF_IMAGES = 50_000
 TUNING = 0.25
 """Of the images to fit on, the part that tunes."""
 TUNING_IMAGES = 1000
-"""Of those at most so many are opened, as many as choose the rungs of a ladder."""
+"""Of those so many are opened at most, as many as choose the rungs of a ladder: the others are not fitted on instead."""
 _TAR, _COLUMNS = (".tar",), (".parquet", ".arrow")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _PROOF, _KEPT, _TUNED = range(3)
@@ -351,8 +351,6 @@ def _divide(listing: Listing, parts: Sequence[str], val_fraction: float, folds: 
         return rows if len(rows) <= most else rows[np.argsort(order[rows], kind="stable")[:most]]
 
     def to_fit(rows: np.ndarray) -> np.ndarray:
-        if len(rows) <= TRAINING_IMAGES:
-            return rows
         sides = (rows[~tuned[rows]], TRAINING_IMAGES - TUNING_IMAGES), (rows[tuned[rows]], TUNING_IMAGES)
         return np.concatenate([lowest(side, most) for side, most in sides])
 

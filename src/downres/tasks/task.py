@@ -57,16 +57,16 @@ class Data(Protocol):
         ...
 
 
-def told_apart(data: Any, fold: Fold) -> tuple[np.ndarray, np.ndarray] | None:
+def told_apart(data: Any, fold: Fold, most: int) -> tuple[np.ndarray, np.ndarray] | None:
     """(fit, tune) where the data themselves say which images tune, as archives do by a hash of each key; else None. Their order
-    is that of another hash: the first few that tune are a sample.
+    is that of another hash: the first few that tune are a sample, and after `most` of them the rest is left alone.
     """
     if (tuning := getattr(data, "tuning", None)) is None:
         return None
     tunes = tuning[fold.train]
     if tunes.all():  # of two or three images
         return fold.train, fold.train[:0]
-    return fold.train[~tunes], fold.train[tunes]
+    return fold.train[~tunes], fold.train[tunes][:most]
 
 
 KINDS: dict[str, type["Task"]] = {}
@@ -216,7 +216,7 @@ class Task(ABC):
 
     def split(self, fold: Fold) -> tuple[np.ndarray, np.ndarray]:
         """(fit, tune): about a quarter of the training images tune, at most `tuning_images`, drawn at random."""
-        if (told := told_apart(self.data, fold)) is not None:
+        if (told := told_apart(self.data, fold, max(1, self.tuning_images // len(self.data.folds)))) is not None:
             return told
         n = len(fold.train)
         if n < 4:

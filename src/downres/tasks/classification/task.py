@@ -131,12 +131,12 @@ class Classification(ScoresTask):
 
         Tuning images come in random order: the first few of them are a sample.
         """
-        if (told := told_apart(self.data, fold)) is not None:
+        most = max(1, self.tuning_images // len(self.data.folds))
+        if (told := told_apart(self.data, fold, most)) is not None:
             return told
         n = len(fold.train)
         if n < 4:
             return fold.train, np.zeros(0, np.int64)
-        most = max(1, self.tuning_images // len(self.data.folds))
         split = split_once(self.labels[fold.train], min(0.25, most / n), self.seed)
         return fold.train[split.train], np.random.default_rng([self.seed, 1]).permutation(fold.train[split.test])
 
