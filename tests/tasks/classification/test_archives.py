@@ -16,11 +16,13 @@ import pytest
 from PIL import Image
 from torch.utils.data import IterableDataset
 
+import downres
 from downres import DownresError, check, evaluate, search
-from downres.images import archives, tars
+from downres.images import archives, decode, tars
 from downres.images.archives import find_archives, matched
 from downres.images.index import index_of
 from downres.images.split import digest, drawn
+from downres.searching.doctor import _some_pictures
 from downres.tasks.agreement.photos import open_photos
 from downres.tasks.classification import folders
 from downres.tasks.classification.archives import open_archives
@@ -236,6 +238,15 @@ def test_class_folders_in_a_tar_and_parts_in_it(tmp_path: Path) -> None:
     members = [(f"{'train' if i < 20 else 'val'}/{'abc'[i % 3]}/{i}.png", png(i, i % 3)) for i in range(30)]
     (fold,) = opened(write_tar(tmp_path / "parts.tar", members)).folds
     assert (len(fold.train), len(fold.test)) == (20, 10)
+
+
+def test_from_python_by_name_and_in_doctor(tmp_path: Path) -> None:
+    shards(tmp_path / "w", range(60))
+    assert downres.open_archives(tmp_path / "w", outputs=3).fingerprint() == opened(tmp_path / "w").fingerprint()
+    with pytest.raises(DownresError, match="holds no .tar, .parquet or .arrow files"):
+        downres.open_archives(tmp_path / "nothing", outputs=3)
+    some = _some_pictures(tmp_path / "w")
+    assert len(some) == 32 and len({decode(one).tobytes() for one in some}) == 32
 
 
 # The index
