@@ -31,6 +31,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -65,10 +66,12 @@ def main() -> None:
     if given.archives:
         kept = json.loads((RESULTS / "opening.json").read_text())
         with tempfile.TemporaryDirectory() as folder:
-            content = {"tested_images": TESTED, "jpeg": [32, 32], "rows": archive_rows(given.sizes[:3], given.place)}
+            content = {"tested_images": TESTED, "jpeg": [32, 32], "photo_ms": photo_ms()}
+            content["rows"] = archive_rows(given.sizes[:3], given.place)
             command = "python benchmarks/opening.py --archives"
             new = json.loads(save("archives", command, given.date, content, Path(folder)).read_text())
         (RESULTS / "opening.json").write_text(json.dumps(kept | {"archives": new}, indent=1) + "\n")
+        write_table(new)
         return
 
     rows = []
@@ -141,7 +144,9 @@ def opened(folder: Path, case: str) -> dict:
     }
 
 
-KINDS = ("folders", "shards", "parquet", "imagenet")
+NAMES = {"folders": "class folders", "shards": "WebDataset shards", "parquet": "parquet", "imagenet": "ImageNet's tars"}
+KINDS = tuple(NAMES)
+MARKS = "<!-- opening -->\n", "<!-- end of opening -->"
 
 
 def archive_rows(sizes: list[int], place: Path | None) -> list[dict]:
@@ -177,6 +182,64 @@ def archive_rows(sizes: list[int], place: Path | None) -> list[dict]:
         assert many["result_s"] / few["result_s"] < 0.5 * many["training_images"] / few["training_images"], (few, many)
         assert many["decoded"] <= TESTED + 10_000, (few, many)
     return rows
+
+
+def photo_ms() -> float:
+    """CPU milliseconds to decode, sum and keep a JPEG of 500×375 that compresses as photographs do."""
+    from downres.images import from_files
+
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+        noisy = np.asarray(coarse) + rng.normal(0, 8, (375, 500, 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file := Path(folder) / "photo.jpg", quality=85)
+        start = cpu()
+        from_files([file] * 200, [str(i) for i in range(200)])
+        return round((cpu() - start) / 200 * 1000, 2)
+
+
+def write_table(measured: dict) -> None:
+    """The table of docs/scale.md, and what ImageNet will cost by it."""
+    rows = {(row["kind"], row["when"], row["training_images"]): row for row in measured["rows"]}
+    sizes = sorted({size for *_, size in rows})
+    few, many = sizes[-2:]
+    lines = [
+        f"Tiny pictures, {measured['tested_images']} to test on and as many to fit on as the columns say: CPU seconds to list",
+        "what is there (the first time, again) and to the first result, and peak memory above the imports'",
+        f"([opening.py](../benchmarks/opening.py), {measured['date']}, {measured['hardware']}):",
+        "",
+        f"| data | {' | '.join(f'list, {size:,}' for size in sizes)} | {' | '.join(f'result, {size:,}' for size in sizes)} | "
+        f"{' | '.join(f'memory, {size:,}' for size in sizes)} |",
+        "|---|" + "--:|" * 3 * len(sizes),
+    ]
+    for kind, called in NAMES.items():
+        first, again = ([rows[kind, when, size] for size in sizes] for when in ("first", "again"))
+        listed = [
+            f"{a['list_s']:.1f}, {b['list_s']:.1f} s" if kind != "folders" else "" for a, b in zip(first, again, strict=True)
+        ]
+        result = [f"{a['result_s']:.1f}, {b['result_s']:.1f} s" for a, b in zip(first, again, strict=True)]
+        memory = [f"{max(a['peak_mb'], b['peak_mb']):.0f} MB" for a, b in zip(first, again, strict=True)]
+        lines.append(f"| {called} | " + " | ".join([*listed, *result, *memory]) + " |")
+
+    def slope(when: str, what: str) -> float:
+        return (rows["imagenet", when, many][what] - rows["imagenet", when, few][what]) / (many - few)
+
+    n, looked_at, ms = 1_331_167, 60_000, measured["photo_ms"]
+    listed, again, bytes_each = slope("first", "list_s"), slope("again", "list_s"), slope("first", "peak_mb") * 1e6
+    lines += [
+        "",
+        f"From {few:,} to {many:,} pictures in ImageNet's tars memory grows by {bytes_each:.0f} bytes a picture, time by",
+        f"{listed * 1e6:.0f} µs the first time and {again * 1e6:.1f} µs again. **ImageNet** has {n:,} pictures: by these",
+        f"figures {n * listed / 60:.1f} minutes of CPU to read its headers once, beside the disk's time to seek as often,",
+        f"{n * again:.0f} seconds at later starts, and {n * bytes_each / 1e6:.0f} MB. Its 50,000 proof images and 10,000 to fit",
+        f"on take {ms:.1f} ms each at 500×375: {looked_at * ms / 60_000:.0f} minutes of CPU at every start, and",
+        f"{looked_at * 500 * 375 * 3 / 1e9:.0f} GB of the cache. With a smaller `--cache-gb` what does not fit is decoded",
+        "at each look, of parquet with all of its group of rows. Nothing of that size was run here.",
+        "",
+    ]
+    text = re.sub(r"(?<=\d),(?=\d{3})", " ", "\n".join(lines))
+    before, _, rest = (document := Path(__file__).resolve().parents[1] / "docs" / "scale.md").read_text().partition(MARKS[0])
+    document.write_text(before + MARKS[0] + text + MARKS[1] + rest.partition(MARKS[1])[2])
 
 
 def wnids() -> list[str]:
