@@ -27,6 +27,7 @@ The result is put into the field "archives" of the same file.
 """
 
 import argparse
+import functools
 import io
 import json
 import multiprocessing
@@ -38,7 +39,6 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -145,7 +145,7 @@ def opened(folder: Path, case: str) -> dict:
 
 
 NAMES = {"folders": "class folders", "shards": "WebDataset shards", "parquet": "parquet", "imagenet": "ImageNet's tars"}
-KINDS = tuple(NAMES)
+KINDS = ("imagenet", "shards", "parquet", "folders")
 MARKS = "<!-- opening -->\n", "<!-- end of opening -->"
 
 
@@ -169,6 +169,12 @@ def archive_rows(sizes: list[int], place: Path | None) -> list[dict]:
                         measured = pool.submit(archive_opened, Path(folder)).result()
                     rows.append({"training_images": size, "kind": kind, "when": when, **measured})
                     print(rows[-1], file=sys.stderr)
+    check_rows(rows)
+    return rows
+
+
+def check_rows(rows: list[dict]) -> None:
+    """What is wanted of them."""
     assert len({row["correct"] for row in rows}) == 1, "the same 500 pictures, and another top-1"
     for few, many in (
         (few, many)
@@ -181,7 +187,6 @@ def archive_rows(sizes: list[int], place: Path | None) -> list[dict]:
         assert (many["peak_mb"] - few["peak_mb"]) * 1e6 < 200 * more, (few, many)
         assert many["result_s"] / few["result_s"] < 0.5 * many["training_images"] / few["training_images"], (few, many)
         assert many["decoded"] <= TESTED + 10_000, (few, many)
-    return rows
 
 
 def photo_ms() -> float:
@@ -208,17 +213,14 @@ def write_table(measured: dict) -> None:
         "what is there (the first time, again) and to the first result, and peak memory above the imports'",
         f"([opening.py](../benchmarks/opening.py), {measured['date']}, {measured['hardware']}):",
         "",
-        f"| data | {' | '.join(f'list, {size:,}' for size in sizes)} | {' | '.join(f'result, {size:,}' for size in sizes)} | "
-        f"{' | '.join(f'memory, {size:,}' for size in sizes)} |",
+        "| data | " + " | ".join(f"{what}, {size:,}" for what in ("list s", "result s", "MB") for size in sizes) + " |",
         "|---|" + "--:|" * 3 * len(sizes),
     ]
     for kind, called in NAMES.items():
-        first, again = ([rows[kind, when, size] for size in sizes] for when in ("first", "again"))
-        listed = [
-            f"{a['list_s']:.1f}, {b['list_s']:.1f} s" if kind != "folders" else "" for a, b in zip(first, again, strict=True)
-        ]
-        result = [f"{a['result_s']:.1f}, {b['result_s']:.1f} s" for a, b in zip(first, again, strict=True)]
-        memory = [f"{max(a['peak_mb'], b['peak_mb']):.0f} MB" for a, b in zip(first, again, strict=True)]
+        pairs = [[row for when in ("first", "again") if (row := rows.get((kind, when, size)))] for size in sizes]
+        listed = [", ".join(f"{row['list_s']:.1f}" for row in pair if kind != "folders") for pair in pairs]
+        result = [", ".join(f"{row['result_s']:.1f}" for row in pair) for pair in pairs]
+        memory = [f"{max(row['peak_mb'] for row in pair):.0f}" if pair else "" for pair in pairs]
         lines.append(f"| {called} | " + " | ".join([*listed, *result, *memory]) + " |")
 
     def slope(when: str, what: str) -> float:
@@ -248,14 +250,17 @@ def wnids() -> list[str]:
     return ImageNetInfo("imagenet-1k").label_names()[:CLASSES]
 
 
-def pictures(first: int, count: int) -> Iterator[tuple[int, bytes]]:
-    """(class, JPEG) of noise, of each number another."""
+@functools.lru_cache(maxsize=2)
+def pictures(first: int, count: int) -> list[tuple[int, bytes]]:
+    """(class, JPEG) of noise, of each number another; kept for the next kind."""
+    found = []
     rng = np.random.default_rng(first)
     for i in range(first, first + count):
         file = io.BytesIO()
         noise = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((32, 32), Image.Resampling.BICUBIC).save(file, "jpeg", quality=85)
-        yield i % CLASSES, file.getvalue()
+        found.append((i % CLASSES, file.getvalue()))
+    return found
 
 
 def make_archive(kind: str, root: Path, size: int) -> None:
