@@ -211,7 +211,7 @@ def write_table(measured: dict) -> None:
     lines = [
         f"Tiny pictures, {measured['tested_images']} to test on and as many to fit on as the columns say: CPU seconds to list",
         "what is there (the first time, again) and to the first result, and peak memory above the imports'",
-        f"([opening.py](../benchmarks/opening.py), {measured['date']}, {measured['hardware']}):",
+        f"([opening.py](../benchmarks/opening.py), {measured['date']}, {measured['hardware']}; blank: not measured):",
         "",
         "| data | " + " | ".join(f"{what}, {size:,}" for what in ("list s", "result s", "MB") for size in sizes) + " |",
         "|---|" + "--:|" * 3 * len(sizes),
@@ -233,7 +233,7 @@ def write_table(measured: dict) -> None:
         f"From {few:,} to {many:,} pictures in ImageNet's tars memory grows by {bytes_each:.0f} bytes a picture, time by",
         f"{listed * 1e6:.0f} µs the first time and {again * 1e6:.1f} µs again. **ImageNet** has {n:,} pictures: by these",
         f"figures {n * listed / 60:.1f} minutes of CPU to read its headers once, beside the disk's time to seek as often,",
-        f"{n * again:.0f} seconds at later starts, and {n * bytes_each / 1e6:.0f} MB. Its 50,000 proof images and 10,000 to",
+        f"{n * again:.1f} seconds more at later starts, and {n * bytes_each / 1e6:.0f} MB. Its 50,000 proof images and 10,000 to",
         f"fit on take {ms:.1f} ms each at 500×375: {looked_at * ms / 60_000:.0f} minutes of CPU at every start, and",
         f"{looked_at * 500 * 375 * 3 / 1e9:.0f} GB of the cache. With a smaller `--cache-gb` what does not fit is decoded",
         "at each look, of parquet with all of its group of rows. Nothing of that size was run here.",
