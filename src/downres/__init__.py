@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .tasks import Arrays, Question, Task
     from .tasks.agreement.photos import Photos, open_photos
     from .tasks.agreement.task import AgreementQuality, EmbeddingQuality
+    from .tasks.classification.archives import open_archives
     from .tasks.classification.folders import Dataset, from_arrays, open_folder
     from .tasks.classification.quality import Quality
     from .tasks.classification.task import Prediction
@@ -65,7 +66,7 @@ __all__ = [
     # groups of their options
     "Axes", "Budget", "Question", "Measuring", "Training",
     # models and data
-    "load_model", "with_preprocessing", "Model", "open_folder", "from_arrays", "Dataset", "Images", "Fold",
+    "load_model", "with_preprocessing", "Model", "open_folder", "open_archives", "from_arrays", "Dataset", "Images", "Fold",
     "find_masks", "open_masks", "open_photos", "Photos", "MaskFolder", "MaskDataset", "Segmenter", "regseg",
     # tasks
     "Task", "Arrays",
@@ -112,6 +113,7 @@ _HOMES = {
     "tasks.agreement.task": ("AgreementQuality", "EmbeddingQuality"),
     "tasks.multilabel.quality": ("MultilabelQuality",),
     "tasks.regression.task": ("RegressionQuality",),
+    "tasks.classification.archives": ("open_archives",),
     "tasks.classification.folders": ("Dataset", "from_arrays", "open_folder"),
     "tasks.classification.quality": ("Quality",),
     "tasks.classification.task": ("Prediction",),

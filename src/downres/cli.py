@@ -62,7 +62,8 @@ DataOption = Annotated[
         "--data",
         metavar="DIR",
         help="Folder of class folders, with train/ and val/ or one to be split, ImageNet's layout; images and masks "
-        "(Cityscapes, CamVid, Pascal VOC, ADE20K, pairs of folders); images beside --labels; or only images, for agreement.",
+        "(Cityscapes, CamVid, Pascal VOC, ADE20K, pairs of folders); images beside --labels; WebDataset shards, ImageNet's "
+        "tars or parquet, as a folder or 'shards-{000..146}.tar'; or only images, for agreement.",
     ),
 ]
 WeightsOption = Annotated[Path | None, _model("--weights", help="A .safetensors or .pth file (read with weights_only=True).")]

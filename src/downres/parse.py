@@ -153,9 +153,19 @@ def user_path(path: str | os.PathLike[str]) -> Path:
         ) from None
 
 
+def is_pattern(path: str | os.PathLike[str]) -> bool:
+    """Whether a name stands for several files: shards-{000..146}.tar, data/*.parquet."""
+    return any(mark in str(path) for mark in "*?[{")
+
+
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether data are at that place, as far as their name alone tells: of a name for several files who opens them says it."""
+    return user_path(path).exists() or is_pattern(path)
+
+
 def refuse_missing(data: Any) -> None:
     """DownresError where `data` names a folder that is not there: said before a model is loaded, which may take a while."""
-    if isinstance(data, (str, os.PathLike)) and ":" not in str(data) and not user_path(data).exists():
+    if isinstance(data, (str, os.PathLike)) and ":" not in str(data) and not is_there(data):
         raise DownresError(f"There is no folder {user_path(data)}: point `data` to a folder of images.")
 
 

@@ -49,11 +49,19 @@ def _values(file: BinaryIO) -> np.ndarray:
     except Exception:  # whatever stands where the header should be
         raise Unreadable("broken") from None
     _check_size(shape, dtype)
-    if math.prod(shape) * dtype.itemsize > os.fstat(file.fileno()).st_size - file.tell():
+    if math.prod(shape) * dtype.itemsize > _size(file) - file.tell():
         raise Unreadable("truncated")
     file.seek(0)
     found: np.ndarray = np.load(file, allow_pickle=False)
     return found
+
+
+def _size(file: BinaryIO) -> int:
+    """Bytes of a file, on disk or in memory."""
+    here = file.tell()
+    length = file.seek(0, os.SEEK_END)
+    file.seek(here)
+    return length
 
 
 def tiff(file: BinaryIO, channels: int) -> np.ndarray:
@@ -63,7 +71,7 @@ def tiff(file: BinaryIO, channels: int) -> np.ndarray:
     except ImportError:
         raise Unreadable("a TIFF of 16 bits or many channels: pip install 'downres[tiff]'") from None
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # it prints what it finds wrong, and goes on
-    length = os.fstat(file.fileno()).st_size
+    length = _size(file)
     try:
         with tifffile.TiffFile(file) as found:
             series: Any = found.series[0]

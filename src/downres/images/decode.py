@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from . import arrays
+from .encoded import Encoded
 from .unreadable import MAX_PIXELS, Unreadable
 
 EXTENSIONS = (
@@ -43,12 +44,14 @@ _header_lock = threading.Lock()
 
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it prints of TIFFs that it leaves to others
 _NPY, _TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+Source = str | os.PathLike[str] | Encoded
+"""A file, or a picture inside one."""
 _STRIP = 1 << 20
 """Pixels that are converted at a time."""
 
 
-def decode(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
-    """The first picture in a file, upright as its EXIF orientation says.
+def decode(path: Source, channels: int = 3) -> np.ndarray:
+    """The first picture in a file, or in a part of one, upright as its EXIF orientation says.
 
     channels: of the network that it is for. For three, uint8 (H, W, 3): grey is repeated, transparency dropped. For one, grey
     is uint8 (H, W) and colours are (H, W, 3). For four, uint8 (H, W, 4): only files with transparency. 16-bit grey is scaled
@@ -71,7 +74,7 @@ def decode(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
         raise Unreadable("too large for the memory") from None
 
 
-def size_of(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+def size_of(path: Source) -> tuple[int, int] | None:
     """(width, height) by the header of a picture; None where it is none, or has them elsewhere."""
     try:
         with _opened(path) as file, _open_header(file) as image:
@@ -112,10 +115,13 @@ def why_no_image(path: str | os.PathLike[str]) -> str | None:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[_Bounded]:
+def _opened(path: Source) -> Iterator[_Bounded | io.BufferedReader]:
     """A regular file that is not empty; else, and for what goes wrong with it until the block ends, Unreadable."""
-    path = Path(path)
     try:
+        if isinstance(path, Encoded):
+            yield io.BufferedReader(io.BytesIO(path.read()))
+            return
+        path = Path(path)
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):  # opening a named pipe would wait for ever
             raise Unreadable("a folder" if stat.S_ISDIR(mode) else "not a regular file")

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import math
 import mmap
-import os
 import shutil
 import tempfile
 import warnings
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,13 +21,13 @@ from ..engines import check_threads
 from ..errors import NO_SPACE, DownresError
 from ..parse import format_quantity
 from ..records import Record
-from .decode import decode, size_of
+from .decode import Source, decode, size_of
 from .unreadable import Unreadable
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total)."""
 
-_Read = Callable[[str | os.PathLike[str]], np.ndarray]
+_Read = Callable[[Any], np.ndarray]
 _PART = 1 << 24
 """Bytes of a picture that are written or summed at a time."""
 _LOOKED_AT = 100
@@ -106,7 +105,7 @@ class Images(Sequence[np.ndarray]):
 class _File(NamedTuple):
     """A file that was decoded once; start: of its pixels in the cache, bytes, or None where they are not in it."""
 
-    path: str | os.PathLike[str]
+    path: Source
     shape: tuple[int, ...]
     checksum: int
     start: int | None
@@ -177,7 +176,7 @@ def helpers() -> int:
 
 
 def from_files(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: Sequence[Source],
     names: Sequence[str],
     progress: Progress | None = None,
     workers: int | None = None,
@@ -242,7 +241,7 @@ def from_files(
     return Images(files, [names[i] for i in kept], [found[i].checksum for i in kept]), [skipped[i] for i in sorted(skipped)]
 
 
-def _decode_in_order(paths: Sequence[str | os.PathLike[str]], workers: int, read: _Read) -> Iterator[_Outcome]:
+def _decode_in_order(paths: Sequence[Source], workers: int, read: _Read) -> Iterator[_Outcome]:
     """The outcome for each path. At most 2 · workers pictures wait, so memory stays bounded."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="downres-decode")
     todo = iter(paths)
@@ -258,7 +257,7 @@ def _decode_in_order(paths: Sequence[str | os.PathLike[str]], workers: int, read
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode_or_reason(path: str | os.PathLike[str], read: _Read) -> _Outcome:
+def _decode_or_reason(path: Source, read: _Read) -> _Outcome:
     try:
         picture = read(path)
     except Unreadable as reason:
@@ -282,7 +281,7 @@ def _parts(picture: np.ndarray) -> Iterator[memoryview]:
         yield np.ascontiguousarray(picture[top : top + rows]).data.cast("B")
 
 
-def _say_what_is_needed(paths: Sequence[str | os.PathLike[str]], channels: int, limit: int) -> None:
+def _say_what_is_needed(paths: Sequence[Source], channels: int, limit: int) -> None:
     """A warning where the headers of some of the files say that the pictures will not fit into the cache, or onto its disk."""
     some = [paths[i] for i in np.linspace(0, len(paths) - 1, min(len(paths), _LOOKED_AT)).astype(int)]
     sizes = [size for path in some if (size := size_of(path)) is not None]

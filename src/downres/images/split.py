@@ -1,8 +1,10 @@
 """Which images to fit on and which to prove on: stratified, and the same for the same labels and seed.
 
-Random numbers come from NumPy's Generator with PCG64(seed), whose stream is stable across platforms.
+Random numbers come from NumPy's Generator with PCG64(seed), whose stream is stable across platforms. What is inside archives is
+divided by hashes of its names instead, so that neither order nor number of the files matters, see `drawn`.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,3 +102,28 @@ def _without(n: int, test: np.ndarray) -> np.ndarray:
     train = np.ones(n, dtype=bool)
     train[test] = False
     return np.flatnonzero(train).astype(np.int64)
+
+
+def digest(key: str | bytes) -> int:
+    """64 bits of BLAKE2b of a picture's key, or of its content: what decides on its side, with the seed."""
+    content = key if isinstance(key, bytes) else key.encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def drawn(digests: np.ndarray, seed: int, purpose: int) -> np.ndarray:
+    """float64 (n,) in [0, 1): for each digest a number that looks random, of itself, the seed and the purpose alone.
+
+    An image is in the proof where that number is below its part: no other image moves when images are added, whatever their
+    order and in however many files. splitmix64 (Steele, Lea and Flood 2014) of the digest, which is uniform itself, and a key.
+    """
+    key = _mixed(np.array([seed], np.uint64) * np.uint64(256) + np.uint64(purpose))
+    # 53 bits are a float64's: the largest stays below 1.
+    return (_mixed(digests.astype(np.uint64) ^ key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """splitmix64 of each, uint64 (n,); arrays wrap around where they overflow."""
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -24,7 +24,9 @@ from ..environment import versions
 from ..errors import DownresError, first_line
 from ..families import Model, load_model, with_preprocessing
 from ..families.find import find_adapter
+from ..images.archives import encoded_in, find_archives, list_archives
 from ..images.decode import decode
+from ..images.encoded import Encoded
 from ..images.parts import list_images
 from ..images.preprocess import preprocess
 from ..images.unreadable import Unreadable
@@ -570,20 +572,30 @@ def in_float(runtime: str, operators: Sequence[Operator]) -> list[Advice]:
 # The pictures
 
 
-def decoding(
-    data: str | os.PathLike[str], model: Model, way: Way, runtime: Callable[[np.ndarray], Any], notes: list[str]
-) -> list[Advice]:
-    """How long a picture takes until it can be looked at, against the time that the network then takes, one after the other."""
-    folder, p = user_path(data), model.preprocessing
+def _some_pictures(data: str | os.PathLike[str]) -> Sequence[Path | Encoded]:
+    """PICTURES of a folder, or of archives, from all over them."""
+    if (archives := find_archives(data)) is not None:
+        listing = list_archives(archives)
+        if not len(listing):
+            raise DownresError(f"{data} holds no pictures: point `data` to files that do.")
+        return encoded_in(listing, np.linspace(0, len(listing) - 1, min(len(listing), PICTURES)).astype(int))[0]
+    folder = user_path(data)
     if not folder.is_dir():
         raise DownresError(f"There is no folder {folder}: point `data` to a folder of pictures.")
     names, _ = list_images(folder)
     if not names:
         raise DownresError(f"{folder} holds no pictures: point `data` to a folder of pictures.")
-    chosen = [folder / names[i] for i in np.linspace(0, len(names) - 1, min(len(names), PICTURES)).astype(int)]
+    return [folder / names[i] for i in np.linspace(0, len(names) - 1, min(len(names), PICTURES)).astype(int)]
 
-    def prepare(path: Path) -> tuple[float, np.ndarray]:
-        path.read_bytes()  # the disk's time is another matter
+
+def decoding(
+    data: str | os.PathLike[str], model: Model, way: Way, runtime: Callable[[np.ndarray], Any], notes: list[str]
+) -> list[Advice]:
+    """How long a picture takes until it can be looked at, against the time that the network then takes, one after the other."""
+    p, chosen = model.preprocessing, _some_pictures(data)
+
+    def prepare(path: Path | Encoded) -> tuple[float, np.ndarray]:
+        path.read() if isinstance(path, Encoded) else path.read_bytes()  # the disk's time is another matter
         start = perf_counter()
         x = preprocess(decode(path, len(p.mean)), p)
         return perf_counter() - start, x.numpy()[None]
@@ -604,7 +616,7 @@ def decoding(
             found.append((took, perf_counter() - start))
     pairs = np.array(found)
     if not len(pairs):
-        raise DownresError(f"None of {len(chosen)} pictures in {folder} can be read: point `data` to others.")
+        raise DownresError(f"None of {len(chosen)} pictures in {data} can be read: point `data` to others.")
     if unread:
         notes.append(f"{unread} of {len(chosen)} pictures could not be read")
     ready, net = (float(1000 * values) for values in np.median(pairs, axis=0))

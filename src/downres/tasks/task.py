@@ -57,6 +57,18 @@ class Data(Protocol):
         ...
 
 
+def told_apart(data: Any, fold: Fold, most: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """(fit, tune) where the data themselves say which images tune, as archives do by a hash of each key; else None. Their order
+    is that of another hash: the first few that tune are a sample, and after `most` of them the rest is left alone.
+    """
+    if (tuning := getattr(data, "tuning", None)) is None:
+        return None
+    tunes = tuning[fold.train]
+    if tunes.all():  # of two or three images
+        return fold.train, fold.train[:0]
+    return fold.train[~tunes], fold.train[tunes][:most]
+
+
 KINDS: dict[str, type["Task"]] = {}
 """Every task by its name, downres' own and those that users define."""
 
@@ -209,6 +221,8 @@ class Task(ABC):
 
     def split(self, fold: Fold) -> tuple[np.ndarray, np.ndarray]:
         """(fit, tune): about a quarter of the training images tune, at most `tuning_images`, drawn at random."""
+        if (told := told_apart(self.data, fold, max(1, self.tuning_images // len(self.data.folds)))) is not None:
+            return told
         n = len(fold.train)
         if n < 4:
             return fold.train, np.zeros(0, np.int64)

@@ -155,3 +155,19 @@ def test_numbers_of_json_are_read_as_those_of_csv(tmp_path: Path) -> None:
 def test_a_dataset_without_pictures_is_refused() -> None:
     with pytest.raises(DownresError, match="is empty"):
         from_dataset(SimpleNamespace(targets=[]), None)
+
+
+def test_items_of_a_dataset_are_taken_once() -> None:
+    calls: list[int] = []
+
+    class Counted(Pairs):
+        def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
+            calls.append(index)
+            return np.full((4, 4, 3), index, np.uint8), index % 2
+
+    data = from_dataset(Counted([0] * 6, targets=[0, 1] * 3), 2)
+    assert data.fingerprint() and [int(image[0, 0, 0]) for image in [*data.images, *data.images]] == 2 * [*range(6)]
+    assert calls == [*range(6)]
+    calls.clear()
+    small = from_dataset(Counted([0] * 6, targets=[0, 1] * 3), 2, cache_gb=0.0)
+    assert small.fingerprint() == data.fingerprint() and len(calls) == 6

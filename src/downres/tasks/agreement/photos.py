@@ -8,6 +8,7 @@ import numpy as np
 
 from ...errors import DownresError
 from ...images import Fold, Images, Progress, Skip
+from ...images.archives import find_archives, list_archives, open_listing
 from ...images.images import fingerprint
 from ...images.parts import divide, how_left_out, list_images, open_listed
 from ...parse import user_path
@@ -15,13 +16,14 @@ from ...parse import user_path
 
 @dataclass(frozen=True, eq=False)
 class Photos:
-    """Pictures and how they are divided."""
+    """Pictures and how they are divided. tuning: as of a `Dataset`."""
 
     images: Images
     folds: tuple[Fold, ...]
     skipped: tuple[Skip, ...]
     description: str
     licence: str = ""
+    tuning: np.ndarray | None = None
 
     def fingerprint(self) -> str:
         return fingerprint(self.images, b"", [side for fold in self.folds for side in (fold.train, fold.test)])
@@ -38,7 +40,14 @@ def open_photos(
     channels: int = 3,
     train_images: int | None = None,
 ) -> Photos:
-    """Every picture in a folder and the folders in it, whatever they are called, divided at random as `open_folder` does."""
+    """Every picture in a folder and the folders in it, whatever they are called, divided at random as `open_folder` does; or
+    all in archives, their labels not looked at, divided by the hash of their keys.
+    """
+    if (archives := find_archives(folder)) is not None:
+        listing = list_archives(archives, progress)
+        found = open_listing(listing, parts, val_fraction, folds, seed, cache_gb, progress, channels)
+        said = f"{len(found.images)} photographs, their labels not looked at, {found.how}{found.left_out}."
+        return Photos(found.images, found.folds, found.skipped, said, tuning=found.tuning)
     root = user_path(folder)
     if not root.is_dir():
         raise DownresError(f"There is no folder {root}: point `data` to a folder of photographs.")

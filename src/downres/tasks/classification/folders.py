@@ -43,7 +43,8 @@ class Dataset:
     """Labelled pictures and how they are divided.
 
     labels: int64 (n,), indices into the network's outputs. classes: a name for each output. folds: one where the data
-    is split once, k where it is cross-fitted. skipped: files left out. description: one sentence, for reports.
+    is split once, k where it is cross-fitted. skipped: files left out. description: one sentence, for reports. tuning: bool
+    (n,), the images that tune wherever they are to fit on; None: drawn by the seed.
     """
 
     images: Images
@@ -53,6 +54,7 @@ class Dataset:
     skipped: tuple[Skip, ...]
     description: str
     licence: str = ""
+    tuning: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", whole(self.labels, lambda i: self.images.names[i]))
@@ -284,24 +286,36 @@ def _class_folders(sources: dict[str, Path]) -> list[str]:
 
 def _map_classes(names: list[str], outputs: int | None) -> tuple[list[int], tuple[str, ...]]:
     """(output index of each class folder, name of each output)."""
-    if outputs == _IMAGENET_CLASSES and all(_WNID.fullmatch(name) for name in names):
-        from timm.data import ImageNetInfo  # slow to import, and only these data need it
-
-        imagenet = ImageNetInfo("imagenet-1k")
-        index = {wnid: i for i, wnid in enumerate(imagenet.label_names())}
-        unknown = [name for name in names if name not in index]
-        if unknown:
-            raise DownresError(
-                f"These class folders are not among ImageNet's {_IMAGENET_CLASSES} classes: {listed_names(unknown)}; "
-                "remove them, or give weights whose outputs they are."
-            )
-        return [index[name] for name in names], tuple(imagenet.label_descriptions())
+    imagenet = imagenet_outputs(names, outputs, "class folders")
+    if imagenet is not None:
+        return imagenet
     if outputs is not None and len(names) != outputs:
         raise DownresError(
             f"The weights have {outputs} outputs and the data {len(names)} class folders ({listed_names(names)}): "
             f"pass `fit_head=True` to fit a new linear head for them, or point `data` to a folder with {outputs} class folders."
         )
     return list(range(len(names))), tuple(names)
+
+
+def imagenet_outputs(
+    names: Sequence[str], outputs: int | None, what: str = "labels"
+) -> tuple[list[int], tuple[str, ...]] | None:
+    """(output index of each name, name of each output) where the names are ImageNet's (n01440764) and the outputs 1000; else
+    None. what: the names are, for what is said of those that are unknown.
+    """
+    if outputs != _IMAGENET_CLASSES or not all(_WNID.fullmatch(name) for name in names):
+        return None
+    from timm.data import ImageNetInfo  # slow to import, and only these data need it
+
+    imagenet = ImageNetInfo("imagenet-1k")
+    index = {wnid: i for i, wnid in enumerate(imagenet.label_names())}
+    unknown = [name for name in names if name not in index]
+    if unknown:
+        raise DownresError(
+            f"These {what} are not among ImageNet's {_IMAGENET_CLASSES} classes: {listed_names(unknown)}; "
+            "remove them, or give weights whose outputs they are."
+        )
+    return [index[name] for name in names], tuple(imagenet.label_descriptions())
 
 
 def _check_readable(

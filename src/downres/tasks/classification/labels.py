@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from ...errors import DownresError
-from ...images import Images, Progress
+from ...images import Progress, from_files
+from ...images.images import cache_bytes
 from ...images.parts import divide, listed_names
 from ..table import Table, no_class, number_in, open_rows, read_table
 from .folders import Dataset, whole
@@ -100,8 +102,19 @@ def open_labelled(folder: str | Path, labels: Labels, outputs: int | None, **opt
 
 def is_dataset(data: Any) -> bool:
     """Whether it is a map-style dataset: Hugging Face's, or one of PyTorch's, of (image, target)."""
-    known = (str, Path, Dataset)
+    known = (str, Path, Dataset, IterableDataset)  # PyTorch's have a __getitem__ that is none, and may have a length
     return not isinstance(data, known) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+def no_data(data: Any) -> DownresError:
+    """Of what is neither a folder nor gives its items by index."""
+    name = type(data).__name__
+    if hasattr(data, "__iter__"):
+        return DownresError(
+            f"A {name} gives its items one after the other, and a proof looks at some of them many times: give what it reads, "
+            "the folder of its shards or parquet files as `data='shards/'`, or the dataset, by load_dataset without streaming."
+        )
+    return DownresError(f"A {name} is no data of a classifier: give a folder, or a dataset of (image, target).")
 
 
 def names_of(dataset: Any, outputs: int | None) -> tuple[str, ...]:
@@ -133,8 +146,8 @@ def from_dataset(
     progress: Progress | None = None,
     channels: int = 3,
 ) -> Dataset:
-    """Its pictures, each taken when it is looked at. Targets are whole numbers; pictures are PIL images or uint8 arrays
-    (H, W) or (H, W, 3): a dataset that makes tensors of them is to be given without its transforms.
+    """Its pictures, each taken once and kept within the cache. Targets are whole numbers; pictures are PIL images or uint8
+    arrays (H, W) or (H, W, 3): a dataset that makes tensors of them is to be given without its transforms.
     """
     labels, classes = _labels_in(dataset), names_of(dataset, outputs)
     if labels.min() < 0 or labels.max() >= len(classes):
@@ -142,7 +155,16 @@ def from_dataset(
             f"Labels of {len(classes)} classes are 0 to {len(classes) - 1}, {labels.min()} to {labels.max()} are not: "
             "number the classes from 0."
         )
-    images = Images(_Pictures(dataset), [f"item {i}" for i in range(len(dataset))])
+    pictures = _Pictures(dataset)
+    # In one thread: what a dataset of somebody else's does in two is not known.
+    images, _ = from_files(
+        range(len(dataset)),  # type: ignore[arg-type]  # what `read` is given
+        [f"item {i}" for i in range(len(dataset))],
+        progress,
+        workers=1,
+        read=pictures.__getitem__,
+        cache=cache_bytes(cache_gb),
+    )
     divided = divide(labels, parts, val_fraction, folds, seed)
     description = (
         f"{len(labels)} images of {len(classes)} classes, given in Python, {len(divided)} fold{'s' * (len(divided) > 1)}."

@@ -11,18 +11,20 @@ import torch.nn.functional as F
 
 from ...errors import DownresError
 from ...images import Fold, split_once
+from ...images.archives import find_archives
 from ...probe import Answer
 from ...records import Budget, Drop, Preprocessing, Record, Result
 from ...recovery.features import FeatureBank, Head
 from ...recovery.ladder import GLANCE
 from ...recovery.views import Views
 from ..evidence import Arrays
-from ..task import TOLERANCE, Question, Section, log_of, of_classes
+from ..task import TOLERANCE, Question, Section, log_of, of_classes, told_apart
 from ..vectors import ScoresTask, ranked_alike, stacked
+from .archives import archive_classes, open_archives
 from .elpv import CLASSES, DEMO_DATA, open_elpv
 from .folders import Dataset, class_names, open_folder
 from .head import STRENGTHS, fit_head, log_loss, why_not
-from .labels import Labels, from_dataset, is_dataset, names_of, open_labelled
+from .labels import Labels, from_dataset, is_dataset, names_of, no_data, open_labelled
 from .photos import keep_photos, photos_section
 from .quality import Quality, compare_all, count_correct, quality
 
@@ -92,9 +94,9 @@ class Classification(ScoresTask):
         if question.labels is not None:
             return Labels.read(question.labels).names(outputs)
         if not isinstance(data, (str, Path)):
-            raise DownresError(
-                f"A {type(data).__name__} is no data of a classifier: give a folder, or a dataset of (image, target)."
-            )
+            raise no_data(data)
+        if (archives := find_archives(data)) is not None:
+            return archive_classes(archives, outputs)
         return CLASSES if str(data) == DEMO_DATA else class_names(data, outputs)
 
     @classmethod
@@ -111,6 +113,8 @@ class Classification(ScoresTask):
             return open_labelled(data, Labels.read(question.labels), outputs, **options)
         if str(data) == DEMO_DATA:
             return open_elpv(options.get("folds") or 5, options.get("seed", 0))
+        if (archives := find_archives(data)) is not None:
+            return open_archives(archives, outputs=outputs, **options)
         return open_folder(data, outputs=outputs, **options)
 
     def begin(self, data: Dataset, seed: int) -> None:  # type: ignore[override]
@@ -131,10 +135,12 @@ class Classification(ScoresTask):
 
         Tuning images come in random order: the first few of them are a sample.
         """
+        most = max(1, self.tuning_images // len(self.data.folds))
+        if (told := told_apart(self.data, fold, most)) is not None:
+            return told
         n = len(fold.train)
         if n < 4:
             return fold.train, np.zeros(0, np.int64)
-        most = max(1, self.tuning_images // len(self.data.folds))
         split = split_once(self.labels[fold.train], min(0.25, most / n), self.seed)
         return fold.train[split.train], np.random.default_rng([self.seed, 1]).permutation(fold.train[split.test])
 
