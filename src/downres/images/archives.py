@@ -289,14 +289,15 @@ def open_listing(
     cache_gb: float | None = None,
     progress: Progress | None = None,
     channels: int = 3,
+    train_images: int | None = None,
 ) -> Opened:
     """The pictures of a listing divided, and those that are looked at decoded once; options as for `open_folder`.
 
     A picture is in the proof, tunes or is fitted on as the hash of its key and the seed tell: neither order nor number of files
-    matters, and others that are added move none. Of more than PROOF_IMAGES to test on, and TRAINING_IMAGES to fit on, those of
-    the lowest numbers are opened. One to fit on with the pixels of one to test on is left out of the fit.
+    matters, and others that are added move none. Of more than PROOF_IMAGES to test on, and `train_images` to fit on, else
+    TRAINING_IMAGES, those of the lowest numbers are opened. One to fit on with the pixels of one to test on is left out of the fit.
     """
-    chosen = _divide(listing, parts, val_fraction, folds, seed)
+    chosen = _divide(listing, parts, val_fraction, folds, seed, train_images)
     opened, place, skipped = _decode(listing, chosen, cache_gb, progress, channels)
 
     def remaining(side: np.ndarray, use: str) -> np.ndarray:
@@ -334,7 +335,14 @@ class _Chosen(NamedTuple):
     how: str
 
 
-def _divide(listing: Listing, parts: Sequence[str], val_fraction: float, folds: int | None, seed: int) -> _Chosen:
+def _divide(
+    listing: Listing,
+    parts: Sequence[str],
+    val_fraction: float,
+    folds: int | None,
+    seed: int,
+    train_images: int | None,
+) -> _Chosen:
     as_found = {1, 2} <= set(np.unique(listing.parts).tolist())
     if as_found and folds is not None:
         raise DownresError(
@@ -351,7 +359,9 @@ def _divide(listing: Listing, parts: Sequence[str], val_fraction: float, folds: 
         return rows if len(rows) <= most else rows[np.argsort(order[rows], kind="stable")[:most]]
 
     def to_fit(rows: np.ndarray) -> np.ndarray:
-        sides = (rows[~tuned[rows]], TRAINING_IMAGES - TUNING_IMAGES), (rows[tuned[rows]], TUNING_IMAGES)
+        # Where somebody names their number, those that tune are as many as their part: who trains from scratch fits on both.
+        tunes = TUNING_IMAGES if train_images is None else max(1, round(train_images * TUNING))
+        sides = (rows[~tuned[rows]], (train_images or TRAINING_IMAGES) - tunes), (rows[tuned[rows]], tunes)
         return np.concatenate([lowest(side, most) for side, most in sides])
 
     if folds is not None:

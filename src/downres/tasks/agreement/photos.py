@@ -45,7 +45,7 @@ def open_photos(
     """
     if (archives := find_archives(folder)) is not None:
         listing = list_archives(archives, progress)
-        found = open_listing(listing, parts, val_fraction, folds, seed, cache_gb, progress, channels)
+        found = open_listing(listing, parts, val_fraction, folds, seed, cache_gb, progress, channels, train_images)
         said = f"{len(found.images)} photographs, their labels not looked at, {found.how}{found.left_out}."
         return Photos(found.images, found.folds, found.skipped, said, tuning=found.tuning)
     root = user_path(folder)
