@@ -60,7 +60,9 @@ class Done:
 
 
 class _Bench:
-    """The task and its bank in a process of the cluster, kept from one piece of a search to the next."""
+    """The task and its bank in a process of the cluster, kept from one piece of a search to the next: what is known of one
+    state is of no other, so which pieces came before changes no number.
+    """
 
     now: "_Bench | None" = None
 
@@ -104,6 +106,7 @@ def work(kit: Kit, chunks: Sequence[dict[int, Any]], tensors: Mapping[str, Any],
         except (ImportError, AttributeError) as error:
             return Done(unfit=f"{here} lacks what the search has ({first_line(error)}): install the same on all nodes.")
         try:
+            bench.bank.count_anew()  # a piece that is run twice says what it said before
             for one in tensors.values():
                 bench.bank.weights.put(one)
             if chunks:
