@@ -115,7 +115,7 @@ def main(file: str, data: str, out: str, seen: str) -> None:
         searched(file, data, Path(out) / "cluster" / "folds", **there, **SEARCHES["folds"], latency_node="edge")
         refused = {
             "node": refusal(file, data, Path(out) / "no" / "node", **there, latency_node="moon"),
-            "nan": refusal(file, data, Path(out) / "no" / "nan", **there, made_by="nan"),
+            "nan": refusal(file, data, Path(out) / "no" / "nan", **there, made_by="nan", fit_head=False),
         }
         ray.init(cluster.address, logging_level="ERROR")
         left = sum(node["Alive"] for node in ray.nodes())

@@ -88,9 +88,7 @@ def measure_in_rounds(
                     task, store, bank, candidate, reference, budget, rungs
                 )
             except DownresError as error:
-                if candidate == candidate.network:
-                    raise
-                store.put(f"{STOPPED}/{candidate}", str(error).rstrip("."))  # of this file; others may be sound
+                refused(store, candidate, error)
             bank.release()
     bank.stage = ""
     for candidate in planned:  # decided anew
@@ -160,6 +158,13 @@ def measure_in_rounds(
     _put(task, store, str(native), whole, looked, reference.state, recoveries[str(native)])
 
 
+def refused(store: Store, candidate: Candidate, error: DownresError) -> None:
+    """Of a file alone what is wrong is kept, others may be sound; of a network it is raised, and so is what a cluster lost."""
+    if candidate == candidate.network or isinstance(error, Lost):
+        raise error
+    store.put(f"{STOPPED}/{candidate}", str(error).rstrip("."))
+
+
 def _known(store: Store, bank: Bank, candidate: Candidate) -> tuple[State, Recovery] | None:
     """What it was recovered to, where all of that is still there."""
     if (known := store.get(f"recovered/{candidate}")) is not None:
@@ -210,15 +215,16 @@ def _recover_there(
     late: list[tuple[Candidate, State, Recovery]] = []
     for candidate, found in cluster.recovered(task, bank, left, reference, partial(_like, store), budget, rungs):
         if isinstance(found, DownresError):
-            if candidate == candidate.network:
-                raise found
-            store.put(f"{STOPPED}/{candidate}", str(found).rstrip("."))
+            refused(store, candidate, found)
         elif is_other_file(found[0]):  # is timed when nothing else runs
             late.append((candidate, *found))
         else:
             _keep(task, store, bank, candidate, *found, cluster)
     for candidate, state, recovery in late:
-        _keep(task, store, bank, candidate, state, recovery, cluster)
+        try:
+            _keep(task, store, bank, candidate, state, recovery, cluster)
+        except DownresError as error:
+            refused(store, candidate, error)
 
 
 def _put(

@@ -33,7 +33,7 @@ from .cluster import Cluster
 from .design import design_of, fused_notes
 from .folds import Found, measured
 from .gates import cost_gate, latency_gate, time_again
-from .in_rounds import in_rounds, measure_in_rounds
+from .in_rounds import in_rounds, measure_in_rounds, refused
 from .joint import JOINT, choose, decide
 from .live import told
 from .plan import plan
@@ -106,7 +106,8 @@ def search(
         out: folder of the run; the same call again goes on where it was. Default: a new temporary folder.
         command: how the run was asked for, to be shown in its report.
         ray: measure candidates on a Ray cluster: 'auto', the one that this machine is part of; its address, HOST:PORT; 'local',
-            one of this machine alone, for the length of the search. Time is measured here.
+            one of this machine alone, for the length of the search. A connection that there is already is used. Time is
+            measured here.
         latency_node: of that cluster the node that time is measured on instead: its name, address or id, or a resource that one
             of a kind of nodes has.
 
@@ -246,7 +247,7 @@ def _measure_all(
             (reference,) = cluster.references(task, bank, rungs)
         bank.release()
         measure_in_rounds(task, store, bank, candidates, reference, budget, rungs, minimize, cluster)
-    elif cluster is not None:
+    elif cluster is not None and not rounds:
         _measure_there(task, store, budget, candidates, rungs, bank, cluster)
     for i, candidate in enumerate(candidates if not rounds else ()):
         if store.get(f"{STOPPED}/{candidate}") is None and not _is_kept(task, store, bank, candidate):
@@ -259,7 +260,7 @@ def _measure_all(
                 alike = _alike(store, candidate, len(made))
                 _put(task, store, bank, candidate, measured(task, bank, candidate, made, alike, budget, rungs), None)
             except DownresError as error:
-                _refused(store, candidate, error)
+                refused(store, candidate, error)
         bank.release()
     bank.stage = ""
     run = load_run(store.folder, store)
@@ -299,7 +300,7 @@ def _measure_there(
     alike = partial(_alike, store, folds=len(references))
     for candidate, found in cluster.measured(task, bank, left, references, alike, budget, rungs):
         if isinstance(found, DownresError):
-            _refused(store, candidate, found)
+            refused(store, candidate, found)
         elif found.timed_again is not None:  # when nothing else runs
             late.append((candidate, found))
         else:
@@ -308,7 +309,7 @@ def _measure_there(
         try:
             _put(task, store, bank, candidate, found, cluster)
         except DownresError as error:
-            _refused(store, candidate, error)
+            refused(store, candidate, error)
     cluster.note(store)
 
 
@@ -376,13 +377,6 @@ def _put(task: Task, store: Store, bank: Bank, candidate: Candidate, found: Foun
         "states": [state.to_json() for state in found.states],
     }
     store.put(f"quality/{candidate}", quality)
-
-
-def _refused(store: Store, candidate: Candidate, error: DownresError) -> None:
-    """Of a file alone what is wrong is kept, others may be sound; of a network it is raised."""
-    if candidate == candidate.network:
-        raise error
-    store.put(f"{STOPPED}/{candidate}", str(error).rstrip("."))
 
 
 def _check_cluster(ray: str | None, latency_node: str | None, tries: Axes, training: Training, out: str | Path | None) -> None:
