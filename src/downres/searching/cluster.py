@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
@@ -361,6 +362,11 @@ def _packed(task: Task) -> tuple[bytes, list[Images]]:
                 found.append(one)
             return next(i for i, known in enumerate(found) if known is one)
 
+        def reducer_override(self, one: Any) -> Any:
+            if isinstance(one, ModuleType) and type(one) is not ModuleType:  # torch.ops, torch.classes
+                return import_module, (one.__name__,)
+            return super().reducer_override(one)
+
     file, own = io.BytesIO(), _own_modules()
     for module in own:
         cloudpickle.register_pickle_by_value(module)
@@ -384,7 +390,8 @@ def _own_modules() -> list[ModuleType]:
     paths = [path for path in sys.path if path not in lacking]
     found = []
     for name, module in list(sys.modules.items()):
-        if getattr(module, "__file__", None) and "." not in name and name not in ("__main__", __package__.partition(".")[0]):
+        is_python = str(getattr(module, "__file__", None)).endswith(".py")
+        if is_python and "." not in name and name not in ("__main__", __package__.partition(".")[0]):
             others = (finder for finder in sys.meta_path if finder is not PathFinder and hasattr(finder, "find_spec"))
             if PathFinder.find_spec(name, paths) is None and all(finder.find_spec(name, None) is None for finder in others):
                 found.append(module)
