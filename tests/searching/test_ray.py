@@ -12,11 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from downres import DownresError, load_run, search
+from downres import Budget, Candidate, DownresError, Measuring, Question, load_run, search
 from downres.cli import _arguments
+from downres.environment import versions
 from downres.images import Images
 from downres.images.chunks import Chunk, Chunked, Division
+from downres.measuring.latency import hardware
 from downres.recovery.training import Training
+from downres.searching import pieces
+from downres.searching.prepare import prepare_task
 from downres.searching.store import Store
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray comes with downres[ray]")
@@ -91,7 +95,7 @@ def test_a_node_died_at_work_and_the_search_went_on(clustered):
 def test_what_cannot_be_is_said_in_the_sentence_of_one_machine(clustered):
     _, seen = clustered
     assert "has no node 'moon'" in seen["refused"]["node"]
-    assert "The model returns NaN or infinite values" in seen["refused"]["nan"]
+    assert "The model returns NaN for 20 of 20 images" in seen["refused"]["nan"]
 
 
 def test_pictures_in_chunks_are_the_same_pictures():
@@ -150,3 +154,21 @@ def test_the_option_may_stand_alone():
     for address in ("auto", "local", "10.0.0.1:6379", "[::1]:6379", "head-node.lan:6379", "ray://head:10001"):
         assert _arguments(["--ray", address, "--json"]) == ["--ray", address, "--json"]
     assert _arguments(["--ray=auto", "x"]) == ["--ray=auto", "x"]
+
+
+def test_what_is_timed_on_another_node_is_told_to_the_search(tiny, cells, tmp_path):
+    task = prepare_task(tiny, cells.dataset(), Question(fit_head=True))
+    bank = task.bank(tmp_path, runtime="torch", threads=1)
+    settings, small = {"latency_batch": 1, "minimize": "macs"}, Candidate(32)
+    how = {"budget": Budget(), "measuring": Measuring(runtime="torch", threads=1)}
+    found, _ = pieces._gate(task, bank, settings, {}, [task.native, small], **how)
+    assert set(found["latency"]) == {"48", "32"} and found["unexported"] == {}
+    assert found["latency"]["32"]["hardware"] == hardware()
+    found, _ = pieces._again(task, bank, settings, {}, task.native_state.at(small))
+    assert set(found) == {"latency/32"} and found["latency/32"]["ratio"]
+
+
+def test_a_node_with_another_version_is_not_measured_on():
+    kit = pieces.Kit("", [], {}, Training(), 1, 1, {**versions(), "torch": "0.1", "else": "2"})
+    done = pieces.work(kit, [], {}, "measured", {})
+    assert done.value is None and "else missing, the search torch 0.1, else 2: install the same on all nodes" in done.unfit
