@@ -42,6 +42,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+RAY = "--ray"
+
 # An option under each headed group of `--help`.
 _allowed = partial(typer.Option, rich_help_panel="What is allowed")
 _try = partial(typer.Option, rich_help_panel="What to try")
@@ -370,6 +372,23 @@ def search(
     runtime: SearchRuntimeOption = None,
     threads: ThreadsOption = None,
     latency_batch: Annotated[int, _measure("--latency-batch", help="Images in the pass that is timed.")] = 1,
+    ray: Annotated[
+        str | None,
+        _measure(
+            RAY,
+            metavar="[ADDRESS]",
+            help="Measure candidates on a Ray cluster: auto, the one that this machine is part of, or HOST:PORT; alone: one of "
+            "this machine, for the length of the search.",
+        ),
+    ] = None,
+    latency_node: Annotated[
+        str | None,
+        _measure(
+            "--latency-node",
+            metavar="NODE",
+            help="Time on that node of the cluster, not here: its name, address or id, or a resource of nodes of a kind.",
+        ),
+    ] = None,
     cache_gb: CacheOption = None,
     train_images: TrainImagesOption = None,
     seed: SeedOption = 0,
@@ -399,7 +418,7 @@ def search(
             compare=compare,
             classes=_text(classes), output_index=output_index, ignore_output=ignore_output,
             label_size=_size(label_size), output=output, upsampling=upsampling, embed_preprocessing=embed_preprocessing,
-            command=_command(), progress=progress,
+            command=_command(), progress=progress, ray=ray, latency_node=latency_node,
         )  # fmt: skip
     _print_run(run, as_json)
 
@@ -835,7 +854,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows no ★
     try:
-        code = app(standalone_mode=False)  # an Exit comes back as its code; so does Ctrl-C, as 130
+        code = app(_arguments(sys.argv[1:]), standalone_mode=False)  # an Exit comes back as its code; so does Ctrl-C, as 130
         if code == 130:
             raise KeyboardInterrupt
         if code:
@@ -865,6 +884,16 @@ def main() -> None:
         if not error.format_message():
             sys.exit(2)  # a command without its arguments: the help has been shown
         _stop(_usage(error), 2)
+
+
+def _arguments(given: list[str]) -> list[str]:
+    """As the option parser takes them, which knows no option that may stand alone or have a value, as `--ray` does."""
+    told: list[str] = []
+    for one, after in zip(given, [*given[1:], ""], strict=True):
+        told.append(one)
+        if one == RAY and not re.fullmatch(r"auto|local|[a-z]+://\S+|[\w.\-\[\]:]+:\d+", after):
+            told.append("local")
+    return told
 
 
 def _usage(error: Any) -> str:

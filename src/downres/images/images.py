@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import warnings
 import zlib
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,6 +59,16 @@ def fingerprint(images: "Images", targets: bytes, indices: Sequence[np.ndarray],
     return digest.hexdigest()
 
 
+class Pictures(Sequence[np.ndarray], ABC):
+    """Pictures that are somewhere else until they are looked at. shapes: of each; take: those, in that order."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Sequence[tuple[int, ...]]: ...
+    @abstractmethod
+    def take(self, indices: Sequence[int]) -> "Pictures": ...
+
+
 class Images(Sequence[np.ndarray]):
     """A sequence of pictures, each (H, W) or (H, W, C), uint8 or, of no colours, uint16 or float32. Sizes may differ.
 
@@ -79,16 +90,16 @@ class Images(Sequence[np.ndarray]):
         return self._checksums
 
     @property
-    def shapes(self) -> list[tuple[int, ...]]:
+    def shapes(self) -> Sequence[tuple[int, ...]]:
         """Of each picture; no file is decoded for it."""
-        if isinstance(self._pictures, _Decoded):
-            return [file.shape for file in self._pictures.files]
+        if isinstance(self._pictures, Pictures):
+            return self._pictures.shapes
         return [picture.shape for picture in self._pictures]
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Images":
         """Those pictures, in that order; no file is decoded and nothing copied for it."""
         chosen = [int(i) for i in indices]
-        if isinstance(self._pictures, _Decoded):
+        if isinstance(self._pictures, Pictures):
             pictures: Sequence[np.ndarray] = self._pictures.take(chosen)
         else:
             pictures = [self._pictures[i] for i in chosen]
@@ -112,7 +123,7 @@ class _File(NamedTuple):
     dtype: np.dtype
 
 
-class _Decoded(Sequence[np.ndarray]):
+class _Decoded(Pictures):
     """Pictures of files, each decoded once: from the cache those that are in it, the others from their files again.
 
     What is in the cache stays there. Every state of a network looks at the same images in the same order, so of a cache that
@@ -122,6 +133,10 @@ class _Decoded(Sequence[np.ndarray]):
 
     def __init__(self, files: list[_File], pixels: np.ndarray, read: _Read) -> None:
         self.files, self._pixels, self._read = files, pixels, read
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [file.shape for file in self.files]
 
     def take(self, indices: Sequence[int]) -> "_Decoded":
         return _Decoded([self.files[i] for i in indices], self._pixels, self._read)

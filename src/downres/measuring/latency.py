@@ -122,15 +122,20 @@ def random_batch(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def hardware() -> str:
-    """Processor, cores available and operating system, for example 'AMD EPYC 7B13, 2 cores, Linux x86_64'."""
+def processor() -> str:
+    """Its name, for example 'AMD EPYC 7B13'."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = models[0] if models else name
+    return name
+
+
+def hardware() -> str:
+    """Processor, cores available and operating system, for example 'AMD EPYC 7B13, 2 cores, Linux x86_64'."""
     cores = available_cores()
-    return f"{name}, {cores} core{'s' * (cores > 1)}, {platform.system()} {platform.machine()}"
+    return f"{processor()}, {cores} core{'s' * (cores > 1)}, {platform.system()} {platform.machine()}"
 
 
 def described(runtime: Runtime, batch: np.ndarray, seconds: np.ndarray, ratio: tuple[float, float] | None = None) -> Latency:

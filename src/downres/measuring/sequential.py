@@ -67,12 +67,13 @@ def prove(
     shown: Callable[[str, int], Any],
     compare: Compare,
     ends: Collection[str] | None = None,
+    ahead: Callable[[Sequence[str], int], None] | None = None,
 ) -> dict[str, Verdict]:
     """A verdict on each candidate, all of which hold together at the budget's confidence.
 
     names: from the cheapest to the dearest. n: images there are. original, shown: evidence of the original, of a candidate, on
     the first so many of them; Unshown is taken for a verdict. Once one of `ends` (None: any) is proven within, dearer ones that
-    are undecided are not needed.
+    are undecided are not needed. ahead: told before each look who may be shown how many images.
     """
     found: dict[str, Verdict] = {}
     final = set(names if ends is None else ends)
@@ -80,6 +81,8 @@ def prove(
     counts = looks(n)
     levels = spent(counts, 1.0 - budget.confidence)
     for seen, count, level in zip([0, *counts[:-1]], counts, levels, strict=True):
+        if ahead is not None:
+            ahead(alive, count)
         before = original(count)
         evidence: dict[str, Any] = {}
         known: dict[tuple[str, int], Drop] = {}  # a bootstrap of many images takes seconds

@@ -1,6 +1,6 @@
 """What is known of a candidate before any image is looked at: costs and time, and who is stopped by them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..engines.onnxruntime import NotExported
 from ..errors import DownresError
@@ -14,9 +14,18 @@ from .prepare import Measuring, Progress
 from .select import over_budget, slower_twin
 from .store import IN_TORCH, UNEXPORTED, Store
 
+if TYPE_CHECKING:
+    from .cluster import Cluster
 
-def time_again(task: Task, store: Store, bank: Bank, state: State) -> None:
-    """A file with layers in float is another one than what was timed before: it is timed once more, beside the original."""
+
+def time_again(task: Task, store: Store, bank: Bank, state: State, cluster: "Cluster | None" = None) -> None:
+    """A file with layers in float is another one than what was timed before: it is timed once more, beside the original.
+
+    cluster: times it where that has a node for it.
+    """
+    if cluster is not None and cluster.node is not None:
+        cluster.timed_again(task, store, bank, state)
+        return
     batch = store.settings["latency_batch"]
     states = {str(task.native): task.native_state, str(state.candidate): state}
     inputs = {name: random_batch((batch, task.channels, *bank.preprocessing_of(s).hw)) for name, s in states.items()}
@@ -63,9 +72,10 @@ def latency_gate(
     bank: Bank,
     measuring: Measuring,
     progress: Progress | None,
+    cluster: "Cluster | None" = None,
 ) -> list[Candidate]:
     """Measures all together, interleaved; stops those over the latency ceiling, and those that cannot be exported. Touches no
-    data: noise has no shortcuts.
+    data: noise has no shortcuts. cluster: measures them where that has a node for it.
 
     Where nobody chose the runtime and the original cannot be exported all are measured in torch.
     """
@@ -74,6 +84,10 @@ def latency_gate(
         if not may_change:
             raise NotExported(why)
         bank.runtime_name = "torch"
+    if cluster is not None and cluster.node is not None and not _all_timed(store, candidates, bank.runtime_name):
+        cluster.timed(subject, store, bank, budget, candidates, measuring)
+        if store.get(IN_TORCH) is not None:
+            bank.runtime_name = "torch"
     if not _all_timed(store, candidates, bank.runtime_name):
         runtimes, inputs, unexported, sizes = {}, {}, {}, {}
         for i, candidate in enumerate(candidates):

@@ -1,6 +1,7 @@
 """The proof in rounds: every candidate is recovered, then shown only as many proof images as its verdict needs."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from ..recovery.ladder import Reference, climb
 from ..recovery.state import State
 from ..tasks import Task
 from ..tasks.dealt import can_deal
+from .cluster import Cluster, Lost
+from .folds import is_other_file
 from .gates import time_again
 from .joint import JOINT
 from .prepare import Measuring
@@ -66,6 +69,7 @@ def measure_in_rounds(
     budget: Budget,
     rungs: tuple[str, ...],
     minimize: str,
+    cluster: Cluster | None = None,
 ) -> None:
     """A verdict on every candidate, of which the first is the original, into the store.
 
@@ -74,6 +78,8 @@ def measure_in_rounds(
     native, *planned = candidates
     states: dict[str, State] = {str(native): reference.state}
     recoveries = {str(native): Recovery("none", reference.state.crop_ratio, 0.0)}
+    if cluster is not None:
+        _recover_there(task, store, bank, planned, reference, budget, rungs, cluster)
     for i, candidate in enumerate(planned):
         if store.get(f"{STOPPED}/{candidate}") is None:
             bank.stage = f"{i + 1} of {len(planned)}, "
@@ -82,9 +88,7 @@ def measure_in_rounds(
                     task, store, bank, candidate, reference, budget, rungs
                 )
             except DownresError as error:
-                if candidate == candidate.network:
-                    raise
-                store.put(f"{STOPPED}/{candidate}", str(error).rstrip("."))  # of this file; others may be sound
+                refused(store, candidate, error)
             bank.release()
     bank.stage = ""
     for candidate in planned:  # decided anew
@@ -102,28 +106,49 @@ def measure_in_rounds(
     ends = [name for name in names if not is_measured_alone(of[name])]
     looked: dict[str, Any] = {}
 
+    def seen(name: str) -> int:
+        """How many of the first proof images it was shown already."""
+        place = predictions_of(task.native_state.at(of[name]))
+        if name not in looked and store.has_arrays(place):
+            looked[name] = task.evidence_type.from_arrays(store.arrays(place))
+        return len(looked[name]) if name in looked else 0
+
+    def ahead(undecided: Sequence[str], count: int) -> None:
+        """Has the cluster look at what a look will ask for, all at once."""
+        assert cluster is not None
+        left = {n: seen(n) for n in (str(native), *undecided) if not store.get(f"{STOPPED}/{n}")}
+        wanted = {n: (states[n], task.proof[known:count]) for n, known in left.items() if known < count}
+        cluster.look(task, bank, wanted)
+
     def shown(name: str, count: int) -> Any:
         """Evidence on the first so many proof images. Unshown for a file that fails; others may be sound."""
         if why := store.get(f"{STOPPED}/{name}"):
             raise Unshown(why)
-        place = predictions_of(task.native_state.at(of[name]))
-        if name not in looked and store.has_arrays(place):
-            looked[name] = task.evidence_type.from_arrays(store.arrays(place))
-        known = len(looked[name]) if name in looked else 0
+        known = seen(name)
         if known < count:
             bank.stage = f"{count} of {len(task.proof)} images, "
             try:
-                more = task.evidence(bank, states[name], task.proof[known:count])
+                more = None if cluster is None else cluster.seen(task, bank, name, count - known)
+                if more is None:
+                    more = task.evidence(bank, states[name], task.proof[known:count])
+            except Lost:  # by the cluster, whatever the file is
+                raise
             except DownresError as error:
                 if of[name] == of[name].network:
                     raise
                 raise Unshown(store.put(f"{STOPPED}/{name}", str(error).rstrip("."))) from error
             looked[name] = task.evidence_type.concatenate([looked[name], more]) if known else more
-            store.put_arrays(place, **looked[name].to_arrays())
+            store.put_arrays(predictions_of(task.native_state.at(of[name])), **looked[name].to_arrays())
             bank.release()
         return looked[name].select(np.arange(count))
 
-    verdicts = prove(names, len(task.proof), budget, lambda count: shown(str(native), count), shown, task.compare, ends)
+    on_cluster = None if cluster is None else ahead
+    verdicts = prove(
+        names, len(task.proof), budget, lambda count: shown(str(native), count), shown, task.compare, ends, on_cluster
+    )
+    if cluster is not None:
+        cluster.look(task, bank, {})
+        cluster.note(store)
     bank.stage = ""
     if not names:
         shown(str(native), len(task.proof))
@@ -133,24 +158,73 @@ def measure_in_rounds(
     _put(task, store, str(native), whole, looked, reference.state, recoveries[str(native)])
 
 
+def refused(store: Store, candidate: Candidate, error: DownresError) -> None:
+    """Of a file alone what is wrong is kept, others may be sound; of a network it is raised, and so is what a cluster lost."""
+    if candidate == candidate.network or isinstance(error, Lost):
+        raise error
+    store.put(f"{STOPPED}/{candidate}", str(error).rstrip("."))
+
+
+def _known(store: Store, bank: Bank, candidate: Candidate) -> tuple[State, Recovery] | None:
+    """What it was recovered to, where all of that is still there."""
+    if (known := store.get(f"recovered/{candidate}")) is not None:
+        state = State.from_json(known["state"])
+        if all(bank.weights.has(step.tensors) for step in state.history if step.tensors):
+            return state, Recovery.from_json(known["recovery"])
+    return None
+
+
 def _recovered(
     task: Task, store: Store, bank: Bank, candidate: Candidate, reference: Reference, budget: Budget, rungs: tuple[str, ...]
 ) -> tuple[State, Recovery]:
     """By the ladder, once."""
-    key = f"recovered/{candidate}"
-    known = store.get(key)
-    if known is not None:
-        state = State.from_json(known["state"])
-        if all(bank.weights.has(step.tensors) for step in state.history if step.tensors):
-            return state, Recovery.from_json(known["recovery"])
-    before = store.get(f"recovered/{candidate.network}") if candidate != candidate.network else None
-    like = State.from_json(before["state"]) if before else None
-    state, recovery = climb(task, bank, candidate, reference, budget, rungs, like)
-    if any(step.how and step.how.kept for step in state.history):
-        time_again(task, store, bank, state)
-    store.put(f"arrays/{predictions_of(task.native_state.at(candidate))}", None)  # of whatever was there before
-    store.put(key, {"state": state.to_json(), "recovery": recovery.to_json()})
+    if (known := _known(store, bank, candidate)) is not None:
+        return known
+    state, recovery = climb(task, bank, candidate, reference, budget, rungs, _like(store, candidate))
+    _keep(task, store, bank, candidate, state, recovery, None)
     return state, recovery
+
+
+def _like(store: Store, candidate: Candidate) -> State | None:
+    """Of a candidate of 8 bits the state of its network in float, where that was recovered before."""
+    before = store.get(f"recovered/{candidate.network}") if candidate != candidate.network else None
+    return State.from_json(before["state"]) if before else None
+
+
+def _keep(
+    task: Task, store: Store, bank: Bank, candidate: Candidate, state: State, recovery: Recovery, cluster: Cluster | None
+) -> None:
+    if is_other_file(state):
+        time_again(task, store, bank, state, cluster)
+    store.put(f"arrays/{predictions_of(task.native_state.at(candidate))}", None)  # of whatever was there before
+    store.put(f"recovered/{candidate}", {"state": state.to_json(), "recovery": recovery.to_json()})
+
+
+def _recover_there(
+    task: Task,
+    store: Store,
+    bank: Bank,
+    planned: Sequence[Candidate],
+    reference: Reference,
+    budget: Budget,
+    rungs: tuple[str, ...],
+    cluster: Cluster,
+) -> None:
+    """What is not recovered yet, by a cluster, into the store as if it had been recovered here."""
+    left = [c for c in planned if store.get(f"{STOPPED}/{c}") is None and _known(store, bank, c) is None]
+    late: list[tuple[Candidate, State, Recovery]] = []
+    for candidate, found in cluster.recovered(task, bank, left, reference, partial(_like, store), budget, rungs):
+        if isinstance(found, DownresError):
+            refused(store, candidate, found)
+        elif is_other_file(found[0]):  # is timed when nothing else runs
+            late.append((candidate, *found))
+        else:
+            _keep(task, store, bank, candidate, *found, cluster)
+    for candidate, state, recovery in late:
+        try:
+            _keep(task, store, bank, candidate, state, recovery, cluster)
+        except DownresError as error:
+            refused(store, candidate, error)
 
 
 def _put(

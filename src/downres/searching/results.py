@@ -34,7 +34,7 @@ from ..reports.tables import candidates
 from ..tasks import Task, restored
 from .joint import JOINT, Joint
 from .select import is_measured_alone, over_budget, select, slower_twin
-from .store import IN_TORCH, ROUNDS, STOPPED, UNEXPORTED, UNNEEDED, UNSHIPPED, Store
+from .store import IN_TORCH, KINDS, ROUNDS, STOPPED, UNEXPORTED, UNNEEDED, UNSHIPPED, Store
 
 if TYPE_CHECKING:
     from ..artifacts import Embedded
@@ -210,6 +210,11 @@ def _load(folder: Path, store: Store) -> Run:
         notes.append(f"all is measured in torch, as the original could not be exported to ONNX: {why}")
     if original.quality is not None:
         notes += task.warnings(original.quality, data)
+    if len(kinds := store.get(KINDS) or ()) > 1:
+        notes.append(
+            f"measured on {len(kinds)} kinds of processors, whose answers may differ in the last digit: "
+            f"{'; '.join(map(str, kinds))}"
+        )
     timed = [r for r in (original, *results) if r.latency and r.latency.disturbed]
     if timed:
         shown = ", ".join(str(r.candidate) for r in timed)

@@ -5,6 +5,7 @@ import dataclasses
 import shutil
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from ..engines.engine import QuantizationFailed, engine_of
 from ..engines.onnxruntime import NotExported
 from ..errors import DownresError
 from ..families import Model
-from ..records import Budget, Candidate, Preprocessing, Recovery
+from ..records import Budget, Candidate, Preprocessing
 from ..recovery.bank import Bank
-from ..recovery.ladder import RUNGS, TAUGHT, Reference, chosen_rungs, climb, help_out, rungs_for, together
+from ..recovery.ladder import RUNGS, TAUGHT, Reference, chosen_rungs, help_out, rungs_for, together
 from ..recovery.state import State
 from ..recovery.team import Team
 from ..recovery.training import Training
@@ -28,9 +29,11 @@ from ..reports import words
 from ..tasks import Question, Task
 from ..tasks.dealt import dealt, first
 from ..techniques import RUNTIME
+from .cluster import Cluster
 from .design import design_of, fused_notes
+from .folds import Found, measured
 from .gates import cost_gate, latency_gate, time_again
-from .in_rounds import in_rounds, measure_in_rounds
+from .in_rounds import in_rounds, measure_in_rounds, refused
 from .joint import JOINT, choose, decide
 from .live import told
 from .plan import plan
@@ -72,6 +75,8 @@ def search(
     out: str | Path | None = None,
     command: str = "",
     progress: Progress | None = None,
+    ray: str | None = None,
+    latency_node: str | None = None,
     **flat: Any,
 ) -> Run:
     """Find the cheapest way to look at less whose drop is proven to be within `max_drop`, and ship it.
@@ -100,6 +105,11 @@ def search(
             finished gets it too.
         out: folder of the run; the same call again goes on where it was. Default: a new temporary folder.
         command: how the run was asked for, to be shown in its report.
+        ray: measure candidates on a Ray cluster: 'auto', the one that this machine is part of; its address, HOST:PORT; 'local',
+            one of this machine alone, for the length of the search. A connection that there is already is used. Time is
+            measured here.
+        latency_node: of that cluster the node that time is measured on instead: its name, address or id, or a resource that one
+            of a kind of nodes has.
 
     Raises:
         DownresError: bad input, said in one sentence. What was measured stays in the run's folder.
@@ -111,6 +121,7 @@ def search(
         budget = dataclasses.replace(budget, max_drop=max_drop)
     rungs = chosen_rungs(rungs, recover)
     _check_choices(rungs, minimize)
+    _check_cluster(ray, latency_node, tries, training, out)
     for name in measuring.runtimes:
         engine_of(name)  # one that is not here is said before anything is loaded
     if measuring.runtimes[0] == "torch":
@@ -172,6 +183,7 @@ def search(
 
     with (
         team.leading(str(folder)),
+        contextlib.nullcontext() if ray is None else Cluster(ray, latency_node) as cluster,
         contextlib.closing(Store.open(folder, settings)) as store,
         told(folder, progress) as progress,
     ):
@@ -188,11 +200,11 @@ def search(
                 made.clear()  # what is only lowered is measured without tuning images
         elif store.get(JOINT) is not None:  # all of what some were chosen of before
             decide(store, alive[1:], alive[1:], alive[1:])
-        alive = latency_gate(subject, store, budget, alive, bank, measuring, progress)
+        alive = latency_gate(subject, store, budget, alive, bank, measuring, progress, cluster)
         if len(alive) > 1:
             if not sampled:
                 opened()
-            _measure_all(subject, store, budget, alive, rungs, bank, made, minimize, progress)
+            _measure_all(subject, store, budget, alive, rungs, bank, made, minimize, progress, cluster)
         if store.get("finished") is None:
             store.put("finished", True)
         bank.forget()
@@ -217,6 +229,7 @@ def _measure_all(
     made: list[Reference],
     minimize: str,
     progress: Progress | None,
+    cluster: Cluster | None,
 ) -> None:
     """Everything that needs proof images: quality of each candidate, what the report shows of them, the shipped model. made:
     the original in the first folds, where that is known.
@@ -228,11 +241,15 @@ def _measure_all(
     rounds = store.get(ROUNDS)
     done = (store.get(f"{STOPPED}/{c}") or store.get(f"{UNNEEDED}/{c}") or _is_kept(task, store, bank, c) for c in candidates)
     if rounds and not all(done):
-        reference = task.reference(bank, 0, task.data.folds[0], rungs)
+        if cluster is None:
+            reference = task.reference(bank, 0, task.data.folds[0], rungs)
+        else:
+            (reference,) = cluster.references(task, bank, rungs)
         bank.release()
-        measure_in_rounds(task, store, bank, candidates, reference, budget, rungs, minimize)
+        measure_in_rounds(task, store, bank, candidates, reference, budget, rungs, minimize, cluster)
+    elif cluster is not None and not rounds:
+        _measure_there(task, store, budget, candidates, rungs, bank, cluster)
     for i, candidate in enumerate(candidates if not rounds else ()):
-        key = f"quality/{candidate}"
         if store.get(f"{STOPPED}/{candidate}") is None and not _is_kept(task, store, bank, candidate):
             bank.stage = f"{i + 1} of {len(candidates)}, "
             if len(made) < len(task.data.folds):  # a finished run needs none
@@ -240,11 +257,10 @@ def _measure_all(
                 made += [task.reference(bank, i, fold, rungs) for i, fold in left]
                 bank.release()
             try:
-                store.put(key, _measure(task, store, bank, candidate, made, budget, rungs))
+                alike = _alike(store, candidate, len(made))
+                _put(task, store, bank, candidate, measured(task, bank, candidate, made, alike, budget, rungs), None)
             except DownresError as error:
-                if candidate == candidate.network:
-                    raise
-                store.put(f"{STOPPED}/{candidate}", str(error).rstrip("."))  # of this file; others may be sound
+                refused(store, candidate, error)
         bank.release()
     bank.stage = ""
     run = load_run(store.folder, store)
@@ -270,6 +286,31 @@ def _measure_all(
             shutil.rmtree(store.folder / "best.partial", ignore_errors=True)
         if progress:
             progress(f"{run.best.candidate}: shipping", 1, 1)
+
+
+def _measure_there(
+    task: Task, store: Store, budget: Budget, candidates: list[Candidate], rungs: tuple[str, ...], bank: Bank, cluster: Cluster
+) -> None:
+    """Quality of each candidate by a cluster, into the store as if it had been measured here."""
+    left = [c for c in candidates if store.get(f"{STOPPED}/{c}") is None and not _is_kept(task, store, bank, c)]
+    if not left:
+        return
+    references = cluster.references(task, bank, rungs)
+    late: list[tuple[Candidate, Found]] = []
+    alike = partial(_alike, store, folds=len(references))
+    for candidate, found in cluster.measured(task, bank, left, references, alike, budget, rungs):
+        if isinstance(found, DownresError):
+            refused(store, candidate, found)
+        elif found.timed_again is not None:  # when nothing else runs
+            late.append((candidate, found))
+        else:
+            _put(task, store, bank, candidate, found, cluster)
+    for candidate, found in late:
+        try:
+            _put(task, store, bank, candidate, found, cluster)
+        except DownresError as error:
+            refused(store, candidate, error)
+    cluster.note(store)
 
 
 def _tensors_of(store: Store, candidates: list[Candidate]) -> set[str]:
@@ -318,39 +359,43 @@ def _is_kept(task: Task, store: Store, bank: Bank, candidate: Candidate) -> bool
     return all(bank.weights.has(step.tensors) for step in steps if step.tensors)
 
 
-def _measure(
-    task: Task,
-    store: Store,
-    bank: Bank,
-    candidate: Candidate,
-    references: list[Reference],
-    budget: Budget,
-    rungs: tuple[str, ...],
-) -> dict[str, Any]:
-    """Quality on the proof images of every fold, lowered only and recovered; arrays first, then the record that names them."""
-    lowered, recovered, states, recoveries = [], [], [], []
-    before_it = store.get(f"quality/{candidate.network}") if candidate != candidate.network else None
-    alike = [State.from_json(one) for one in before_it["states"]] if before_it else [None] * len(references)
-    for reference, like in zip(references, alike, strict=True):
-        bare = bank.started(reference.state, candidate, reference.index)
-        lowered.append(task.evidence(bank, bare, reference.fold.test))
-        if candidate == task.native:
-            state, recovery = bare, Recovery("none", bare.crop_ratio, 0.0)
-        else:
-            state, recovery = climb(task, bank, candidate, reference, budget, rungs, like)
-        recovered.append(lowered[-1] if state == bare else task.evidence(bank, state, reference.fold.test))
-        states.append(state)
-        recoveries.append(recovery)
-    if kept := [s for s in states if any(step.how and step.how.kept for step in s.history)]:
-        time_again(task, store, bank, kept[0])
-    before, after = (task.evidence_type.concatenate(parts) for parts in (lowered, recovered))
-    store.put_arrays(predictions_of(task.native_state.at(candidate)), **after.to_arrays())
-    return {
-        "quality": task.quality(after).to_json(),
-        "naive": task.quality(before).to_json(),
-        "recovery": together(recoveries).to_json(),
-        "states": [state.to_json() for state in states],
+def _alike(store: Store, candidate: Candidate, folds: int) -> list[State | None]:
+    """Of a candidate of 8 bits the states of its network in float, where that was measured before."""
+    before = store.get(f"quality/{candidate.network}") if candidate != candidate.network else None
+    return [State.from_json(one) for one in before["states"]] if before else [None] * folds
+
+
+def _put(task: Task, store: Store, bank: Bank, candidate: Candidate, found: Found, cluster: Cluster | None) -> None:
+    """Arrays first, then the record that names them."""
+    if (state := found.timed_again) is not None:
+        time_again(task, store, bank, state, cluster)
+    store.put_arrays(predictions_of(task.native_state.at(candidate)), **found.recovered.to_arrays())
+    quality = {
+        "quality": task.quality(found.recovered).to_json(),
+        "naive": task.quality(found.lowered).to_json(),
+        "recovery": together(found.recoveries).to_json(),
+        "states": [state.to_json() for state in found.states],
     }
+    store.put(f"quality/{candidate}", quality)
+
+
+def _check_cluster(ray: str | None, latency_node: str | None, tries: Axes, training: Training, out: str | Path | None) -> None:
+    if out is not None and "://" in str(out):
+        raise DownresError(
+            f"A run's folder is one that this machine writes to, {out} is an address: mount it, or copy the run there."
+        )
+    if latency_node is None and ray is None:
+        return
+    if ray is None:
+        raise DownresError("`latency_node` is a node of a cluster: name that with `ray`, for example `ray='auto'`.")
+    if Team().count > 1:
+        raise DownresError(
+            "`accelerate launch` has processes of its own and a cluster has, too: start the search with `ray` as it is."
+        )
+    if latency_node is not None and tries.joint is not None:
+        raise DownresError("Combinations are tried and timed on this machine: leave `latency_node` out, or `joint`.")
+    if training.log:
+        raise DownresError("`log` keeps numbers where it trains, on whatever node that is: leave it out, or `ray`.")
 
 
 def _check_choices(rungs: tuple[str, ...], minimize: str | None) -> None:

@@ -26,6 +26,8 @@ UNNEEDED why it need not be.
 """
 ROUNDS, COMPARED = "rounds", "compared"
 """The measurements that say whether the proof is looked at in rounds, and which candidates are compared in it."""
+KINDS = "hardware"
+"""The measurement that says what kinds of processors of a cluster measured, where there are several."""
 MOST_BYTES = 2**28
 """Of run.json; a larger one is none of ours."""
 
