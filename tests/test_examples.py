@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,10 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from downres import Preprocessing, predict
+from downres.artifacts.embed import front
 from downres.artifacts.serving import program, steps
+from downres.engines.onnxruntime import OnnxRuntime
+from downres.images import decode
 from downres.tasks.regression.task import Regression
 
 SERVE = Path(__file__).parents[1] / "examples" / "serve.js"
@@ -103,6 +107,23 @@ def test_answers_are_those_of_predict_on_real_photographs(node, shipped, shared_
     for ours, theirs in zip(node(shipped[0], *photographs), predict(shipped[0], photographs), strict=True):
         assert ours["image"] == theirs.image and ours["classes"] == list(theirs.classes)
         assert np.allclose(ours["probabilities"], theirs.probabilities, rtol=0, atol=0.1)
+
+
+def test_the_lines_in_the_guide_give_pixels_to_a_graph_that_has_its_preprocessing_inside(node, pictures, tmp_path):
+    (lines,) = re.findall(r"^```js\n(.*?)^```", (SERVE.parents[1] / "docs" / "serving.md").read_text(), re.M | re.S)
+    shown = "console.log(JSON.stringify(Array.from(Object.values(answer)[0].data)))"
+    needed = 'const ort = require("onnxruntime-node"), sharp = require("sharp");'
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    graph = front(HALF)
+    graph.ir_version = 10  # as in a shipped file, of the model that it stands in front of
+    onnx.save(graph, tmp_path / "run" / "best" / "model_uint8.onnx")
+    turned = next(file for file in pictures if file.name == "turned6.jpg")
+    shutil.copy(turned, tmp_path / "photo.jpg")
+    program = f"{needed}\n(async () => {{ process.chdir({json.dumps(str(tmp_path))});\n{lines}\n{shown} }})()"
+    done = subprocess.run([shutil.which("node"), "-e", program], cwd=SERVE.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (ours,) = OnnxRuntime((tmp_path / "run" / "best" / "model_uint8.onnx"), 1)(decode(turned)[None])
+    assert np.allclose(np.float32(json.loads(done.stdout)), ours.ravel(), rtol=0, atol=1e-5)
 
 
 def test_what_it_has_not_is_said(node, tmp_path, pictures):
