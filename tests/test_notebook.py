@@ -50,18 +50,20 @@ def test_costs_are_a_table_and_the_picture(counted):
     assert "srcdoc=" in shown and "<script" not in shown.replace(html.escape("<script"), "")  # scripts run in the frame alone
 
 
-def test_they_draw_in_a_browser(counted, tmp_path, browser):
-    file = tmp_path / "notebook.html"
-    file.write_text(f"<!doctype html><meta charset=utf-8><title>cell</title>{counted._repr_html_()}")
-    page = browser.new_page(viewport={"width": 1000, "height": 1200})
-    try:
-        page.goto(file.as_uri())
-        points = page.frame_locator("iframe").locator(".scatterlayer .point")
-        points.first.wait_for()
-        assert points.count() >= len(counted.rows)
-        assert page.locator("table").first.is_visible()
-    finally:
-        page.close()
+def test_they_draw_in_a_browser(counted, tiny, cells, tmp_path, browser):
+    found = curve(tiny, cells.write(tmp_path / "data", ("val",)), [32, 24])
+    for shown, least in ((counted, len(counted.rows)), (found, 1 + len(found.results))):
+        file = tmp_path / "notebook.html"
+        file.write_text(f"<!doctype html><meta charset=utf-8><title>cell</title>{shown._repr_html_()}")
+        page = browser.new_page(viewport={"width": 1000, "height": 1200})
+        try:
+            page.goto(file.as_uri())
+            points = page.frame_locator("iframe").locator(".scatterlayer .point")
+            points.first.wait_for()
+            assert points.count() >= least
+            assert page.locator("table").first.is_visible()
+        finally:
+            page.close()
 
 
 def test_frames_have_the_numbers_of_json(counted):
@@ -75,6 +77,9 @@ def test_a_curve(tiny, cells, tmp_path):
     found = curve(tiny, cells.write(tmp_path / "data", ("val",)), [32])
     shown = found._repr_html_()
     assert f"{found.results[0].quality.score:.1f}" in shown and "32 px" in shown
+    assert "srcdoc=" in shown and "<script" not in shown.replace(html.escape("<script"), "")
+    stopped = dataclasses.replace(found.results[0], status="stopped", quality=None, drop=None)
+    assert "srcdoc=" not in dataclasses.replace(found, results=(stopped,))._repr_html_()  # no picture of nothing
     pytest.importorskip("pandas", reason="to_pandas is for who has pandas")
     frame = found.to_pandas()
     assert list(frame["top1"]) == [found.original.quality.score, found.results[0].quality.score]

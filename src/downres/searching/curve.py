@@ -9,7 +9,7 @@ from ..axes import Axes
 from ..errors import DownresError
 from ..families import Model
 from ..measuring.cost import measure_cost
-from ..notebook import frame_of, sentences, table
+from ..notebook import frame_of, page, sentences, table
 from ..parse import INT8
 from ..record import plain
 from ..records import Budget, Preprocessing, Result
@@ -47,8 +47,12 @@ class Curve:
         return frame_of([document["original"], *document["candidates"]])
 
     def _repr_html_(self) -> str:
+        from ..reports.curve_picture import curve_page  # Plotly is needed for nothing else here
+
         told = candidates(self.original, self.results)
-        return sentences(self.data) + table(told.rows, told.faint) + sentences(*self.notes)
+        drawn = curve_page(self.original, self.results)
+        shown = sentences(self.data) + table(told.rows, told.faint) + sentences(*self.notes)
+        return shown + (page(drawn, 620) if drawn else "")
 
 
 NOTHING = Axes((), (), (), ())
