@@ -4,6 +4,7 @@ import functools
 import hashlib
 import math
 import mmap
+import os
 import shutil
 import tempfile
 import warnings
