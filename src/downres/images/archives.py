@@ -295,7 +295,7 @@ def open_listing(
 
     A picture is in the proof, tunes or is fitted on as the hash of its key and the seed tell: neither order nor number of files
     matters, and others that are added move none. Of more than PROOF_IMAGES to test on, and `train_images` to fit on, else
-    TRAINING_IMAGES, those of the lowest numbers are opened. One to fit on with the pixels of one to test on is left out of the fit.
+    TRAINING_IMAGES, those of the lowest numbers are opened. One to fit on with the pixels of one to test on is left out.
     """
     chosen = _divide(listing, parts, val_fraction, folds, seed, train_images)
     opened, place, skipped = _decode(listing, chosen, cache_gb, progress, channels)

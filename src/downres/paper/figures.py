@@ -48,12 +48,14 @@ def taken(e: Experiment, lines: Sequence[Line]) -> str:
 
 
 def command(e: Experiment, folder: str = "paper/") -> str:
+    data = {"ImageNet": "imagenet/", "Cityscapes": "cityscapes/"}.get(e.data, "")
+    run = ["downres", "paper", e.name]
     if not e.images:
-        return f"downres paper {e.name} --table"
-    data = {"ImageNet": "imagenet/", "Cityscapes": "cityscapes/"}[e.data]
+        return " ".join([*run, "--table"])
+    run += ["--data", data, "--out", folder]
     if e.of:
-        return f"downres paper {e.name} --data {data} --out {folder}"
-    return f"torchrun --nproc-per-node {GPUS} -m downres paper {e.name} --data {data} --out {folder} --train bf16=true"
+        return " ".join(run)
+    return " ".join(["torchrun", "--nproc-per-node", str(GPUS), "-m", *run, "--train", "bf16=true"])
 
 
 def listed() -> list[dict[str, str]]:

@@ -164,6 +164,9 @@ def test_of_very_many_those_of_the_lowest_numbers_are_opened(tmp_path: Path, mon
     assert len(data.images) == 36
     n = len(all_of_them["proof"])
     assert f"16 of {120 - n} to fit on and 20 of {n} to test on" in data.description
+    assert len(opened(tmp_path, train_images=10**9).folds[0].train) == 120 - n  # who trains from scratch takes all
+    named = sides(opened(tmp_path, train_images=24))
+    assert {name: len(names) for name, names in named.items()} == {"proof": 20, "tune": 6, "fit": 18}
 
 
 def test_what_shows_the_same_is_on_one_side(tmp_path: Path) -> None:

@@ -147,8 +147,8 @@ def from_dataset(
     channels: int = 3,
     train_images: int | None = None,
 ) -> Dataset:
-    """Its pictures, all of them, each taken once and kept within the cache. Targets are whole numbers; pictures are PIL images or uint8
-    arrays (H, W) or (H, W, 3): a dataset that makes tensors of them is to be given without its transforms.
+    """Its pictures, all of them, each taken once and kept within the cache. Targets are whole numbers; pictures are PIL images
+    or uint8 arrays (H, W) or (H, W, 3): a dataset that makes tensors of them is to be given without its transforms.
     """
     labels, classes = _labels_in(dataset), names_of(dataset, outputs)
     if labels.min() < 0 or labels.max() >= len(classes):
