@@ -660,6 +660,8 @@ def paper(
             scale=scale, grid=grid, train=train or [], runtime="torch", val_fraction=val_fraction, threads=threads,
             cache_gb=cache_gb, progress=progress,
         )  # fmt: skip
+    if not found.lines:  # a process that has trained along
+        return
     if figure is not None:
         figures.write_figure(found, figure)
     if as_json:

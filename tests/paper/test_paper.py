@@ -5,15 +5,17 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.models import resnet50
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from downres import DownresError, Training, reproduce
+from downres import DownresError, Measuring, Model, Question, Training, reproduce
 from downres.engines.engine import engine_of
 from downres.engines.onnx_int8 import quantize_linear
 from downres.engines.onnxruntime import export_onnx
@@ -22,8 +24,10 @@ from downres.images.images import from_arrays
 from downres.measuring.cost import measure_cost
 from downres.paper.experiments import DYNAMIC, EXPERIMENTS, GRID, REGSEG, RESNET, VIT, Look
 from downres.paper.figures import card, listed, looks_rows, rows, write_figure
+from downres.paper.running import _in_8_bits, _training
 from downres.records import Preprocessing
 from downres.recovery.views import Views, cut, drawn, pixels_of
+from downres.searching.prepare import open_data, prepare_task
 
 
 def bottleneck_macs(channels, side, classes=1000):
@@ -64,21 +68,15 @@ def test_full_width_is_torchvisions():
 
 
 @pytest.mark.parametrize("mode", INTERPOLATIONS)
-def test_position_embeddings_are_interpolated_as_torchvision_does(mode):
+def test_position_embeddings_are_interpolated_as_torchvision_does(mode, monkeypatch):
     made = {"patch": 4, "width": 32, "depth": 1, "heads": 2}
     network = scratch("vit", 3, 0, side=16, **made)
+    assert torch.equal(at_grid(network, 16, mode, **made).pos_embed, network.pos_embed)
+    if mode not in ("bilinear", "bicubic"):  # modes that do not take it are given `align_corners` by torchvision
+        plain = F.interpolate
+        monkeypatch.setattr(F, "interpolate", lambda *a, align_corners=None, **k: plain(*a, **k))
     theirs = {"encoder.pos_embedding": network.pos_embed.detach()}
-    options = {"interpolation_mode": mode}
-    if mode in ("bilinear", "bicubic"):  # theirs aligns corners, ours does not: the same only where the grid is
-        assert torch.equal(at_grid(network, 16, mode, **made).pos_embed, network.pos_embed)
-        return
-    import torch.nn.functional as F
-
-    plain, F.interpolate = F.interpolate, lambda *a, align_corners=None, **k: plain(*a, **k)  # which these modes do not take
-    try:
-        wanted = interpolate_embeddings(32, 4, theirs, **options)["encoder.pos_embedding"]
-    finally:
-        F.interpolate = plain
+    wanted = interpolate_embeddings(32, 4, theirs, interpolation_mode=mode)["encoder.pos_embedding"]
     assert torch.equal(at_grid(network, 32, mode, **made).pos_embed, wanted)
 
 
@@ -213,6 +211,16 @@ def test_resnet_is_trained_looked_at_and_gone_on_with(photographs, tmp_path, mon
     assert "16-32-32-512 112-152-144" in page and "Every size in pixels is 0.2 times" in page
     assert any("1 of 22 networks are trained" in text for text in card(reproduce("resnet50", out=tmp_path)))
 
+    other = photographs.parent / "exchanged"
+    shutil.copytree(photographs, other, dirs_exist_ok=True)
+    for part in ("train", "val"):
+        one, two = sorted((other / part).iterdir())
+        one.rename(other / part / "x")
+        two.rename(one)
+        (other / part / "x").rename(two)
+    with pytest.raises(DownresError, match="resnet50 in .* was trained on other images"):
+        reproduce("int8-resnet50", other, tmp_path, **{**asked, "grid": False})
+
     with pytest.raises(DownresError, match="trained otherwise"):
         reproduce("resnet50", photographs, tmp_path, **{**asked, "train": ["epochs=2", "training_batch=4"]})
     with pytest.raises(DownresError, match="with scale 0.2: give another folder"):
@@ -261,6 +269,56 @@ def test_linear_layers_alone_are_in_8_bits(tmp_path):
     x = np.random.default_rng(0).standard_normal((4, 3, 16, 16), dtype=np.float32)
     ours, theirs = (engine_of("onnxruntime").load(tmp_path / name, 1)(x)[0] for name in ("f.onnx", "q.onnx"))
     assert 0 < np.abs(ours - theirs).max() < 0.1 * np.abs(ours).max()
+
+
+def test_setr_is_looked_at_as_a_square(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("downres.paper.running.experiment", lambda name: _small(EXPERIMENTS[name]))
+    train = [*SHORT, "training_batch=2"]
+    found = reproduce("setr", scenes, tmp_path, only="SETR 224", scale=0.25, train=train, threads=1)
+    (line,) = found.lines
+    assert line.quality() and line.cost.input_size == (1, 3, 56, 56)
+    assert line.memory > 8 * 11 * 256 * 341 * 4  # the logits of eight scenes at the full size, which are 4:3 here
+
+
+def test_sequences_stay_as_long_at_every_scale():
+    """A patch of 16 px at 0.15 is 2 px: what is 14 patches wide stays so."""
+    for e, name in ((VIT, "ViT-S 224 patch 16"), (VIT, "ViT-S 192 patch 24")):
+        made = e.entry(name).made
+        for scale in (0.1, 0.15, 0.2, 0.3, 0.25, 1.0):
+            options = e.entry(name).options(scale)
+            assert options["side"] == options["patch"] * (made["side"] // made["patch"])
+
+
+def test_ranges_of_8_bits_are_of_all_classes(photographs, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("downres.paper.running.RANGE_IMAGES", 8)
+    monkeypatch.setattr("downres.paper.running.export_onnx", lambda *a: None)
+    monkeypatch.setattr("downres.paper.running.engine_of", lambda name: SimpleNamespace(
+        quantize=lambda a, b, images, *rest: seen.append(images), load=lambda *a, **k: None
+    ))  # fmt: skip
+    model = Model(scratch("vit", 2, 0, side=16, patch=4, width=32, depth=1, heads=2), Preprocessing(16), num_classes=2)
+    task = prepare_task(model, photographs, Question(), "classification")
+    open_data(task, photographs, Measuring(runtime="torch"), Question())
+    chosen = []
+    monkeypatch.setattr("downres.paper.running.batches", lambda images, indices, p, size: chosen.extend(indices) or [])
+    _in_8_bits(task, model.module, tmp_path, model.preprocessing, 1)
+    list(seen[0].make())
+    assert len(chosen) == 8 and set(task.labels[chosen]) == {0, 1}
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "1", '{"asked": 1}'])
+def test_damaged_files_are_one_sentence(tmp_path, content):
+    place = tmp_path / "resnet50" / "64-128-256-512-112-152-144"
+    (place / "seed0").mkdir(parents=True)
+    (place / "seed0-old").mkdir()
+    (place / "seed0" / "training.json").write_text(content)
+    with pytest.raises(DownresError, match="cannot be read"):
+        reproduce("resnet50", out=tmp_path, only="64-128-256-512 112-152-144")
+
+
+def test_the_papers_training_is_what_is_changed():
+    assert _training(REGSEG, ["zoom_high=0.8"]) == dataclasses.replace(REGSEG.training, zoom_high=0.8)
+    assert _training(VIT, ["repeats=6"]).training_batch == 510
 
 
 def test_regseg_is_looked_at_at_the_masks_size(scenes, tmp_path):

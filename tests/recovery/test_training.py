@@ -626,3 +626,39 @@ def test_targets_of_masks():
     assert float(task.loss_of(logits, half, 0.0)) == pytest.approx(float(-log_p.sum() / 8), rel=1e-5)
     parts = task.learned(None, Views(np.array([0]), np.array([False]), np.array([[0.5, 0.5, 0.5, 0.5]])), (2, 4))
     assert parts[0].tolist() == [[4, 5, 6, 7]] * 2
+
+
+def test_statistics_are_averaged_with_the_weights(prepared, monkeypatch):
+    """The average of weights and running statistics by hand, step by step, as a network that is used has both."""
+    task, bank, fit = prepared
+    seen, real = [], trainer.get_ema_multi_avg_fn
+
+    def recorded(decay):
+        def step(average, values, count):
+            seen.append((decay, [value.clone() for value in values]))
+            real(decay)(average, values, count)
+
+        return step
+
+    monkeypatch.setattr(trainer, "get_ema_multi_avg_fn", recorded)
+    start = {name: value.clone() for name, value in bank.network(START).state_dict().items()}
+    state, _ = teach("finetune", prepared, Training(epochs=2, training_batch=16, ema=0.9, batchnorm=True, learning_rate=0.05))
+    made = bank.weights.get(state.trained.tensors)
+    network = bank.network(START)
+    names = [name for name, _ in network.named_parameters()]
+    names += [name for name, b in network.named_buffers() if b.is_floating_point()]
+    last = [*names[:3], "body.1.running_mean", "body.1.running_var"]
+    for name in last:
+        by_hand = start[name]
+        for decay, values in seen:
+            by_hand = decay * by_hand + (1 - decay) * values[names.index(name)]
+        assert np.allclose(made[name], by_hand, atol=1e-5), name
+        assert not np.allclose(made[name], seen[-1][1][names.index(name)], atol=1e-5), name
+
+
+def test_younger_fields_at_their_defaults_are_not_told():
+    """A folder that was begun before there were any asks for the same training."""
+    told = Training().to_json()
+    assert "moves" not in told and "ema" in told and Training.from_json(told) == Training()
+    other = Training(zoom_high=2.0, features=1.0)
+    assert {"zoom_high", "features"} <= other.to_json().keys() and Training.from_json(other.to_json()) == other

@@ -59,7 +59,8 @@ INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "area")
 
 def at_grid(network: VisionTransformer, side: int, mode: str, **made: Any) -> VisionTransformer:
     """The same ViT for another side, its position embeddings (the class token's kept) brought to the new grid by torch's
-    `interpolate` in that mode, without a filter, as torchvision does. made: what `vit` was given beside classes and side.
+    `interpolate` in that mode, without a filter and with corners aligned, as torchvision does. made: what `vit` was given
+    beside classes and side.
     """
     other = vit(network.num_classes, side, **made)
     old, (height, width) = network.pos_embed, other.patch_embed.grid_size
@@ -67,7 +68,7 @@ def at_grid(network: VisionTransformer, side: int, mode: str, **made: Any) -> Vi
     prefix, grid = old[:, : network.num_prefix_tokens], old[:, network.num_prefix_tokens :]
     rows, columns = network.patch_embed.grid_size
     grid = grid.reshape(1, rows, columns, -1).permute(0, 3, 1, 2).float()
-    options = {"align_corners": False} if mode in ("bilinear", "bicubic") else {}
+    options = {"align_corners": True} if mode in ("bilinear", "bicubic") else {}
     grid = F.interpolate(grid, (height, width), mode=mode, **options) if (rows, columns) != (height, width) else grid
     tensors = {**network.state_dict(), "pos_embed": torch.cat([prefix, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)}
     other.load_state_dict(tensors)

@@ -171,19 +171,19 @@ def from_arrays(array: np.ndarray, names: Sequence[str] | None = None) -> Images
 
 
 def cache_bytes(cache_gb: float | None = None) -> int:
-    """How much of decoded images may be kept: what is asked for, or half of what is free where temporary files go, shared with
-    the other processes of a team.
+    """How much of decoded images this process may keep: of what is asked for, or of half of what is free where temporary files
+    go, its share where several train together on this machine.
     """
     if cache_gb is None:
         return shutil.disk_usage(tempfile.gettempdir()).free // 2 // processes()
     if not 0 <= cache_gb < math.inf:
         raise DownresError(f"The cache of decoded images has 0 GB or more, {cache_gb} cannot be: give for example 10.")
-    return int(cache_gb * 1e9)
+    return int(cache_gb * 1e9) // processes()
 
 
 def processes() -> int:
-    """That train together on this machine and the others, see `recovery/team.py`."""
-    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+    """That train together on this machine, see `recovery/team.py`."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1"))
 
 
 def helpers() -> int:

@@ -53,8 +53,14 @@ class Entry(Record):
     look: Look
     made: dict[str, Any] = field(default_factory=dict)
 
+    def scale(self, scale: float) -> float:
+        """Of its sizes in pixels: where it has patches as a whole patch allows, so that sequences stay as long as they are."""
+        patch = self.made.get("patch")
+        return scaled(patch, scale) / patch if patch else scale
+
     def options(self, scale: float) -> dict[str, Any]:
         """Of the network's maker, sizes in pixels scaled."""
+        scale = self.scale(scale)
         return {
             name: scaled(value, scale) if name in ("side", "patch", "stem_side") else value for name, value in self.made.items()
         }
@@ -65,7 +71,8 @@ class Experiment:
     """One of the paper's. task: of its data. looks: at an entry beside its own. known: what is known of the result.
 
     images, classes, aspect (width by height): of the data that the paper uses; whole: they are looked at whole, sizes being of
-    the short side. of: the experiment whose networks are looked at; sides: at which an entry's cost is counted beside its own.
+    the short side; square: stretched to a square. of: the experiment whose networks are looked at; sides: at which an entry's
+    cost is counted beside its own.
     """
 
     name: str
@@ -81,6 +88,7 @@ class Experiment:
     classes: int
     aspect: float = 1.0
     whole: bool = False
+    square: bool = False
     of: str = ""
     sides: tuple[int, ...] = ()
 
@@ -197,7 +205,7 @@ VITS = {"ViT-S": {"width": 384, "depth": 12, "heads": 6}, "ViT-B": {"width": 768
 def _vits() -> Iterator[Entry]:
     def entry(vit: str, side: int, patch: int, family: str) -> Entry:
         made = {"side": side, "patch": patch, **VITS[vit]}
-        look = Look(side, round(side * 232 / 224))
+        look = Look(side, side * 232 // 224)
         return Entry(f"{vit} {side} patch {patch}", f"{vit}, {family}", "vit", side, look, made)
 
     for vit in VITS:
@@ -216,7 +224,7 @@ def _multiples(entry: Entry) -> Iterator[Look]:
     patch, side = entry.made["patch"], entry.made["side"]
     for n in range(4, 40):
         for mode in INTERPOLATIONS if n * patch != side else ("",):
-            yield Look(n * patch, round(n * patch * 232 / 224), FP32, mode)
+            yield Look(n * patch, n * patch * 232 // 224, FP32, mode)
 
 
 VIT = Experiment(
@@ -317,7 +325,9 @@ SETR = Experiment(
     lambda entry: iter(()),
     images=2975,
     classes=19,
+    aspect=2.0,
     whole=True,
+    square=True,
 )
 
 # 8 bits of what was trained
@@ -328,7 +338,7 @@ REGSEG_INT8 = (128, 384, 640, 896, 1024, 1280)
 
 def _int8_resnet(entry: Entry) -> Iterator[Look]:
     for side, precision in itertools.product(RESNET_INT8, (FP32, INT8)):
-        yield Look(side, round(side * 232 / 224), precision)
+        yield Look(side, side * 232 // 224, precision)
 
 
 def _int8_regseg(entry: Entry) -> Iterator[Look]:
@@ -408,6 +418,6 @@ def seen_as(look: Look, e: Experiment, scale: float, aspect: float) -> Preproces
     """How pictures come to a network for a look, sizes in pixels scaled. aspect: width by height of whole pictures."""
     side = scaled(look.side, scale)
     if e.whole:
-        return Preprocessing((side, max(1, round(side * aspect))), 1.0, fit="stretch")
+        return Preprocessing((side, side if e.square else max(1, round(side * aspect))), 1.0, fit="stretch")
     ratio = 1.0 if look.resize is None else side / max(side, scaled(look.resize, scale))
     return Preprocessing(side, ratio)

@@ -39,11 +39,12 @@ def taken(e: Experiment, lines: Sequence[Line]) -> str:
     # 1 MAC is 2 operations, and going back takes twice as many; what is trained on is a square of another side.
     area = (line.entry.trained**2 / (line.entry.look.side**2 * e.aspect) for line in lines)
     computed = sum(6 * line.cost.macs * part * seen for line, part in zip(lines, area, strict=True))
-    hours = computed / (GPUS * SUSTAINED) / 3600, len(lines) * seen / (CORES * each) / 3600
+    hours = computed / (_gpus(e) * SUSTAINED) / 3600, len(lines) * seen / (CORES * each) / 3600
     slower = "computing" if hours[0] > hours[1] else "decoding"
     return (
-        f"about {max(hours):.0f} hours for {len(lines)} trainings of {e.training.epochs} epochs on {GPUS} GPUs and {CORES} "
-        f"cores, by counting ({slower} decides: {SUSTAINED / 1e12:.0f} TFLOP/s a GPU and {each} images/s a core are assumed)"
+        f"about {max(hours):.0f} hours for {len(lines)} trainings of {e.training.epochs} epochs on {_gpus(e)} "
+        f"GPU{'s' * (_gpus(e) > 1)} and {CORES} cores, by counting and without looking ({slower} decides: "
+        f"{SUSTAINED / 1e12:.0f} TFLOP/s a GPU and {each} images/s a core are assumed)"
     )
 
 
@@ -55,7 +56,13 @@ def command(e: Experiment, folder: str = "paper/") -> str:
     run += ["--data", data, "--out", folder]
     if e.of:
         return " ".join(run)
-    return " ".join(["torchrun", "--nproc-per-node", str(GPUS), "-m", *run, "--train", "bf16=true"])
+    several = ["torchrun", "--nproc-per-node", str(GPUS), "-m"] if _gpus(e) > 1 else []
+    return " ".join([*several, *run, "--train", "bf16=true"])
+
+
+def _gpus(e: Experiment) -> int:
+    """Statistics of BatchNorm are of a process's own images: of a small batch they are taken in one."""
+    return GPUS if e.training.training_batch >= 8 * GPUS else 1
 
 
 def listed() -> list[dict[str, str]]:

@@ -173,7 +173,7 @@ def reproduce(
     classes, aspect, told = e.classes, e.aspect, ""
     if data is not None:
         classes = len(kind.named_classes(data, question))
-    elif folder is not None and (kept := _read(folder / e.name / "data.json")):
+    elif folder is not None and (kept := _read(folder / e.name / "data.json", "classes", "aspect", "data", "scale")):
         if scale not in (1.0, kept["scale"]):
             raise DownresError(f"{folder} has {e.name} at a scale of {kept['scale']:g}, not {scale:g}: leave `scale` out.")
         classes, aspect, told, scale = kept["classes"], kept["aspect"], kept["data"], kept["scale"]
@@ -182,7 +182,9 @@ def reproduce(
     run = _Run(e, folder, scale, classes, aspect, measuring, question, progress)
     if data is not None:
         told = run.go(data, entries, seeds, _training(e, train), grid)
-    lines = []
+    lines: list[Line] = []
+    if not Team().first:  # it has trained along, the first says what came of it
+        return Reproduction(e, (), scale, classes, told, folder)
     for i, entry in enumerate(entries):
         lines.append(run.line(entry, kind))
         if progress:
@@ -191,10 +193,7 @@ def reproduce(
 
 
 def _training(e: Experiment, texts: Sequence[str]) -> Training:
-    own = {f.name: getattr(e.training, f.name) for f in dataclasses.fields(Training)}
-    other = Training.parse(texts)
-    given = {text.partition("=")[0].strip().replace("-", "_") for text in texts}
-    return Training(**{name: getattr(other, name) if name in given else value for name, value in own.items()})
+    return Training.parse(texts, **{f.name: getattr(e.training, f.name) for f in dataclasses.fields(Training)})
 
 
 class _Run:
@@ -223,8 +222,8 @@ class _Run:
     def network(self, entry: Entry, seed: int) -> nn.Module:
         return scratch(entry.network, self.classes, seed, **entry.options(self.scale))
 
-    def seen_as(self, look: Look) -> Preprocessing:
-        return seen_as(look, self.e, self.scale, self.aspect)
+    def seen_as(self, entry: Entry, look: Look) -> Preprocessing:
+        return seen_as(look, self.e, entry.scale(self.scale), self.aspect)
 
     # Training
 
@@ -244,7 +243,7 @@ class _Run:
 
     def opened(self, entry: Entry, seed: int, data: Any) -> Task:
         """The task of an entry's untrained network at the size that it is trained at."""
-        side = scaled(entry.trained, self.scale)
+        side = scaled(entry.trained, entry.scale(self.scale))
         p = Preprocessing(side, 1.0, fit="stretch" if self.e.whole else "crop")
         model = Model(self.network(entry, seed), p, num_classes=self.classes)
         task = prepare_task(model, self.data or data, self.question, self.e.task)
@@ -259,7 +258,16 @@ class _Run:
         assert self.folder is not None
         file = self.folder / self.e.name / "data.json"
         now = {"sha256": task.data.fingerprint(), "scale": self.scale, "classes": self.classes, "aspect": self.aspect}
-        if (kept := _read(file)) is None:
+        if self.e.of:
+            trained_on = _read(self.folder / self.e.of / "data.json", *now)
+            if trained_on is None:
+                raise DownresError(f"Nothing of {self.e.of} is trained in {self.folder}: run {self.e.of} there first.")
+            if any(trained_on[name] != now[name] for name in now):
+                raise DownresError(
+                    f"{self.e.of} in {self.folder} was trained on other images than these, divided otherwise, or at another "
+                    "scale: give its own."
+                )
+        if (kept := _read(file, *now)) is None:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, write_json({**now, "data": task.data.description}).encode())
         elif other := [name for name in now if kept.get(name) != now[name]]:
@@ -273,9 +281,10 @@ class _Run:
         if self.e.of:
             return self.step_of(entry, seed)
         place = self.place(entry, seed)
-        made = {"network": entry.network, "made": entry.options(self.scale), "side": scaled(entry.trained, self.scale)}
+        side = scaled(entry.trained, entry.scale(self.scale))
+        made = {"network": entry.network, "made": entry.options(self.scale), "side": side}
         asked = {**made, "scale": self.scale, "training": how.to_json(), "seed": seed}
-        known = _read(place / "training.json")
+        known = _read(place / "training.json", *_TRAINED)
         if known is not None and known["asked"] != plain(asked):
             raise DownresError(
                 f"{place} was trained otherwise: the same command goes on there, another one needs another folder."
@@ -310,11 +319,9 @@ class _Run:
 
     def step_of(self, entry: Entry, seed: int) -> Step:
         """That of the experiment whose networks are looked at here."""
-        known = _read(self.place(entry, seed, self.e.of) / "training.json")
-        if known is None or known["asked"]["scale"] != self.scale:
-            raise DownresError(
-                f"{entry.name} with seed {seed} at this scale is not trained in {self.folder}: run {self.e.of} there first."
-            )
+        known = _read(self.place(entry, seed, self.e.of) / "training.json", *_TRAINED)
+        if known is None:
+            raise DownresError(f"{entry.name} with seed {seed} is not trained in {self.folder}: run {self.e.of} there first.")
         return Step.from_json(known["step"])
 
     # Looking
@@ -339,13 +346,13 @@ class _Run:
         """How good the network is at a look, on all proof images. place: where a picture of an answer is kept."""
         question = self.question
         if entry.network == "vit":
-            side = scaled(look.side, self.scale)
+            side = scaled(look.side, entry.scale(self.scale))
             given = {k: v for k, v in entry.options(self.scale).items() if k != "side"}
             mode = look.mode if look.mode in INTERPOLATIONS else "bicubic"
             network = at_grid(network, side, mode, **given)  # type: ignore[arg-type]
         elif look.mode:
             question = dataclasses.replace(question, upsampling=look.mode)
-        model = Model(network, self.seen_as(look), num_classes=self.classes)
+        model = Model(network, self.seen_as(entry, look), num_classes=self.classes)
         task = prepare_task(model, self.data, question, self.e.task)
         open_data(task, self.data, self.measuring, question)
         p, served = task.model.preprocessing, task.serve(task.model.module)
@@ -366,15 +373,21 @@ class _Run:
     # What is known
 
     def line(self, entry: Entry, kind: type[Task]) -> Line:
-        at = {side: self.cost(entry, Look(side), 1) for side in self.e.sides}
         memory = self.cost(entry, entry.look, MEMORY_BATCH).peak_activation_bytes
         seen = tuple(self.kept(entry, kind)) if self.folder is not None else ()
+        sides = set(self.e.sides)
+        if "side" not in entry.made:  # it takes any size
+            sides |= {look.side for one in seen for look in one.looks}
+        at = {side: self.cost(entry, Look(side), 1) for side in sorted(sides)}
         return Line(entry, self.cost(entry, entry.look, 1), memory, at, seen)
 
     def cost(self, entry: Entry, look: Look, batch: int) -> Cost:
         """Of so many images; where they are looked at whole the logits are brought to the full size, if they are smaller."""
         options = entry.options(self.scale)
-        full = self.seen_as(Look(max(FULL, look.side))).hw if self.e.whole else None
+        full = None
+        if self.e.whole:
+            height = scaled(max(FULL, look.side), entry.scale(self.scale))
+            full = height, max(1, round(height * self.aspect))
         if (made := (entry.network, write_json(options), full)) != self.made:  # that of the entry before, at another size
             with torch.device("meta"):  # of weights only shapes count
                 network = scratch(entry.network, self.classes, 0, **options)
@@ -382,20 +395,20 @@ class _Run:
             if full is not None:
                 network = Segmenter(network, Dense(full))
             self.made, self.copy, self.counted = made, FakeCopy(network), {}
-        size = (batch, 3, *self.seen_as(look).hw)
+        size = (batch, 3, *self.seen_as(entry, look).hw)
         if size not in self.counted:
             self.counted[size] = count(self.copy, size)
         return self.counted[size]
 
     def kept(self, entry: Entry, kind: type[Task]) -> Iterator[Seen]:
         place = self.place(entry, 0).parent
-        for folder in sorted(place.glob("seed*"), key=lambda p: int(p.name[4:] or 0) if p.name[4:].isdigit() else -1):
-            about = _read(self.place(entry, int(folder.name[4:]), self.e.of) / "training.json")
+        for seed in sorted(int(p.name[4:]) for p in place.glob("seed*") if re.fullmatch(r"seed\d+", p.name)):
+            about = _read(self.place(entry, seed, self.e.of) / "training.json", *_TRAINED)
             if about is None:
                 continue
             step = Step.from_json(about["step"])
-            looks = {_look(key): kind.score.from_json(score) for key, score in _looks(folder, step).items()}
-            yield Seen(int(folder.name[4:]), about["hours"], looks)
+            looks = {_look(key): kind.score.from_json(score) for key, score in _looks(place / f"seed{seed}", step).items()}
+            yield Seen(seed, about["hours"], looks)
 
 
 def _in_8_bits(
@@ -409,7 +422,7 @@ def _in_8_bits(
     if dynamic:
         quantize_linear(folder / "float.onnx", folder / "int8.onnx")
         return engine.load(folder / "int8.onnx", threads, precision=INT8, spread=True)
-    chosen = task.data.folds[0].train[:RANGE_IMAGES]
+    chosen = np.random.default_rng([task.seed, 3]).permutation(task.data.folds[0].train)[:RANGE_IMAGES]  # of all classes
     batch = task.batch_size
     seen = Batches(lambda: map(np.asarray, batches(task.data.images, chosen, p, batch)), len(chosen), -(-len(chosen) // batch))
     engine.quantize(folder / "float.onnx", folder / "int8.onnx", seen, Quantization(), None)
@@ -424,9 +437,17 @@ def _ignored(value: Any) -> None:
     """Of a process that only helps."""
 
 
-def _read(file: Path) -> Any:
+_TRAINED = ("asked", "step", "hours")
+"""What a finished training's file has."""
+
+
+def _read(file: Path, *names: str) -> Any:
+    """A JSON object with those names, None where there is no file."""
     try:
-        return read_json(file, MOST_BYTES)
+        found = read_json(file, MOST_BYTES)
+        if not isinstance(found, dict) or not set(names) <= found.keys():
+            raise ValueError(f"it has not {', '.join(names)}")
+        return found
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
@@ -435,8 +456,8 @@ def _read(file: Path) -> Any:
 
 def _looks(place: Path, step: Step) -> dict[str, Any]:
     """By the look as JSON; of other weights nothing."""
-    kept = _read(place / "looks.json")
-    return dict(kept["looks"]) if kept is not None and kept.get("tensors") == step.tensors else {}
+    kept = _read(place / "looks.json", "looks", "tensors")
+    return dict(kept["looks"]) if kept is not None and kept["tensors"] == step.tensors else {}
 
 
 def _look(text: str) -> Look:

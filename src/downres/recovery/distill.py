@@ -3,7 +3,7 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,6 +33,7 @@ class Distillation(Lesson):
     """
 
     alike: ClassVar[bool] = True  # student and teacher have one last layer each
+    features: float = 0.0
 
     rung: ClassVar = "distill"
     done: ClassVar = DISTILLED
@@ -116,7 +117,7 @@ class Distillation(Lesson):
         assert self.values is not None
         return self.values[rows, at]
 
-    def looked(self, epochs: Sequence[Views]) -> int:
+    def looked(self, epochs: Iterable[Views]) -> int:
         if self.values is None:
             return sum(map(len, epochs))
         return len(np.unique(np.concatenate([2 * views.images + views.mirrored for views in epochs])))

@@ -8,7 +8,7 @@ import io
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import mean
 from typing import Any, ClassVar
 
@@ -88,8 +88,8 @@ class Lesson(ABC):
     def loss(self, network: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
         """Mean over images."""
 
-    def looked(self, epochs: Sequence[Views]) -> int:
-        """Images that anyone but the student looks at."""
+    def looked(self, epochs: Iterable[Views]) -> int:
+        """Images that anyone but the student looks at. epochs: drawn anew as they are asked for, one after the other."""
         return 0
 
     @abstractmethod
@@ -137,6 +137,8 @@ def trained(
     if not all(np.isfinite(value).all() for value in tensors.values()):
         raise TrainingFailed(f"its weights are no numbers at the end: lower `learning_rate`, or leave {lesson.rung} out.")
     step = Step(lesson.done, fold, len(images), bank.weights.put(tensors))
+    if run.file is not None:  # not before the weights are in the folder
+        run.file.unlink(missing_ok=True)
     bank.trained[name] = step, told
     return State(state.candidate, state.crop_ratio, (step,)), told
 
@@ -174,7 +176,10 @@ class _Run:
             raise TrainingFailed("`uniform` draws pixels of classes, which only masks have: leave it out.")
         if how.augment and (kind := self.pictures[int(images[0])].dtype) != np.uint8:
             raise TrainingFailed(f"`augment` changes colours of 8 bits, the images are {kind}: leave it out.")
-        self.average = [p.detach().clone() for p in self.parameters] if how.ema else []
+        # Statistics that change are averaged with the weights that they are of, as timm's average of a network does.
+        buffers = [b for b in self.network.buffers() if b.is_floating_point()] if how.batchnorm else []
+        self.averaged: list[Tensor] = [*self.parameters, *buffers] if how.ema else []
+        self.average = [p.detach().clone() for p in self.averaged]
         self.count = len(self._views(0))  # of images in an epoch
         self.sizes = self._sizes()
         self.part = max(self.sizes)  # images at once
@@ -218,9 +223,7 @@ class _Run:
                 self.team.averaged(self.network)
                 self._keep(epoch + 1, epochs)
                 self._consult(epoch + 1, epochs)
-        self.bank.passes += epochs * self.count + self.lesson.looked([self._views(epoch) for epoch in range(epochs)])
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
+        self.bank.passes += epochs * self.count + self.lesson.looked(map(self._views, range(epochs)))
         fewer = f" of {self.how.epochs} asked for" if epochs < self.how.epochs else ""
         parts = f", {self.part} images at a time, as more did not fit" if self.part < max(self.sizes) else ""
         several = f", in {self.team.count} processes" if self.team.count > 1 else ""
@@ -228,13 +231,13 @@ class _Run:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All numbers of the network as it is now, by their names."""
-        kept = [p.detach().clone() for p in self.parameters]
+        kept = [p.detach().clone() for p in self.averaged]
         with torch.no_grad():
-            for parameter, average in zip(self.parameters, self.average, strict=False):
-                parameter.copy_(average)
+            for tensor, average in zip(self.averaged, self.average, strict=True):
+                tensor.copy_(average)
             network = copied(self.network)
-            for parameter, value in zip(self.parameters, kept, strict=True):
-                parameter.copy_(value)
+            for tensor, value in zip(self.averaged, kept, strict=True):
+                tensor.copy_(value)
         self.lesson.end(network)
         state = network.state_dict()
         return {name: value.detach().cpu().numpy().copy() for name, value in state.items() if value.is_floating_point()}
@@ -305,7 +308,7 @@ class _Run:
         if self.average:  # of few steps that of the last ones, as timm warms it up
             decay = min(self.how.ema, (1 + self.taken) / (10 + self.taken))
             with torch.no_grad():
-                get_ema_multi_avg_fn(decay)(self.average, [p.detach() for p in self.parameters], None)
+                get_ema_multi_avg_fn(decay)(self.average, [p.detach() for p in self.averaged], None)
         self.taken += 1
         return total
 
@@ -364,7 +367,7 @@ class _Run:
         self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
             group["lr"] = self.how.learning_rate
-        self.taken, self.average = 0, [p.detach().clone() for p in self.parameters] if self.average else []
+        self.taken, self.average = 0, [p.detach().clone() for p in self.averaged]
         an_epoch = self.team.shared(mean(min(seen) for seen in per_image if seen)) * self.count / 60
         found = self.how.epochs
         if self.how.max_minutes is not None:
@@ -393,7 +396,8 @@ class _Run:
             return None
         try:
             found: dict[str, Any] = torch.load(self.file, weights_only=True)
-            return found if {"done", "epochs", "network", "optimizer", "average", "part", "taken"} <= found.keys() else None
+            whole = {"done", "epochs", "network", "optimizer", "average", "part", "taken"} <= found.keys()
+            return found if whole and len(found["average"]) == len(self.average) else None
         except Exception:  # damaged: it is begun again
             return None
 

@@ -113,6 +113,12 @@ class Training(Record):
                 f"Training is logged to {self.log}, which is not installed: pip install {self.log}, or leave `log`."
             )
 
+    def to_json(self) -> dict[str, Any]:
+        """Younger fields only where they say something: what was kept before there were any stays what is asked for."""
+        values = super().to_json()
+        younger = {f.name: f.default for f in dataclasses.fields(self) if f.name in _YOUNGER}
+        return {name: value for name, value in values.items() if name not in younger or value != younger[name]}
+
     @property
     def zoomed(self) -> bool:
         return (self.zoom_low, self.zoom_high) != (1, 1) or self.uniform > 0
@@ -133,6 +139,7 @@ class Training(Record):
         return cls(**given)
 
 
+_YOUNGER = ("zoom_low", "zoom_high", "uniform", "moves", "features")
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", type(None): "a number"}
 _TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
