@@ -891,7 +891,7 @@ def main() -> None:
 def _arguments(given: list[str]) -> list[str]:
     """As the option parser takes them, which knows no option that may stand alone or have a value, as `--ray` does."""
     told: list[str] = []
-    for one, after in zip(given, [*given[1:], ""], strict=True):
+    for one, after in zip(given, [*given[1:], ""], strict=False):  # nothing is given where the list is empty
         told.append(one)
         if one == RAY and not re.fullmatch(r"auto|local|[a-z]+://\S+|[\w.\-\[\]:]+:\d+", after):
             told.append("local")

@@ -221,7 +221,7 @@ class Task(ABC):
 
     def split(self, fold: Fold) -> tuple[np.ndarray, np.ndarray]:
         """(fit, tune): about a quarter of the training images tune, at most `tuning_images`, drawn at random."""
-        if (told := told_apart(self.data, fold, max(1, self.tuning_images // len(self.data.folds)))) is not None:
+        if (told := told_apart(self._data, fold, self.tuning_images)) is not None:
             return told
         n = len(fold.train)
         if n < 4:
