@@ -180,7 +180,7 @@ def test_a_way_to_quantize_that_fails_is_left_out(loaded, cells, tmp_path, monke
 
 def test_layers_in_float_are_timed_again(loaded, cells, tmp_path, monkeypatch):
     """The file whose quality is stated is the one whose time and bytes are."""
-    from downres.searching import run as run_module
+    from downres.searching import folds as folds_module
 
     def keeps_a_layer(task, bank, candidate, reference, budget, rungs, like):
         state, recovery = climb(task, bank, candidate, reference, budget, (), like)
@@ -190,7 +190,7 @@ def test_layers_in_float_are_timed_again(loaded, cells, tmp_path, monkeypatch):
             dataclasses.replace(step, how=dataclasses.replace(step.how, kept=(name,)))
         ), recovery
 
-    monkeypatch.setattr(run_module, "climb", keeps_a_layer)
+    monkeypatch.setattr(folds_module, "climb", keeps_a_layer)
     options = {"resolutions": [], "candidates": ["32 int8"], **OPTIONS}
     run = search(loaded, cells.dataset(), out=tmp_path / "run", **options)
     log = [json.loads(line) for line in (run.folder / "measurements.jsonl").read_text().splitlines()]
@@ -333,7 +333,7 @@ def test_a_network_that_does_not_run_in_another_precision_stops_alone(tmp_path):
 
 def test_it_begins_where_its_network_in_float_ended(loaded, cells, tmp_path, monkeypatch):
     """Crop and statistics are those of the float network; what changes the file alone is left where the drop is within."""
-    from downres.searching import run as run_module
+    from downres.searching import folds as folds_module
 
     def recalibrated(task, bank, candidate, reference, budget, rungs, like):
         if candidate == candidate.network:
@@ -345,7 +345,7 @@ def test_it_begins_where_its_network_in_float_ended(loaded, cells, tmp_path, mon
     def too_few(compare, *arguments):  # on tuning images nothing is proven
         return {name: dataclasses.replace(d, verdict=TOO_FEW) for name, d in compare(*arguments).items()}
 
-    monkeypatch.setattr(run_module, "climb", recalibrated)
+    monkeypatch.setattr(folds_module, "climb", recalibrated)
     options = {"resolutions": [], "candidates": ["32", "32 int8"], **OPTIONS, "rungs": ("batchnorm", "ranges", "layers")}
     run = search(loaded, cells.dataset(), out=tmp_path / "run", **options)
     tried = [(rung.rung, rung.note) for rung in run.results[1].recovery.tried]
