@@ -23,8 +23,9 @@ from ..engines.torch import TorchRuntime
 from ..errors import DownresError, first_line
 from ..families import Model, load_model
 from ..images import Images, batches, preprocess, resize_and_crop
+from ..images.archives import matched
 from ..images.preprocess import divisor, shown_size
-from ..parse import INT8, is_there, name_of
+from ..parse import INT8, is_pattern, name_of
 from ..probe import find_answer
 from ..record import read_json
 from ..records import Candidate, Preprocessing, Record
@@ -393,7 +394,7 @@ def opened_data(task: Task, folder: Path, manifest: dict[str, Any], data: Any) -
     where = data if data is not None else source["path"]
     if not where and isinstance(where, str):
         return None, "the search was given its images in Python: give them as data"
-    if data is None and not where.startswith("demo:") and not is_there(where):
+    if data is None and not where.startswith("demo:") and not (Path(where).exists() or (is_pattern(where) and matched(where))):
         return None, f"the images are not at {where} any more: name their folder with `data`"
     how = {name: source[name] for name in ("val_fraction", "folds", "seed")}
     how |= {name: source[name] for name in ("train_images",) if name in source}  # where somebody chose

@@ -17,7 +17,7 @@ from ..parse import is_pattern, user_path
 from . import columns, tars
 from .encoded import Encoded, Member
 from .images import Images, Progress, Skip, cache_bytes, from_files
-from .index import NO_LABEL, Index, index_of
+from .index import NO_LABEL, OTHER, Index, index_of, of_folders
 from .parts import PARTS, TRAINING_IMAGES, WHOLE, list_images, listed_names, parts_among, subfolders
 from .split import Fold, drawn
 
@@ -64,6 +64,11 @@ def find_archives(data: Any) -> Archives | None:
     found = matched(path)
     if not found:
         raise DownresError(f"No file is called {path}: point `data` to a folder, or to files that are there.")
+    if absent := [text for text in _unbraced(str(path)) if not _matching(text)]:
+        raise DownresError(
+            f"{path} names {len(absent)} that are not there ({listed_names([Path(text).name for text in absent], 3)}): fetch "
+            "them, or name those that are there."
+        )
     if all(file.is_dir() for file in found):
         raise DownresError(f"{path} names {len(found)} folders: point `data` to one, or to files in them.")
     unread = [file.name for file in found if not _kind(file)]
@@ -74,10 +79,12 @@ def find_archives(data: Any) -> Archives | None:
 
 def matched(path: str | Path) -> list[Path]:
     """The files that a name with `*`, `?`, `[…]` and `{a,b}` or `{000..146}` stands for, sorted, each once."""
-    names = {
-        name for text in _unbraced(str(path)) for name in (glob.glob(text, recursive=True) if glob.has_magic(text) else [text])
-    }
-    return sorted(Path(name) for name in names if os.path.exists(name))
+    return sorted({Path(name) for text in _unbraced(str(path)) for name in _matching(text)})
+
+
+def _matching(text: str) -> list[str]:
+    names = glob.glob(text, recursive=True) if glob.has_magic(text) else [text]
+    return [name for name in names if os.path.exists(name)]
 
 
 def _unbraced(text: str) -> list[str]:
@@ -127,7 +134,7 @@ def _in_folder(root: Path) -> Archives | None:
     if list_images(root, most=1)[0]:  # a folder of pictures, beside which there is an archive of them perhaps
         return None
     plain = [file for file in files if not file.name.lower().endswith(_COMPRESSED)]
-    return _of_files(root, [file for file in plain if _kind(file)])
+    return _of_files(inner, [file for file in plain if _kind(file)])
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -170,10 +177,12 @@ def _of_files(root: Path, files: Sequence[Path]) -> Archives:
     if not files:
         raise DownresError(f"{root} names no files of pictures: save the data again.")
     groups: dict[str, list[Path]] = {}
-    for file in sorted(set(files)):
-        inside = Path(os.path.relpath(file, root))
+    places = {file: Path(os.path.relpath(file, root)) for file in sorted(set(files))}
+    beside = {inside.parts[0] for inside in places.values() if len(inside.parts) > 1}
+    folders = {name for some in parts_among(beside).values() for name in some}
+    for file, inside in places.items():
         # A part is told by the folder, else by the file's name without its number.
-        of = inside.parts[0] if len(inside.parts) > 1 and parts_among([inside.parts[0]]) else re.sub(r"\d+", "", inside.stem)
+        of = inside.parts[0] if inside.parts[0] in folders else re.sub(r"\d+", "", inside.stem)
         groups.setdefault(of, []).append(file)
     parts = {part: names[0] for part, names in parts_among(groups).items()}
     if not parts:
@@ -188,7 +197,7 @@ class Listing:
     """All pictures of some archives, a few bytes for each. Row i is the picture `at[i]` of file `file[i]`.
 
     digests: of the keys. labels: int32 (n,), numbers into `words`, or NO_LABEL or SEVERAL. parts: int8, 1 to fit on, 2 to test
-    on, 0 where nothing tells. classes: names of numbered labels.
+    on, 0 where nothing tells. classes: names of numbered labels. by_folder: whether labels are names of folders.
     """
 
     archives: Archives
@@ -202,6 +211,7 @@ class Listing:
     classes: tuple[str, ...]
     left_out: list[Skip] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    by_folder: bool = False
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -235,7 +245,7 @@ def list_archives(archives: Archives, progress: Progress | None = None) -> Listi
     gathered: list[list[np.ndarray]] = []
     left_out: list[Skip] = []
     counts: Counter[str] = Counter()
-    of_folders, labelled = [], False
+    by_folder, labelled = [], False
     for number, file in enumerate(files):
         try:
             index = _index(file)
@@ -248,7 +258,7 @@ def list_archives(archives: Archives, progress: Progress | None = None) -> Listi
         gathered.append([index.digests, labels, parts, np.full(n, number, np.int32), np.arange(n, dtype=np.int32)])
         left_out += [Skip(f"{archives.relative(file)}: {skip.path}", skip.reason) for skip in index.left_out]
         counts.update(dict(index.counts))
-        of_folders.append(index.by_folder)
+        by_folder.append(index.by_folder)
         labelled = labelled or (not index.by_folder and bool((labels >= 0).any()))
         if n:
             classes.setdefault(index.classes, file)
@@ -258,12 +268,25 @@ def list_archives(archives: Archives, progress: Progress | None = None) -> Listi
         (one, other) = list(classes.values())[:2]
         raise DownresError(f"{one} and {other} have other names for their classes: give data of one set.")
     digests, labels, parts, of, at = (np.concatenate(some) for some in zip(*gathered, strict=True))
-    if labelled:  # where some say their labels, folders are no more than folders
-        for number, by_folder in enumerate(of_folders):
-            if by_folder:
-                labels[of == number] = NO_LABEL
-    known = list(words), next(iter(classes), ())
-    return Listing(archives, files, digests, labels, parts, of, at, *known, left_out, counts)
+    rows = np.isin(of, np.flatnonzero(by_folder)) & (labels >= 0)  # whose label is a folder for now
+    known = list(words)
+    if rows.any():
+        places = np.unique(labels[rows])
+        read = of_folders([known[i] for i in places])
+        part = np.zeros(len(known), np.int8)
+        part[places] = [number for _, number in read]
+        untold = rows & ~np.isin(of, [number for number, file in enumerate(files) if file in told])
+        parts[untold] = part[labels[untold]]
+        named = sorted({name for name, _ in read if name})
+        new = np.full(len(known), NO_LABEL, np.int32)
+        new[places] = [named.index(name) if name else NO_LABEL for name, _ in read]
+        # Where some say their labels, folders are no more than folders.
+        labels[rows] = NO_LABEL if labelled else new[labels[rows]]
+        known = known if labelled else named
+    listing = Listing(archives, files, digests, labels, parts, of, at, known, next(iter(classes), ()), left_out, counts)
+    listing.by_folder = bool(rows.any()) and not labelled
+    listing.without(listing.parts == OTHER, "in a part that is not used")
+    return listing
 
 
 class Opened(NamedTuple):

@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import DownresError
 from ..parse import format_quantity
 from .encoded import Encoded
@@ -19,7 +21,7 @@ from .unreadable import Unreadable
 
 IMAGES = ("image", "img", "picture", "jpg", "png", "webp")
 LABELS = ("label", "labels", "fine_label", "target", "cls")
-KEYS = ("__key__", "key", "image_id", "id", "file_name", "filename", "path", "name")
+KEYS = ("__key__", "key", "image_id", "id", "file_name", "filename", "path")
 """Columns, in the order in which they are looked for."""
 MOST_GROUP = 1 << 30
 """Bytes of a group of rows, of which a parquet file gives no part."""
@@ -134,14 +136,14 @@ def scan(path: Path) -> Index:
         raise DownresError(f"{path} cannot be read ({why}): make it again, or take it out of the data.") from None
 
 
-def _scan(path: Path) -> Index:
+def _scan(path: Path, by_content: bool = False) -> Index:
     pa = _arrow()
     schema, column = _schema(path), image_column(path)
     features = _features(schema)
     kind = schema.field(column).type
     inner = [kind.field(i).name for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
     label = next((name for name in LABELS if name in schema.names and name != column), None)
-    beside = next((name for name in KEYS if name in schema.names and name != column), None)
+    beside = next((name for name in KEYS if name in schema.names and name != column), None) if not by_content else None
     made = Indexer()
     made.classes = tuple(map(str, features.get(label, {}).get("names") or ())) if label else ()
     if is_parquet(path):
@@ -167,7 +169,11 @@ def _scan(path: Path) -> Index:
                 name = f"{text:016x}" if isinstance(text, _Digest) else str(text).replace("\\", "/").rpartition("/")[2] or "row"
                 made.add(name, int(text) if isinstance(text, _Digest) else str(text), group, row, _label(value))
                 row += 1
-    return made.done()
+    if by_content or not beside:
+        return made.done()
+    found = made.done()
+    # A column that is a class, or a patient, is no key: whole classes would fall to one side.
+    return found if len(np.unique(found.digests)) > 0.9 * len(found.digests) else _scan(path, by_content=True)
 
 
 class _Digest(int):

@@ -6,22 +6,24 @@ import os
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from .images import Skip
-from .parts import part_of
+from .parts import parts_among
 from .split import digest
 
 NO_LABEL, SEVERAL = -1, -2
 """In the place of a label's number: the picture has none, or it has two that differ."""
 NAMED = 20
 """Members left out that are named in each file; all are counted."""
-_FORMAT = "1"
-_PARTS = {None: 0, "train": 1, "val": 2}
+_FORMAT = "2"
+_PARTS = {"train": 1, "val": 2}
+OTHER = 3
+"""In the place of a part's number: the picture is in one that is not used."""
 
 
 class Index(NamedTuple):
@@ -30,8 +32,9 @@ class Index(NamedTuple):
     digests: uint64 (n,), of their keys. labels: int32 (n,), numbers into `words`, or NO_LABEL or SEVERAL. parts: int8 (n,), 1
     for a picture below a folder that is called as one to fit on, 2 to test on, else 0. start, length: where it is; of a tar in
     bytes, of columns (the group of rows, the row in it). names: all names one after the other as UTF-8, ends: where each ends.
-    words: what the labels are, as text. classes: names of numbered labels, where the file has them. by_folder: whether labels
-    are no more than the names of folders inside. left_out: some of the members that are no pictures, counts: why, and how many.
+    words: what the labels are, as text. classes: names of numbered labels, where the file has them. by_folder: whether no
+    picture has a label, and `words` are the folders inside, which `of_folders` reads. left_out: some of the members that are no
+    pictures, counts: why, and how many.
     """
 
     digests: np.ndarray
@@ -84,7 +87,7 @@ class Indexer:
             self.left_out.append(Skip(name, reason))
 
     def done(self) -> Index:
-        """Where no picture has a label, the folder that it is in is its label, if all are in one."""
+        """Where no picture has a label, its label is for now the folder that it is in."""
         digests, labels, start, length, ends, names = (
             np.frombuffer(values, dtype) if len(values) else np.zeros(0, dtype)
             for values, dtype in (
@@ -97,28 +100,52 @@ class Indexer:
             )
         )
         folder = np.array(self._folders, np.int64)
-        words = tuple(self._words)
-        by_folder = bool(len(labels)) and bool((labels == NO_LABEL).all()) and "" not in self._folder_numbers
-        paths = [path.split("/") for path in self._folder_numbers]
+        words, paths = tuple(self._words), list(self._folder_numbers)
+        by_folder = bool(len(labels)) and bool((labels == NO_LABEL).all()) and paths != [""]
+        parts = np.zeros(len(labels), np.int8)
         if by_folder:
-            words = tuple(dict.fromkeys(path[-1] for path in paths))
-            labels = np.array([words.index(path[-1]) for path in paths], np.int32)[folder]
-        above = [path[:-1] if by_folder else path for path in paths]
-        told = [next((part for name in path if (part := part_of(name)) is not None), None) for path in above]
-        parts = np.array([_PARTS[part] for part in told], np.int8)[folder] if told else np.zeros(0, np.int8)
+            words = tuple(path for path in paths if path)
+            number = {path: i for i, path in enumerate(words)} | {"": NO_LABEL}
+            labels = np.array([number[path] for path in paths], np.int32)[folder]
+        elif paths:
+            parts = np.array([part for _, part in of_folders(paths)], np.int8)[folder]
         counts = tuple(sorted(self.counts.items()))
         left_out = tuple(self.left_out)
         return Index(digests, labels, parts, start, length, ends, names, words, self.classes, by_folder, left_out, counts)
 
 
+def of_folders(paths: Sequence[str]) -> list[tuple[str, int]]:
+    """(class, part) of folders inside archives, as folders of pictures are read: what is around all is seen through, then come
+    the parts, if there are any, then the class; what is below that is no matter. part: 1 to fit on, 2 to test on, OTHER of the
+    parts that are not used, 0 where there are none; class: '' of pictures that are in no folder of one.
+    """
+    split = [path.split("/") if path else [] for path in paths]
+    while all(len(names) > 1 for names in split) and len({names[0] for names in split}) == 1:
+        if parts_among({names[0] for names in split}):
+            break
+        split = [names[1:] for names in split]
+    found = parts_among({names[0] for names in split if names})
+    number = {name: OTHER for some in found.values() for name in some} | {
+        names[0]: _PARTS[part] for part, names in found.items()
+    }
+    told = []
+    for names in split:
+        part = number.get(names[0], 0) if names else 0
+        below = names[1:] if part else names
+        told.append((below[0] if below else "", part))
+    return told
+
+
 def index_of(file: Path, scan: Callable[[Path], Index]) -> Index:
-    """The index of a file, from the cache where a file of that place, size and time was scanned before.
+    """The index of a file, from the cache where a file of that place, size and times was scanned before.
 
     The cache is in XDG_CACHE_HOME or ~/.cache, else with temporary files; where nothing can be written the file is scanned
     each time, which costs time and changes no number.
     """
     status = os.stat(file)
-    what = "\0".join([_FORMAT, scan.__module__, str(file.resolve()), str(status.st_size), str(status.st_mtime_ns)])
+    # Tars of one size and a kept time may differ: when the file itself was last changed is no one's to set.
+    of_file = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    what = "\0".join([_FORMAT, scan.__module__, str(file.resolve()), *map(str, of_file)])
     name = hashlib.sha256(what.encode(errors="surrogateescape")).hexdigest()[:40] + ".npz"
     folder = _folder()
     if folder is not None and (folder / name).is_file():

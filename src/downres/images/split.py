@@ -116,6 +116,8 @@ def drawn(digests: np.ndarray, seed: int, purpose: int) -> np.ndarray:
     An image is in the proof where that number is below its part: no other image moves when images are added, whatever their
     order and in however many files. splitmix64 (Steele, Lea and Flood 2014) of the digest, which is uniform itself, and a key.
     """
+    if not 0 <= seed < 2**32:
+        raise DownresError(f"The seed is a whole number from 0 to {2**32 - 1}, {seed} is not.")
     key = _mixed(np.array([seed], np.uint64) * np.uint64(256) + np.uint64(purpose))
     # 53 bits are a float64's: the largest stays below 1.
     return (_mixed(digests.astype(np.uint64) ^ key) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -93,7 +93,11 @@ class _Samples:
 
     def end(self) -> None:
         """The sample that is gathered is whole."""
-        pictures = [one for one in self._pictures if not one[0].lower().endswith(".npy")] or self._pictures
+        # Beside x.jpg there may be x.seg.png, its mask, and x.npy.
+        plain = [one for one in self._pictures if one[0].rpartition("/")[2].count(".") == 1]
+        if plain:
+            self._others += [name for name, *_ in self._pictures if not any(name == kept for kept, *_ in plain)]
+        pictures = [one for one in plain if not one[0].lower().endswith(".npy")] or plain or self._pictures
         cls, told, others, key = self._cls, self._json, self._others, self._key or ""
         self._pictures, self._cls, self._json, self._others, self._key = [], [], [], [], None
         labels = {label for label in cls or told if label != NO_LABEL}
@@ -127,7 +131,7 @@ def _read(file: IO[bytes], samples: _Samples, prefix: str, offset: int, what: st
             name = prefix + posixpath.normpath("/" + member.name).lstrip(
                 "/"
             )  # nothing is unpacked: a way out is a name like others
-            if member.isdir() or is_hidden(posixpath.basename(name)):
+            if member.isdir() or any(map(is_hidden, name.split("/"))):
                 continue
             if not member.isreg() or member.issparse():
                 made.leave_out(name, "a link, or another thing that is no file")
@@ -165,7 +169,7 @@ def _read(file: IO[bytes], samples: _Samples, prefix: str, offset: int, what: st
 
 
 def _text(content: bytes) -> str | int:
-    text = content.decode("utf-8", errors="replace").strip()
+    text = content.decode("utf-8-sig", errors="replace").strip()
     return SEVERAL if _TWO.fullmatch(text) else text or NO_LABEL
 
 
@@ -175,7 +179,7 @@ def _of_json(content: bytes) -> str | int:
         told = json.loads(content)
     except (ValueError, RecursionError):
         return NO_LABEL
-    value = next((told[name] for name in JSON_LABELS if name in told), None) if isinstance(told, dict) else told
+    value = next((told[name] for name in JSON_LABELS if told.get(name) is not None), None) if isinstance(told, dict) else told
     if isinstance(value, list):
         value = value[0] if len(value) == 1 else SEVERAL if value else None
         if value == SEVERAL:

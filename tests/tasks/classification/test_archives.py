@@ -624,3 +624,130 @@ def test_evaluated_on_all_without_fitting(tmp_path: Path) -> None:
     shards(tmp_path, range(30))
     found = evaluate(model_of(Colours(), outputs=3), tmp_path, runtime="torch", threads=1)
     assert (found.n, found.correct) == (30, 30)  # type: ignore[attr-defined]
+
+
+# What strangers' archives look like
+
+
+def in_tar(path: Path, folders_of: Any, each: int = 6) -> Path:
+    """A tar with so many pictures in each of some folders, named by the numbers that they show."""
+    members = [(f"{folder}/{i * each + k}.png", png(i * each + k)) for i, folder in enumerate(folders_of) for k in range(each)]
+    return write_tar(path, members)
+
+
+def test_parts_below_a_wrapper_are_parts(tmp_path: Path) -> None:
+    inner = tmp_path / "wrap" / "imagenet"
+    shards(inner / "train", range(24))
+    shards(inner / "val", range(24, 48))
+    for place in (tmp_path / "wrap", inner):
+        (fold,) = opened(place).folds
+        assert (len(fold.train), len(fold.test)) == (24, 24)
+
+
+@pytest.mark.parametrize("train, val", [("train", "test"), ("seg_train", "seg_test"), ("photos/Training", "photos/Validation")])
+def test_a_tar_is_read_as_the_same_folders_are(tmp_path: Path, train: str, val: str) -> None:
+    """Parts as people call them, then the class, whatever is below it; names in alphabetical order, numbers too."""
+    names = ["10", "2", "cat"]
+    members = [
+        (f"{part}/{name}/images/{p}{i}{k}.png", png(40 * p + 8 * i + k))
+        for p, part in enumerate((train, val))
+        for i, name in enumerate(names)
+        for k in range(4)
+    ]
+    for name, content in members:
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(content)
+    there = folders.open_folder(tmp_path / "folder", outputs=3)
+    data = opened(write_tar(tmp_path / "t.tar", members))
+    assert data.classes == there.classes == ("10", "2", "cat")
+    for one in (data, there):
+        (fold,) = one.folds
+        assert (len(fold.train), len(fold.test)) == (12, 12)
+        assert np.bincount(one.labels[fold.train]).tolist() == [4, 4, 4]
+    numbered = opened(in_tar(tmp_path / "n.tar", map(str, range(11))), outputs=11)
+    assert numbered.classes[2] == "10" and "2 10" in numbered.description
+
+
+def test_other_parts_and_stray_pictures_are_left_out(tmp_path: Path) -> None:
+    tar = in_tar(tmp_path / "t.tar", ["train/a", "train/b", "val/a", "val/b", "test/a", "test/b"])
+    data = opened(tar, outputs=2)
+    assert len(data.labels) == 24 and "in a part that is not used: 12" in data.description
+    names = ["a/1.png", "a/2.png", "b/3.png", "b/4.png", "5.png", "__MACOSX/a/1.png", "b/.ipynb_checkpoints/3.png"]
+    stray = write_tar(tmp_path / "s.tar", [(name, png(i)) for i, name in enumerate(names)])
+    found = opened(stray, outputs=2, parts=("val",), val_fraction=1.0)
+    assert len(found.labels) == 4 and found.classes == ("a", "b") and "no label: 1" in found.description
+
+
+def test_a_tar_that_was_replaced_with_its_time_kept_is_scanned_again(tmp_path: Path) -> None:
+    tar, other = tmp_path / "t.tar", tmp_path / "other"
+    write_tar(tar, [one for i in range(9) for one in [(f"{i}.png", png(i)), (f"{i}.cls", str(i % 3).encode())]])
+    write_tar(other, [one for i in range(9) for one in [(f"{i}.png", png(i)), (f"{i}.cls", str((i + 1) % 3).encode())]])
+    before = dict(zip(opened(tar).images.names, opened(tar).labels.tolist(), strict=True))
+    status = os.stat(tar)
+    assert os.stat(other).st_size == status.st_size
+    tar.write_bytes(other.read_bytes())
+    os.utime(tar, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = dict(zip(opened(tar).images.names, opened(tar).labels.tolist(), strict=True))
+    assert after == {name: (label + 1) % 3 for name, label in before.items()}
+
+
+def test_files_that_a_pattern_names_and_are_not_there(tmp_path: Path) -> None:
+    shards(tmp_path, range(20))
+    with pytest.raises(DownresError, match=r"names 8 that are not there \(shard-002.tar, shard-003.tar"):
+        find_archives(tmp_path / "shard-{000..009}.tar")
+    with pytest.raises(DownresError, match="names 1 that are not there"):
+        find_archives(f"{tmp_path}/{{shard,other}}-*.tar")
+
+
+def test_masks_beside_pictures_are_no_pictures(tmp_path: Path) -> None:
+    members = [(f"{i}.{ending}", content) for i in range(12) for ending, content in (
+        ("jpg", png(i)), ("seg.png", png(50 + i)), ("cls", str(i % 3).encode())
+    )]  # fmt: skip
+    data = opened(write_tar(tmp_path / "t.tar", members))
+    assert len(data.labels) == 12 and all(name.endswith(".jpg") for name in data.images.names)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["-1.0"] * 3 + ["0.0", "1.0"] * 3, None),
+        (["0 1"] * 6, "has one label .two labels: 6"),
+        (["cat", "dog", "0", "1"] * 3, r"are numbers \(0, 1\) and names \(cat, dog\)"),
+        (["\ufeff0", "\ufeff1"] * 5, None),
+    ],
+)
+def test_labels_as_strangers_write_them(tmp_path: Path, labels: list[str], said: str | None) -> None:
+    members = [one for i, label in enumerate(labels) for one in [(f"{i}.png", png(i)), (f"{i}.cls", label.encode())]]
+    tar = write_tar(tmp_path / "t.tar", members)
+    if said is not None:
+        with pytest.raises(DownresError, match=said):
+            opened(tar, outputs=None)
+        return
+    data = opened(tar, outputs=2)
+    assert data.classes == ("0", "1") and set(data.labels.tolist()) == {0, 1}
+
+
+def test_json_labels_that_are_null_and_seeds(tmp_path: Path) -> None:
+    members = [one for i in range(9) for one in [
+        (f"{i}.png", png(i)), (f"{i}.json", json.dumps({"label": None, "target": i % 3}).encode())
+    ]]  # fmt: skip
+    tar = write_tar(tmp_path / "t.tar", members)
+    assert len(opened(tar).labels) == 9
+    for seed in (-1, 2**70):
+        with pytest.raises(DownresError, match="The seed is a whole number"):
+            opened(tar, seed=seed)
+
+
+def test_a_column_that_is_the_class_is_no_key(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="parquet is read by downres[datasets]")
+    import pyarrow.parquet as pq
+
+    rows = {"image": [{"bytes": png(i)} for i in range(60)], "label": [i % 3 for i in range(60)]}
+    for name in ("name", "id"):
+        folder = tmp_path / name
+        folder.mkdir()
+        pq.write_table(pa.table({**rows, name: [f"c{i % 3}" for i in range(60)]}), folder / "a.parquet")
+        (fold,) = opened(folder).folds
+        assert 15 < len(fold.test) < 45
+        data = opened(folder)
+        assert set(data.labels[data.folds[0].test].tolist()) == {0, 1, 2}

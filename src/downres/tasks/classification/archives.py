@@ -61,12 +61,13 @@ def _labelled(listing: Listing, outputs: int | None) -> tuple[np.ndarray, tuple[
     _imagenet_validation(listing)
     where = listing.archives.root
     before = len(listing)
-    negative = np.array([bool(re.fullmatch(r"-\d+", word)) for word in listing.words] + [False], bool)
-    unlabelled = (listing.labels == NO_LABEL) | ((listing.labels >= 0) & negative[listing.labels])
+    read = [None if listing.by_folder else number_in(word) for word in listing.words]
+    negative = np.array([number is not None and number < 0 for number in read] + [False], bool)
+    unlabelled = (listing.labels == NO_LABEL) | ((listing.labels >= 0) & negative[np.maximum(listing.labels, -1)])
     listing.without(unlabelled, "no label")
     listing.without(listing.labels == SEVERAL, "two labels")
     if not len(listing):
-        if not before:
+        if not before and not listing.counts:
             raise DownresError(f"There are no images in the {len(listing.files)} files of {where}: point `data` to others.")
         why = ", ".join(f"{reason}: {count}" for reason, count in listing.counts.most_common(3))
         raise DownresError(
@@ -79,7 +80,14 @@ def _labelled(listing: Listing, outputs: int | None) -> tuple[np.ndarray, tuple[
     output_of = np.full(len(words), -1, np.int64)
     given = listing.classes
     order = ""
-    numbers = [number_in(word) for word in present]
+    # Folders are in alphabetical order whatever they are called, as those on a disk are, and as networks are trained.
+    numbers = [None if listing.by_folder else number_in(word) for word in present]
+    some = [number is not None for number in numbers]
+    if any(some) and not all(some):
+        raise DownresError(
+            f"Labels in {where} are numbers ({listed_names([w for w, n in zip(present, some, strict=True) if n], 3)}) and "
+            f"names ({listed_names([w for w, n in zip(present, some, strict=True) if not n], 3)}): number all, or name all."
+        )
     if all(number is not None for number in numbers):
         for word, number in zip(present, numbers, strict=True):
             if number is None or not float(number).is_integer() or "e" in word.lower():
@@ -96,7 +104,7 @@ def _labelled(listing: Listing, outputs: int | None) -> tuple[np.ndarray, tuple[
             raise DownresError(
                 f"{where} has labels up to {values.max()}, "
                 + (f"and names for {count} classes: correct them." if given else f"the network {count} outputs: ")
-                + ("" if given else "number the classes from 0, or pass `fit_head=True`.")
+                + ("" if given else "number the classes from 0.")
             )
         output_of[used] = values
         mapped = imagenet_outputs(given, outputs) if given else None
