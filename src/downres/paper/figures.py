@@ -67,9 +67,7 @@ def _gpus(e: Experiment) -> int:
 
 def listed() -> list[dict[str, str]]:
     """Every experiment, a row each."""
-    return [
-        {"name": e.name, "data": e.data, "what": e.title, "figure": e.figure.partition(":")[0]} for e in EXPERIMENTS.values()
-    ]
+    return [{"name": e.name, "what": e.title, "data": e.data} for e in EXPERIMENTS.values()]
 
 
 def card(found: Reproduction) -> list[str]:
