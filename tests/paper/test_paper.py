@@ -30,6 +30,10 @@ from downres.recovery.views import Views, cut, drawn, pixels_of
 from downres.searching.prepare import open_data, prepare_task
 
 
+def named(e, name):
+    return next(entry for entry in e.entries if entry.name == name)
+
+
 def bottleneck_macs(channels, side, classes=1000):
     """Multiply-accumulates of a ResNet-50, by hand: convolutions and the last linear layer."""
     stem, *stages = channels
@@ -50,7 +54,7 @@ def bottleneck_macs(channels, side, classes=1000):
 
 @pytest.mark.parametrize("name", ["16-32-32-512 112-152-144", "64-128-256-512 176-232-224", "128-256-512-1024 128-168-160"])
 def test_channels_cost_what_arithmetic_says(name):
-    entry = RESNET.entry(name)
+    entry = named(RESNET, name)
     (line,) = reproduce("resnet50", only=name).lines
     assert line.cost.macs == bottleneck_macs(entry.made["channels"], entry.look.side)
     assert line.quality() == [] and line.memory > 7 * line.cost.peak_activation_bytes
@@ -283,9 +287,9 @@ def test_setr_is_looked_at_as_a_square(scenes, tmp_path, monkeypatch):
 def test_sequences_stay_as_long_at_every_scale():
     """A patch of 16 px at 0.15 is 2 px: what is 14 patches wide stays so."""
     for e, name in ((VIT, "ViT-S 224 patch 16"), (VIT, "ViT-S 192 patch 24")):
-        made = e.entry(name).made
+        made = named(e, name).made
         for scale in (0.1, 0.15, 0.2, 0.3, 0.25, 1.0):
-            options = e.entry(name).options(scale)
+            options = named(e, name).options(scale)
             assert options["side"] == options["patch"] * (made["side"] // made["patch"])
 
 

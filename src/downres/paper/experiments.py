@@ -92,9 +92,6 @@ class Experiment:
     of: str = ""
     sides: tuple[int, ...] = ()
 
-    def entry(self, name: str) -> Entry:
-        return next(e for e in self.entries if e.name == name)
-
 
 def scaled(pixels: int, scale: float) -> int:
     return max(1, round(pixels * scale))

@@ -16,8 +16,8 @@ from plotly.offline import get_plotlyjs
 from ..measuring.cost import CONVENTION
 from ..parse import INT8, format_quantity
 from ..record import write_whole
+from ..reports.families_picture import lay_out
 from ..reports.page import render
-from ..reports.pictures import FONT
 from .experiments import EXPERIMENTS, MODEL, Experiment
 from .running import MEMORY_BATCH, Line, Reproduction, slug
 
@@ -258,15 +258,7 @@ def _hover(line: Line) -> str:
 
 
 def _lay_out(figure: go.Figure, x: str, y: str) -> None:
-    figure.update_layout(
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "var(--muted)", "size": 12, "family": FONT},
-        margin={"l": 8, "r": 24, "t": 12, "b": 8},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        hovermode="closest",
-        template="none",
-    )
+    lay_out(figure)
     for name, title in (("xaxis", x), ("yaxis", y)):
         figure.update_layout(
             {
@@ -303,6 +295,8 @@ def write_figure(found: Reproduction, path: str | os.PathLike[str]) -> Path:
     page = render(
         Path(__file__).parent,
         "paper.html.j2",
+        title=found.experiment.title,
+        alternative="The figure; all numbers are in the tables below.",
         found=found,
         e=found.experiment,
         taken=taken(found.experiment, found.lines) if found.scale == 1 else "",

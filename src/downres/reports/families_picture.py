@@ -53,6 +53,14 @@ def families_figure(rows: Sequence[Row], memory: Memory = MEMORIES[0]) -> go.Fig
         families.setdefault(row.family, []).append(row)
     figure = go.Figure([_line(family, members, rows[0], memory, len(families) < 4) for family, members in families.items()])
     figure.add_trace(_star(rows[0], memory))
+    lay_out(figure)
+    figure.update_xaxes(**_axis("MACs per forward pass", max(row.cost.macs for row in rows), ""))
+    figure.update_yaxes(**_axis(memory.title, max(memory.value(row.cost) for row in rows), "B"))
+    return figure
+
+
+def lay_out(figure: go.Figure) -> None:
+    """As every picture of costs is: the page's colours, the legend above."""
     figure.update_layout(
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
@@ -68,9 +76,6 @@ def families_figure(rows: Sequence[Row], memory: Memory = MEMORIES[0]) -> go.Fig
         },
         template="none",
     )
-    figure.update_xaxes(**_axis("MACs per forward pass", max(row.cost.macs for row in rows), ""))
-    figure.update_yaxes(**_axis(memory.title, max(memory.value(row.cost) for row in rows), "B"))
-    return figure
 
 
 def hover_text(row: Row, original: Row) -> str:

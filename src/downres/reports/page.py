@@ -25,7 +25,7 @@ class Section:
 
 
 def render(folder: Path, template: str, **values: Any) -> Markup:
-    """A template in a folder as HTML, with the filters of the report."""
+    """A template in a folder as HTML, with the filters of the report; it may build on the report's own templates."""
     return Markup(_environment(folder).get_template(template).render(**values))
 
 
@@ -49,7 +49,7 @@ def _shown(value: Any) -> Any:
 @cache
 def _environment(folder: Path) -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
+        loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
         finalize=_shown,
         trim_blocks=True,
