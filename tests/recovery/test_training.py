@@ -342,6 +342,32 @@ def test_the_head_is_what_answers(cells, tmp_path, loaded):
         teach("finetune", other, Training(epochs=2))
 
 
+class Viewing(torch.nn.Module):
+    """Runs in the layout that its view was written for alone, or asks for nothing."""
+
+    def __init__(self, views):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Conv2d(3, 8, 3, 2)
+        self.head = torch.nn.Linear(8, 2)
+        self.views = views
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.head(x.view(len(x), -1).unflatten(1, (8, -1)).mean(2) if self.views else x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("views", "layout"), [(False, torch.channels_last), (True, torch.contiguous_format)])
+def test_channels_are_last_where_the_network_takes_them_so(cells, tmp_path, loaded, monkeypatch, views, layout):
+    prepared = prepare(dataclasses.replace(loaded, module=Viewing(views).eval()), cells.dataset(), tmp_path / "run")
+    seen, real = [], Finetuning.loss
+    monkeypatch.setattr(Finetuning, "loss", lambda lesson, network, x, y: seen.append(x) or real(lesson, network, x, y))
+    state, _ = teach("finetune", prepared, Training(epochs=1))
+    assert all(x.is_contiguous(memory_format=layout) for x in seen)
+    _, bank, _ = prepared
+    assert bank.weights.get(state.history[0].tensors)["body.weight"].flags.c_contiguous
+
+
 def test_a_rest_of_one_image_goes_with_the_batch_before(prepared, monkeypatch):
     task, bank, fit = prepared
     seen, real = [], Finetuning.loss

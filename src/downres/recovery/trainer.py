@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..copying import copied
 from ..engines import check_threads
-from ..engines.torch import threads_of
+from ..engines.torch import fastest_layout, threads_of
 from ..errors import first_line
 from ..record import write_json, write_whole
 from .bank import Bank
@@ -166,6 +166,7 @@ class _Run:
             parameter.requires_grad_(parameter.is_floating_point())
         lesson.begin(self.network)
         self.network.to(self.team.device)
+        self.layout = self._layout()
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.parameters, how)
         self.altered = Altered(how, bank.preprocessing_of(begun))
@@ -317,11 +318,23 @@ class _Run:
         device, total, count = self.team.device, 0.0, math.ceil(len(x) / self.part)
         for some, wanted in zip(x.tensor_split(count), targets.tensor_split(count), strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.how.bf16):
-                loss = self.lesson.loss(self.network, *self.lesson.mixed(some.to(device), wanted.to(device)))
+                some = some.to(device, memory_format=self.layout)
+                loss = self.lesson.loss(self.network, *self.lesson.mixed(some, wanted.to(device)))
             loss = loss * (len(some) / whole)
             loss.backward()
             total += float(loss.detach())
         return total
+
+    def _layout(self) -> torch.memory_format:
+        """Of weights and batches; a network that fails says so in the first step."""
+        p = self.bank.preprocessing_of(self.state)
+        x = torch.rand(2, len(p.mean), *p.hw, generator=torch.Generator().manual_seed(0)).to(self.team.device)
+        self.network.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                return fastest_layout(self.network, x)
+        except Exception:
+            return torch.contiguous_format
 
     def _refuse_other_answers(self) -> None:
         """A network that answers otherwise while it is trained would be taught what nobody asks of it."""
