@@ -141,6 +141,7 @@ def test_every_batch_has_one_size_and_each_its_turn(prepared, monkeypatch):
     monkeypatch.setattr(Several, "forward", lambda self, x: seen.append((len(x), x.shape[-1])) or real(self, x))
     monkeypatch.setattr(trainer._Run, "_refuse_other_answers", lambda self: None)
     monkeypatch.setattr(trainer._Run, "_affordable", lambda self: self.how.epochs)
+    monkeypatch.setattr(trainer._Run, "_layout", lambda self: torch.contiguous_format)
     _, _, images = prepared
     several_of(prepared, Training(epochs=3, training_batch=20))
     assert len(images) == 80

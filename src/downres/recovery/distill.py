@@ -49,9 +49,11 @@ class Distillation(Lesson):
         if self.features and not self.alike:
             raise TrainingFailed("`features` are matched of one network at one resolution: leave it out.")
         self.heads: dict[int, nn.Module] = {id(self.network): self._head(self.network)} if self.features else {}
+        self.images, self.size = images, bank.batch_size
         self.at = {int(i): k for k, i in enumerate(images)}
-        self.known = np.zeros((2, len(images)), bool)
+        self.known: set[tuple[bool, int]] = set()
         self.values: Tensor | None = None
+        self.too_large = False
 
     def asked(self) -> Any:
         return self.teacher.to_json()
@@ -102,25 +104,37 @@ class Distillation(Lesson):
         return "without labels, features matched" if self.features else "without labels"
 
     def targets(self, views: Views) -> Tensor:
-        if views.parts is not None:
+        if views.parts is not None or self.too_large:
             return self._look(views)
-        at, rows = np.array([self.at[int(i)] for i in views.images], np.int64), views.mirrored.astype(int)
-        todo = np.flatnonzero(~self.known[rows, at])
-        if len(todo):
-            found = self._look(Views(views.images[todo], views.mirrored[todo]))
-            if self.values is None and 2 * len(self.at) * found[0].nbytes <= KEPT_BYTES:
-                self.values = torch.zeros(2, len(self.at), *found.shape[1:])
+        for mirrored, block in sorted(self._blocks(views) - self.known):
+            found = self._look(Views(self.images[block : block + self.size], np.full(self._length(block), mirrored)))
             if self.values is None:
-                return found  # too large to be kept: all of them are always to do
-            self.values[rows[todo], at[todo]] = found
-            self.known[rows[todo], at[todo]] = True
+                self.too_large = 2 * len(self.images) * found[0].nbytes > KEPT_BYTES
+                if self.too_large:
+                    return self._look(views)
+                self.values = torch.zeros(2, len(self.images), *found.shape[1:])
+            self.values[int(mirrored), block : block + self.size] = found
+            self.known.add((mirrored, block))
         assert self.values is not None
-        return self.values[rows, at]
+        return self.values[views.mirrored.astype(int), self._places(views)]
+
+    def _places(self, views: Views) -> np.ndarray:
+        return np.array([self.at[int(i)] for i in views.images], np.int64)
+
+    def _blocks(self, views: Views) -> set[tuple[bool, int]]:
+        """(mirrored, where it begins): the original's answers are computed in the same batches whichever is needed first: an
+        answer's last bits may depend on what is beside it, and a training that goes on needs others first.
+        """
+        begins = self._places(views) // self.size * self.size
+        return set(zip(views.mirrored.astype(bool).tolist(), begins.tolist(), strict=True))
+
+    def _length(self, block: int) -> int:
+        return min(self.size, len(self.images) - block)
 
     def looked(self, epochs: Iterable[Views]) -> int:
         if self.values is None:
             return sum(map(len, epochs))
-        return len(np.unique(np.concatenate([2 * views.images + views.mirrored for views in epochs])))
+        return sum(self._length(block) for _, block in set[tuple[bool, int]]().union(*map(self._blocks, epochs)))
 
     def _look(self, views: Views) -> Tensor:
         assert self.bank.images is not None

@@ -367,6 +367,7 @@ class _Run:
         per_image: list[list[float]] = [[] for _ in self.shown_as]
         source = self._batches(0)
         self._thaw(1.0)
+        begun = time.perf_counter()
         for group in self.optimizer.param_groups:  # not yet warmed up
             group["lr"] = self.how.learning_rate / 100
         with self._chance(0):
@@ -382,13 +383,13 @@ class _Run:
             group["lr"] = self.how.learning_rate
         self.taken, self.average = 0, [p.detach().clone() for p in self.averaged]
         an_epoch = self.team.shared(mean(min(seen) for seen in per_image if seen)) * self.count / 60
-        found = self.how.epochs
-        if self.how.max_minutes is not None:
-            found = min(found, int(self.how.max_minutes / an_epoch))
+        found, spent = self.how.epochs, self.team.shared((time.perf_counter() - begun) / 60)
+        if self.how.max_minutes is not None:  # of which the original's answers, where there are any, have taken their part
+            found = min(found, max(0, int((self.how.max_minutes - spent) / an_epoch)))
         if found < 1:
             raise TrainingFailed(
-                f"an epoch of {self.count} images takes about {an_epoch:.1f} minutes here, {self.how.max_minutes:g} are "
-                f"allowed: give more, or leave {self.lesson.rung} out."
+                f"an epoch of {self.count} images takes about {spent + an_epoch:.1f} minutes here, {self.how.max_minutes:g} "
+                f"are allowed: give more, or leave {self.lesson.rung} out."
             )
         self.foretold = found * an_epoch
         return found
