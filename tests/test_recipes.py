@@ -620,3 +620,38 @@ def test_readme_shows_the_recorded_segmentation(streets: dict, regseg: ModuleTyp
     text = drawn.README.read_text()
     for name, table in drawn.tables(streets).items():
         assert f"<!-- camvid {name} -->\n{table}<!-- end of camvid {name} -->" in text
+
+
+# --- the small paper ---
+
+
+@pytest.fixture
+def small_paper(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, list[dict]]:
+    monkeypatch.syspath_prepend(str(RECIPE.parent))
+    recipe = importlib.import_module("small_paper")
+    return recipe, json.loads((recipe.RESULTS / "small_paper.json").read_text())["rows"]
+
+
+def test_the_small_papers_tables_are_what_was_recorded(small_paper: tuple[ModuleType, list[dict]]) -> None:
+    recipe, rows = small_paper
+    readme = (recipe.HERE / "README.md").read_text()
+    for title in recipe.EXPERIMENTS:
+        start, end = f"<!-- small paper, {title} -->\n", f"<!-- end of small paper, {title} -->"
+        assert readme.partition(start)[2].partition(end)[0] == recipe.table(rows, title)
+
+
+def test_the_small_papers_looks_are_the_papers(small_paper: tuple[ModuleType, list[dict]]) -> None:
+    recipe, rows = small_paper
+    float_rows = [row for row in rows if row["experiment"] == "sizes"]
+    heights = {round(0.1757 * side) for side in range(128, 1537, 128)}
+    for network in ("RegSeg", "LR-ASPP"):
+        for upsampling in ("bilinear", "bicubic"):
+            some = [r for r in float_rows if r["network"] == network and r["upsampling"] == upsampling]
+            assert {row["height"] for row in some} == heights
+    assert {row["trained"] for row in float_rows if row["network"] == "RegSeg"} == {180, 157, 90, 45}
+    for row in rows:
+        assert row["seeds"].keys() <= set("012") and row["seeds"]
+        assert all(low <= one["miou"] <= high for one in row["seeds"].values() for low, high in [one["interval"]])
+    # Convolutions cost what their maps have pixels, and upsampling to the labels' size beside them the same at every height.
+    macs = {row["height"]: row["macs"] for row in float_rows if row["network"] == "RegSeg"}
+    assert 2.8 < (macs[270] - macs[22]) / (macs[157] - macs[22]) < 3.2

@@ -907,6 +907,8 @@ def _usage(error: Any) -> str:
         near = difflib.get_close_matches(name.strip("-"), [option.strip("-") for option in known], n=1, cutoff=0.7)
         message = f"There is no option {name}" + (f", did you mean --{near[0]}?" if near else "")
     where = context.command_path if context is not None else "downres"
+    if "extra argument" in message and RAY in sys.argv:
+        message += f"; a cluster's address behind {RAY} is HOST:PORT, auto or local"
     return f"{message}: see {where} --help." if not message.endswith("?") else message
 
 

@@ -156,6 +156,12 @@ def test_the_option_may_stand_alone():
     assert _arguments(["--ray=auto", "x"]) == ["--ray=auto", "x"]
 
 
+def test_an_address_without_its_port_is_asked_for(cli):
+    done = cli("search", "--ray", "head-node", "timm:resnet18", "--data", "photos")
+    assert done.code == 2 and "behind --ray is HOST:PORT, auto or local" in done.err
+    assert "--ray" not in cli("search", "timm:resnet18", "photos", "--data", "photos").err
+
+
 def test_what_is_timed_on_another_node_is_told_to_the_search(tiny, cells, tmp_path):
     task = prepare_task(tiny, cells.dataset(), Question(fit_head=True))
     bank = task.bank(tmp_path, runtime="torch", threads=1)
