@@ -153,7 +153,7 @@ def table(rows: list[dict], title: str) -> str:
     rows = [row for row in rows if row["experiment"] == title and row["upsampling"] == "bilinear"]
     heights = sorted({row["height"] for row in rows})
     lines = [
-        "| network | crops of | numbers | seeds | " + " | ".join(f"{h} px" for h in heights) + " |",
+        "| network | crops of | precision | seeds | " + " | ".join(f"{h} px" for h in heights) + " |",
         "|---|--:|---|--:|" + "--:|" * len(heights),
     ]
     for precision in sorted({row["precision"] for row in rows}):
