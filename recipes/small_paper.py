@@ -188,24 +188,21 @@ def shown(scores: list[float]) -> str:
 
 
 def against_sizes(rows: list[dict]) -> go.Figure:
-    """A colour a network, as float solid and in 8 bits dotted; bars: standard deviation over the seeds."""
+    """A colour a network, in float; bars: standard deviation over the seeds."""
     figure = go.Figure()
-    lines = {"fp32": by_network(rows, experiment="sizes", upsampling="bilinear")}
-    lines["int8"] = by_network(rows, experiment="8 bits", upsampling="bilinear", precision="int8")
-    colour = dict(zip(lines["fp32"], COLOURS, strict=True))
-    for precision, networks in lines.items():
-        for key, some in networks.items():
-            scores = [mious(row) for row in some]
-            figure.add_trace(
-                go.Scatter(
-                    name=f"{key[0]}, crops of {key[1]} px" + ", 8 bits" * (precision == "int8"),
-                    x=[row["height"] for row in some],
-                    y=[statistics.mean(s) for s in scores],
-                    error_y={"array": [statistics.stdev(s) if len(s) > 1 else 0 for s in scores], "thickness": 1, "width": 3},
-                    mode="lines+markers",
-                    line={"color": colour[key], "width": 2, "dash": "dot" if precision == "int8" else "solid"},
-                )
+    networks = by_network(rows, experiment="sizes", upsampling="bilinear")
+    for colour, (key, some) in zip(COLOURS, networks.items(), strict=True):
+        scores = [mious(row) for row in some]
+        figure.add_trace(
+            go.Scatter(
+                name=f"{key[0]}, crops of {key[1]} px",
+                x=[row["height"] for row in some],
+                y=[statistics.mean(s) for s in scores],
+                error_y={"array": [statistics.stdev(s) if len(s) > 1 else 0 for s in scores], "thickness": 1, "width": 3},
+                mode="lines+markers",
+                line={"color": colour, "width": 2},
             )
+        )
     axis = {"gridcolor": GRID, "zeroline": False, "rangemode": "tozero"}
     figure.update_layout(
         template="plotly_white",
