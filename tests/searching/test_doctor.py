@@ -15,7 +15,7 @@ from torch import nn
 import downres
 from downres import Diagnosis, doctor
 from downres.engines.engine import Operator, engine_of
-from downres.engines.torch import TorchRuntime
+from downres.engines.torch import TorchEngine, TorchRuntime
 from downres.errors import DownresError
 from downres.families import load_model, with_preprocessing
 from downres.images.decode import decode
@@ -68,6 +68,14 @@ def of(found, about):
     return [one for one in found if one.about == about]
 
 
+@pytest.fixture
+def float_alone(monkeypatch):
+    """Whether bfloat16 is quicker the processor decides; who looks at something else wants none of that."""
+    why_not = "the processor has none"
+    monkeypatch.setattr(TorchEngine, "why_not", lambda self, precision: "" if precision == "fp32" else why_not)
+
+
+@pytest.mark.usefixtures("float_alone")
 def test_a_size_that_does_not_fit_is_told_and_one_that_does_is_not(own):
     found = {side: doctor(own, runtimes="torch", resolution=side, threads=1, runs=6) for side in (57, 64)}
     (told,) = of(found[57].findings, "ragged")
@@ -264,6 +272,7 @@ def test_what_does_not_run_here_is_a_finding(tmp_path, monkeypatch):
         here._Ways(nn.Flatten(), (3, 8, 8), ["torch"], 1, tmp_path).make()
 
 
+@pytest.mark.usefixtures("float_alone")
 def test_command(cli, own, tmp_path):
     done = cli("doctor", own, "--runtime", "torch", "--resolution", "57", "--threads", "1", "--json")
     assert done.json["findings"][0]["about"] == "ragged" and done.json["input_size"] == [3, 57, 57]
